@@ -1,0 +1,186 @@
+"""The LoRA file: written so that any diffusers loads it as trained, read with every tensor accounted for."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from defectfill_dataset import InputError
+
+from .base import Base
+from .files import replacing
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER = "default"
+
+# Only what older peft versions also know, and no lora_dropout: diffusers would leave it active at inference.
+PORTABLE_CONFIG = (
+    "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
+    "lora_bias", "fan_in_fan_out", "init_lora_weights",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file's content.
+
+    Args:
+        tensors: by portable name, as `lora_parameters` names them.
+        record: what `train_defectfill.py` says there of the run: base, prompts, resolution; empty in foreign files.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    record: dict
+
+
+def lora_parameters(unet: torch.nn.Module, text_encoder: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Every LoRA parameter by its portable name.
+
+    The text encoder's names keep the `text_model.` level that transformers 5.6 dropped: new diffusers strips it, old
+    diffusers and other programs need it.
+    """
+    return {
+        prefix + name.replace(f".{ADAPTER}.", "."): parameter
+        for prefix, model in (("unet.", unet), ("text_encoder.text_model.", text_encoder))
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def save_lora(path: Path, unet: torch.nn.Module, text_encoder: torch.nn.Module, record: dict) -> None:
+    """Writes the LoRA of both models, in fp32, with its alpha and `record` in the file's header.
+
+    Raises:
+        FloatingPointError: a weight is not finite; nothing is written.
+    """
+    tensors = {name: p.detach().float().cpu().contiguous() for name, p in lora_parameters(unet, text_encoder).items()}
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise FloatingPointError(
+            f"{len(broken)} LoRA tensors are not finite, {broken[0]} first; {path} is not written"
+        )
+    adapter = {}
+    for prefix, model in (("unet", unet), ("text_encoder", text_encoder)):
+        config = model.peft_config[ADAPTER].to_dict()
+        adapter |= {f"{prefix}.{key}": _plain(config[key]) for key in PORTABLE_CONFIG}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter), "defectfill": json.dumps(record)}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
+
+
+def _plain(value):
+    return sorted(value) if isinstance(value, set) else value
+
+
+def read_lora(source: str | Path) -> LoraFile:
+    """Reads a LoRA from a file, a folder that holds `LORA_FILE`, or a Hub id.
+
+    Raises:
+        InputError: not to be had (DF400), no safetensors file (DF401), no LoRA of both models (DF402), or tensors
+            that are not finite (DF403).
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = path / LORA_FILE
+    elif not path.exists():
+        try:
+            path = Path(hf_hub_download(str(source), LORA_FILE))
+        except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"DF400 --lora {source}: no such file or folder, nor a Hub id that can be reached ({reason})"
+            ) from error
+    if not path.is_file():
+        raise InputError(f"DF400 --lora {source}: holds no {LORA_FILE}")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        record = json.loads(header.get("defectfill", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"DF401 {path}: not a whole safetensors file: {error}") from error
+    for prefix in ("unet.", "text_encoder.text_model."):
+        if not any(name.startswith(prefix) and ".lora_" in name for name in tensors):
+            raise InputError(
+                f"DF402 {path}: no '{prefix}... .lora_A.weight' tensors; not a LoRA of train_defectfill.py"
+            )
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"DF403 {path}: {len(broken)} tensors are not finite, {broken[0]} first; train again")
+    return LoraFile(path, tensors, record)
+
+
+def check_fits(lora: LoraFile, base: Base) -> None:
+    """Proves from shapes alone, no weight loaded, that each tensor has its place in `base`.
+
+    Raises:
+        InputError: the LoRA was trained on a base of another shape (DF410).
+    """
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(base.unet)
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(base.text_encoder))
+    places = {f"unet.{name}": module for name, module in unet.named_modules()}
+    places |= {f"text_encoder.text_model.{name}": module for name, module in text_encoder.named_modules()}
+    for name, tensor in lora.tensors.items():
+        module, _, end = name.partition(".lora_")
+        shape = getattr(places.get(module), "weight", torch.empty(0)).shape
+        fits = len(shape) == 2 and tensor.shape[end.startswith("A")] == shape[end.startswith("A")]
+        if not fits:
+            trained_on = lora.record.get("base", "an unknown base")
+            raise InputError(
+                f"DF410 {lora.path}: {name} is {tuple(tensor.shape)}, but {base.name} has "
+                f"{tuple(shape) if shape else 'nothing'} there; the LoRA was trained on {trained_on}"
+            )
+
+
+def load_lora(pipe, lora: LoraFile) -> None:
+    """Loads the LoRA through diffusers' `load_lora_weights` and proves that each tensor arrived.
+
+    Raises:
+        RuntimeError: the pipeline does not hold exactly the file's tensors.
+    """
+    pipe.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=ADAPTER)
+    compare_lora(lora, pipe.unet, pipe.text_encoder)
+
+
+def compare_lora(lora: LoraFile, unet: torch.nn.Module, text_encoder: torch.nn.Module) -> None:
+    """Raises RuntimeError unless both models hold exactly the file's tensors, bit for bit in the models' precision."""
+    loaded = lora_parameters(unet, text_encoder)
+    missing = sorted(lora.tensors.keys() ^ loaded.keys())
+    if missing:
+        raise RuntimeError(
+            f"{lora.path}: {len(missing)} LoRA tensors are only in the file or only in the model: {missing[0]}"
+        )
+    for name, parameter in loaded.items():
+        if not torch.equal(parameter.detach().cpu(), lora.tensors[name].to(parameter.dtype)):
+            raise RuntimeError(f"{lora.path}: {name} did not load as it was saved")
+
+
+def reload_and_compare(pipe, path: Path) -> None:
+    """Replaces the trained LoRA in `pipe` by the saved one, and proves that weights and alpha came back.
+
+    Raises:
+        RuntimeError: the file does not load as it was saved.
+    """
+    lora, scalings = read_lora(path), _scalings(pipe)
+    pipe.unload_lora_weights()
+    load_lora(pipe, lora)
+    if _scalings(pipe) != scalings:
+        raise RuntimeError(f"{path}: alpha did not load as it was saved")
+
+
+def _scalings(pipe) -> list[float]:
+    """alpha / rank of every LoRA layer."""
+    modules = (module for model in (pipe.unet, pipe.text_encoder) for module in model.modules())
+    return [module.scaling[ADAPTER] for module in modules if isinstance(module, BaseTunerLayer)]

@@ -1,0 +1,49 @@
+"""Everything about images, masks, prompts, splits and crops: what training and generation share.
+
+Polarity and ranges, everywhere in the project:
+    mask   1 (or True, or white) inside the defect, 0 outside
+    image  in [-1, 1] as a tensor, RGB 8 bit as a PIL image
+
+Shapes: H, W image pixels; h, w cells of the latent grid; L prompt tokens.
+"""
+
+from .builder import DefectPairs, data_digest, load_defect_pairs, load_prepared, select_defects
+from .checks import check_pairs
+from .errors import InputError, exit_on_input_error
+from .layouts import find_objects
+from .masks import binarise, boxes_mask, cover, random_boxes, random_mask, to_grid
+from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_words, tokenize_prompts
+from .seeds import derive_seed
+from .splits import write_split
+from .training import TrainingSamples, image_tensor, load_image, sampling_schedule
+
+
+__all__ = [
+    "DefectPairs",
+    "InputError",
+    "Prompt",
+    "PromptPair",
+    "TokenizedPrompts",
+    "TrainingSamples",
+    "binarise",
+    "boxes_mask",
+    "build_prompts",
+    "check_pairs",
+    "cover",
+    "data_digest",
+    "derive_seed",
+    "exit_on_input_error",
+    "find_objects",
+    "image_tensor",
+    "load_defect_pairs",
+    "load_image",
+    "load_prepared",
+    "random_boxes",
+    "random_mask",
+    "sampling_schedule",
+    "select_defects",
+    "to_grid",
+    "to_words",
+    "tokenize_prompts",
+    "write_split",
+]

@@ -1,0 +1,172 @@
+"""The Hugging Face `datasets` builder of defect images with masks, one config an object."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, DatasetDict
+
+from .errors import InputError, did_you_mean
+from .layouts import LAYOUTS, Row, find_objects, layout_of
+from .splits import split_rows
+
+
+FEATURES = datasets.Features(
+    {
+        "image": datasets.Image(),
+        "mask": datasets.Image(),  # None for a good image
+        "object": datasets.Value("string"),
+        "defect": datasets.Value("string"),
+        "source_file": datasets.Value("string"),  # relative to the object's folder, with forward slashes
+    }
+)
+
+
+@dataclasses.dataclass
+class DefectPairsConfig(datasets.BuilderConfig):
+    """Config of one object; its name is the object's folder name.
+
+    Args:
+        split: a rule of `split_rows` or the path of a split file.
+        fingerprint: digest of the files on disk, so that the cache of `datasets` notices any change to them.
+    """
+
+    split: str = "auto"
+    fingerprint: str = ""
+
+
+class DefectPairs(datasets.GeneratorBasedBuilder):
+    """Reads an object in MVTec AD's or the DefectFill tutorial's layout (recognised by itself) from `data_dir`.
+
+    Splits: `train` (reference defects), `test` (held-out defects), `good`; one without images is not there.
+    """
+
+    VERSION = datasets.Version("1.0.0")
+    BUILDER_CONFIG_CLASS = DefectPairsConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(description="Defect images with masks, and good images.", features=FEATURES)
+
+    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+        root = Path(self.config.data_dir)
+        splits = split_rows(read_object(root), root, self.config.split)
+        return [datasets.SplitGenerator(name, gen_kwargs={"rows": rows}) for name, rows in splits.items() if rows]
+
+    def _generate_examples(self, rows: list[Row]) -> Iterator[tuple[str, dict]]:
+        root = Path(self.config.data_dir)
+        for row in rows:
+            name = row.image.relative_to(root).as_posix()
+            yield (
+                name,
+                {
+                    "image": str(row.image),
+                    "mask": str(row.mask) if row.mask else None,
+                    "object": self.config.name,
+                    "defect": row.defect,
+                    "source_file": name,
+                },
+            )
+
+
+def read_object(root: Path) -> list[Row]:
+    """All rows of the object at `root`, by the reader of its layout."""
+    _, reader = LAYOUTS[layout_of(root)]
+    return reader(root)
+
+
+def load_defect_pairs(
+    data_dir: str | Path, object_name: str | None = None, split: str = "auto", cache_dir: str | None = None
+) -> DatasetDict:
+    """The splits of `DefectPairs` for one object in `data_dir` (the object's folder, or one above several).
+
+    Raises:
+        InputError: unknown or missing object (DF162), no defect images (DF163), or what the layout's reader finds.
+    """
+    objects = find_objects(data_dir)
+    name = _choose_object(data_dir, objects, object_name)
+    root = objects[name]
+    rows = read_object(root)
+    if all(row.mask is None for row in rows):
+        raise InputError(f"DF163 {root}: no defect images, only {len(rows)} good ones; add at least one with its mask")
+    split_rows(rows, root, split)  # says what is wrong with a split file before the builder wraps it in its own error
+    builder = DefectPairs(
+        dataset_name="defect_pairs",
+        config_name=name,
+        data_dir=str(root),
+        split=split if not Path(split).is_file() else str(Path(split).resolve()),
+        fingerprint=_fingerprint(rows, Path(split)),
+        cache_dir=cache_dir,
+    )
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def _fingerprint(rows: list[Row], split_file: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted({f for row in rows for f in (row.image, row.mask, split_file) if f and f.is_file()}):
+        digest.update(f"{file}\n{_file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def data_digest(dataset: Dataset) -> str:
+    """sha256 over the names and the encoded bytes of a split's images and masks: says which data a run saw."""
+    digest = hashlib.sha256()
+    columns = {name: datasets.Image(decode=False) for name in ("image", "mask")}
+    for row in dataset.cast_column("image", columns["image"]).cast_column("mask", columns["mask"]):
+        digest.update(f"{row['object']}/{row['defect']}/{row['source_file']}\n".encode())
+        for file in (row["image"], row["mask"]):
+            digest.update(hashlib.sha256(file["bytes"] or Path(file["path"]).read_bytes()).digest() if file else b"-")
+    return digest.hexdigest()
+
+
+def load_prepared(name: str, config: str | None, object_name: str | None, cache_dir: str | None = None) -> DatasetDict:
+    """The splits of one object in a prepared copy of `DefectPairs`: a folder `load_dataset` reads, or a Hub id.
+
+    Raises:
+        InputError: cannot be loaded (DF160), lacks columns (DF161), or unknown or missing object (DF162).
+    """
+    try:
+        data = datasets.load_dataset(name, config, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise InputError(f"DF160 --dataset_name {name}: cannot be loaded: {error}") from error
+    missing = FEATURES.keys() - set(data["train"].column_names if "train" in data else ())
+    if missing:
+        raise InputError(f"DF161 --dataset_name {name}: its split 'train' lacks {', '.join(sorted(missing))}")
+    wanted = _choose_object(name, data["train"].unique("object"), object_name)
+    return DatasetDict({split: _rows_where(rows, "object", [wanted]) for split, rows in data.items()})
+
+
+def _choose_object(source: str | Path, objects: Iterable[str], wanted: str | None) -> str:
+    objects = list(objects)
+    if wanted is None and len(objects) > 1:
+        raise InputError(f"DF162 {source}: holds several objects; choose one with --object: {', '.join(objects)}")
+    if wanted is not None and wanted not in objects:
+        raise InputError(f"DF162 --object {wanted}: not in {source}.{did_you_mean(wanted, objects)}")
+    return wanted or objects[0]
+
+
+def _rows_where(dataset: Dataset, column: str, values: Sequence[str]) -> Dataset:
+    return dataset.select([i for i, value in enumerate(dataset[column]) if value in values])
+
+
+def select_defects(data: DatasetDict, defects: Sequence[str] | None) -> DatasetDict:
+    """The dataset with only these defect types in train and test (all for None).
+
+    Raises:
+        InputError: a type that is not there (DF162).
+    """
+    splits = [split for split in ("train", "test") if split in data]
+    known = {defect for split in splits for defect in data[split].unique("defect")}
+    problems = [
+        f"DF162 --defect {d}: no such defect type.{did_you_mean(d, known)}" for d in defects or () if d not in known
+    ]
+    if problems:
+        raise InputError(*problems)
+    return DatasetDict(data | {split: _rows_where(data[split], "defect", defects or known) for split in splits})

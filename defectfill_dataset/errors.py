@@ -1,0 +1,36 @@
+"""Wrong input, told once and clearly."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class InputError(ValueError):
+    """Input that a person must mend: one line a problem, each a stable code, the file or value, and the fix.
+
+    Args:
+        problems: for example "DF145 test/hole/003.png: the mask marks no pixel; draw it or remove the pair".
+    """
+
+    def __init__(self, *problems: str):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for a close match, then everything that is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"{hint} Known: {', '.join(known) or 'none'}."
+
+
+def exit_on_input_error(main: Callable[[], None]) -> None:
+    """Runs a command's `main`; wrong input ends it with its message on stderr and exit status 2, no traceback."""
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process sees the same problem: say it once
+            print(f"\n{error}", file=sys.stderr)
+        sys.exit(2)

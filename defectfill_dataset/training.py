@@ -1,0 +1,138 @@
+"""Training samples: joint resize and crop, random boxes and seeds, each a function of (seed, step, sample)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image, ImageOps
+
+from .masks import binarise, boxes_mask, random_boxes, to_grid
+from .prompts import PromptPair, TokenizedPrompts
+from .seeds import derive_seed
+
+
+CROP_TRIES = 10
+
+
+def load_image(image: Image.Image) -> Image.Image:
+    """An image file's pixels as 8-bit RGB, turned the way its EXIF tag says."""
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def image_tensor(image: Image.Image, size: int) -> torch.Tensor:
+    """(3, size, size) in [-1, 1]: the whole image resampled to a square, as training and generation both see it."""
+    resized = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(resized, dtype=np.float32))
+    return pixels.permute(2, 0, 1) / 127.5 - 1
+
+
+def sampling_schedule(start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1) -> list[list[tuple]]:
+    """The (step, sample) keys of each micro-batch of this process, for `TrainingSamples`, as a batch sampler.
+
+    The samples of a step are numbered through all processes, so the order is the same for any number of them.
+    """
+    first = rank * batch_size
+    total = world * batch_size
+    return [[(step, first + i, total) for i in range(batch_size)] for step in range(start, stop)]
+
+
+class TrainingSamples(torch.utils.data.Dataset):
+    """Random access to the training stream: `samples[step, sample, total]` is always the same sample.
+
+    Images pass in a fresh order each epoch; an epoch may end inside a batch, so every batch is full however few the
+    images. Each item holds, for G = resolution // vae_scale_factor:
+
+        pixel_values  (3, resolution, resolution) in [-1, 1]
+        mask          (1, G, G), 1 inside the defect
+        random_mask   (1, G, G), M_rand of the object pass
+        defect_prompt, object_prompt   rows of the tokenized prompts
+        seed          seed of everything the training step itself draws for this sample
+
+    Args:
+        dataset: rows with image, mask and defect; decoded once and kept in memory.
+        max_scale: the image is resized jointly with its mask by a factor in [1, max_scale], then cropped back.
+        center_crop: crop the centre instead of a random place.
+        number_of_boxes: boxes in M_rand.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        prompts: dict[str, PromptPair],
+        tokens: TokenizedPrompts,
+        resolution: int,
+        vae_scale_factor: int,
+        seed: int,
+        max_scale: float = 1.125,
+        center_crop: bool = False,
+        number_of_boxes: int = 30,
+    ):
+        self.names = list(dataset["source_file"])
+        self.images, self.masks = [], []
+        for row in dataset:
+            self.images.append(load_image(row["image"]))
+            self.masks.append(binarise(row["mask"]))
+        self.defects = list(dataset["defect"])
+        pairs = [prompts[defect] for defect in self.defects]
+        self.prompt_rows = [(tokens.index[pair.defect], tokens.index[pair.object]) for pair in pairs]
+        self.resolution = resolution
+        self.grid_size = resolution // vae_scale_factor
+        self.seed = seed
+        self.max_scale = max_scale
+        self.center_crop = center_crop
+        self.number_of_boxes = number_of_boxes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image_index(self, position: int) -> int:
+        """Which image stands at `position` of the endless stream of shuffled epochs."""
+        epoch, offset = divmod(position, len(self))
+        return int(np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(len(self))[offset])
+
+    def __getitem__(self, key: tuple[int, int, int]) -> dict:
+        step, sample, total = key
+        index = self.image_index(step * total + sample)
+        rng = np.random.default_rng(derive_seed(self.seed, "augment", step, sample))
+        image, mask = self.resize_and_crop(self.images[index], self.masks[index], rng)
+        return self._item(index, image, mask, rng, derive_seed(self.seed, "draws", step, sample))
+
+    def references(self) -> Iterator[dict]:
+        """Every image once, whole and not augmented, its boxes and seed fixed: for figures that can be compared."""
+        for index, (image, mask) in enumerate(zip(self.images, self.masks)):
+            seed = derive_seed(self.seed, "reference", index)
+            rng = np.random.default_rng(seed)
+            yield self._item(index, image_tensor(image, self.resolution), to_grid(mask, self.grid_size), rng, seed)
+
+    def _item(self, index: int, image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator, seed: int) -> dict:
+        boxes = boxes_mask(random_boxes(rng, self.number_of_boxes), self.resolution)
+        defect_prompt, object_prompt = self.prompt_rows[index]
+        return {
+            "pixel_values": image,
+            "mask": mask,
+            "random_mask": to_grid(boxes, self.grid_size),
+            "defect_prompt": defect_prompt,
+            "object_prompt": object_prompt,
+            "seed": seed,
+            "index": index,
+        }
+
+    def resize_and_crop(
+        self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image in [-1, 1] and the mask on the latent grid, resized and cropped as one.
+
+        A crop that loses the whole defect is drawn again, `CROP_TRIES` times at most; then the image stays whole.
+        """
+        for attempt in range(CROP_TRIES + 1):
+            scale = rng.uniform(1, self.max_scale) if attempt < CROP_TRIES else 1
+            size = round(self.resolution * scale)
+            spare = size - self.resolution
+            top, left = (spare // 2,) * 2 if self.center_crop else rng.integers(0, spare + 1, 2)
+            resized = to_grid(mask, size)[0].numpy()
+            cropped = resized[top : top + self.resolution, left : left + self.resolution]
+            if cropped.any():
+                break
+        pixels = image_tensor(image, size)[:, top : top + self.resolution, left : left + self.resolution]
+        return pixels, to_grid(cropped, self.grid_size)

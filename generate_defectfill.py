@@ -1,0 +1,569 @@
+"""Paint defects into good images with a DefectFill LoRA and keep the best of several candidates.
+
+    python generate_defectfill.py --lora lora-hazelnut-hole --image good.png --mask mask.png --output_dir generated
+
+Reads top to bottom: candidates, selection, compositing, one image, the command.
+
+Shapes: N candidates, S side of the square the model works on, G = S // vae_scale_factor cells a side of the latent
+grid, H x W the input's own size. Masks are 1 inside the defect.
+
+Source: Song et al., DefectFill, CVPR 2025, arXiv 2503.13985, section 3.4.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import time
+import urllib.error
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lpips
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from skimage.metrics import structural_similarity
+from tqdm.auto import tqdm
+
+from defectfill.base import check_resolution, read_base
+from defectfill.checkpoint import check_identity
+from defectfill.files import flush, replacing, sole_writer, write_json
+from defectfill.lora_file import LoraFile, check_fits, load_lora, read_lora
+from defectfill_dataset import (
+    InputError,
+    binarise,
+    cover,
+    derive_seed,
+    exit_on_input_error,
+    image_tensor,
+    load_image,
+    random_mask,
+    to_grid,
+)
+from defectfill_dataset.errors import did_you_mean
+from defectfill_dataset.layouts import image_files, pair_by_name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Candidates
+
+
+@torch.no_grad()
+def paint(
+    pipe: StableDiffusionInpaintPipeline,
+    image: torch.Tensor,
+    grid: torch.Tensor,
+    prompt: str,
+    seeds: Sequence[int],
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    batch_size: int | None = None,
+) -> torch.Tensor:
+    """(N, 3, S, S) candidates in [0, 1], one a seed: each depends on its own seed alone, whatever the batch.
+
+    Outside the mask each step's latent is replaced by the clean image's, diffused to the noise level of the next
+    step (section 3.4); after the last step it is the clean image's own.
+
+    Args:
+        image: (3, S, S) in [-1, 1], defect-free.
+        grid: (1, G, G), 1 where the defect goes.
+        seeds: of the initial noise.
+        batch_size: candidates per UNet call, all by default.
+    """
+    device, dtype = pipe.device, pipe.vae.dtype
+    image, grid = image.to(device, dtype), grid.to(device, dtype)
+    pixel_mask = cover(grid, pipe.vae_scale_factor)
+    both = torch.stack([image, image * (1 - pixel_mask)])
+    # The mode, not a sample: a sample would take its noise from one candidate's seed and hand it to all.
+    clean, masked = (pipe.vae.encode(both).latent_dist.mode() * pipe.vae.config.scaling_factor).chunk(2)
+    candidates = []
+    for start in range(0, len(seeds), batch_size or len(seeds)):
+        batch = seeds[start : start + (batch_size or len(seeds))]
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in batch])
+        noise = noise.to(device, dtype)
+
+        def keep_background(pipe, step, timestep, tensors, noise=noise):
+            following = pipe.scheduler.timesteps[step + 1 : step + 2]
+            background = pipe.scheduler.add_noise(clean, noise, following) if len(following) else clean
+            return {"latents": torch.where(grid > 0.5, tensors["latents"], background)}
+
+        candidates.append(
+            pipe(
+                prompt,
+                image=image[None] / 2 + 0.5,
+                mask_image=pixel_mask[None],
+                masked_image_latents=masked,
+                latents=noise,
+                height=image.shape[-2],
+                width=image.shape[-1],
+                num_images_per_prompt=len(batch),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                callback_on_step_end=keep_background,
+                output_type="pt",
+            ).images.float()
+        )
+    return torch.cat(candidates)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Low-Fidelity Selection
+
+# (N, 3, S, S) candidates in [0, 1], (3, S, S) the normal image in [0, 1], (1, S, S) mask  ->  N distances
+Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[float]]
+
+LPIPS_FILES = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+
+
+def lpips_scorer(net: str, device: torch.device) -> Scorer:
+    """LPIPS of `image * mask` over the whole frame: 0 outside the mask on both sides, so only the inside counts.
+
+    Source: section 3.4; Zhang et al., LPIPS, CVPR 2018.
+
+    Raises:
+        InputError: the backbone's weights cannot be had (DF430).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", category=UserWarning, module="torchvision"
+            )  # its own use of `pretrained=`
+            model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False).to(device)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        place = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_FILES[net]
+        raise InputError(
+            f"DF430 --selection lpips: the {net} backbone cannot be had ({error}). Put torchvision's "
+            f"{LPIPS_FILES[net]} at {place}, or choose another measure: --selection ssim, rmse or none"
+        ) from error
+
+    @torch.no_grad()
+    def score(candidates: torch.Tensor, normal: torch.Tensor, mask: torch.Tensor) -> list[float]:
+        candidates, normal = ((x.to(device) * 2 - 1) * mask.to(device) for x in (candidates, normal[None]))
+        return model(candidates, normal.expand_as(candidates)).flatten().tolist()
+
+    return score
+
+
+def ssim_score(candidates: torch.Tensor, normal: torch.Tensor, mask: torch.Tensor) -> list[float]:
+    """1 - SSIM, averaged inside the mask."""
+    inside = mask[0].cpu().numpy() > 0.5
+    pictures = [picture.cpu().numpy() for picture in candidates]
+
+    def ssim(picture: np.ndarray) -> float:
+        _, each = structural_similarity(picture, normal.cpu().numpy(), channel_axis=0, data_range=1.0, full=True)
+        return float(each.mean(axis=0)[inside].mean())
+
+    return [1 - ssim(picture) for picture in pictures]
+
+
+def rmse_score(candidates: torch.Tensor, normal: torch.Tensor, mask: torch.Tensor) -> list[float]:
+    """Root mean squared difference inside the mask, in [0, 1]."""
+    squared = (candidates - normal).square().mean(dim=1, keepdim=True) * mask
+    return (squared.sum(dim=(1, 2, 3)) / mask.sum()).sqrt().tolist()
+
+
+def make_scorer(selection: str, net: str, device: torch.device) -> Scorer | None:
+    """The measure that `--selection` names; None for `none`, which keeps the first candidate."""
+    return {
+        "lpips": lambda: lpips_scorer(net, device),
+        "ssim": lambda: ssim_score,
+        "rmse": lambda: rmse_score,
+        "none": lambda: None,
+    }[selection]()
+
+
+def select(scores: Sequence[float]) -> int:
+    """Low-Fidelity Selection: the candidate least like the normal image inside the mask; never one without a number.
+
+    Raises:
+        FloatingPointError: no score is a number.
+    """
+    finite = [i for i, score in enumerate(scores) if math.isfinite(score)]
+    if not finite:
+        raise FloatingPointError("no candidate has a finite score")
+    return max(finite, key=lambda i: scores[i])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compositing
+
+
+def to_picture(image: torch.Tensor, size: tuple[int, int]) -> Image.Image:
+    """A (3, S, S) tensor in [0, 1] as a PIL image of `size` (width, height)."""
+    pixels = (image.clamp(0, 1).permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+def composite(image: Image.Image, candidate: torch.Tensor, mask: np.ndarray) -> Image.Image:
+    """The candidate inside the (H, W) mask; every pixel outside it is the input's, at the input's own size."""
+    painted = np.asarray(to_picture(candidate, image.size))
+    return Image.fromarray(np.where(mask[..., None], painted, np.asarray(image)))
+
+
+CELL = 160  # pixels a side of a contact sheet's pictures
+SHEET_ROWS = 24
+
+
+def contact_row(
+    image: Image.Image, mask: np.ndarray, pictures: list[Image.Image], scores: list, chosen: int
+) -> Image.Image:
+    """One row of the contact sheet: good | mask | each candidate with its score, the chosen one outlined."""
+    cells = [image, Image.fromarray(mask), *pictures]
+    labels = ["good", "mask", *(f"{s:.4f}" if s is not None else "" for s in scores)]
+    row = Image.new("RGB", (len(cells) * (CELL + 4) + 4, CELL + 24), "white")
+    draw = ImageDraw.Draw(row)
+    for i, (cell, label) in enumerate(zip(cells, labels)):
+        left = 4 + i * (CELL + 4)
+        row.paste(cell.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS), (left, 4))
+        if i - 2 == chosen:
+            draw.rectangle((left - 2, 2, left + CELL + 1, CELL + 5), outline="red", width=3)
+            label += "  kept"
+        draw.text((left, CELL + 7), label, fill="red" if i - 2 == chosen else "black", font=ImageFont.load_default(12))
+    return row
+
+
+def write_contact_sheet(rows: list[Path], path: Path) -> None:
+    """Stacks the first `SHEET_ROWS` rows into one picture."""
+    pictures = [Image.open(row) for row in rows[:SHEET_ROWS]]
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    save_picture(sheet, path)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One image
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One good image and where its mask comes from; `mask` is None for a seeded random one."""
+
+    image: Path
+    mask: Path | None
+
+    @property
+    def name(self) -> str:
+        return self.image.stem
+
+    def load(self, seed: int) -> tuple[Image.Image, np.ndarray]:
+        """The image as RGB and its (H, W) bool mask."""
+        image = load_image(Image.open(self.image))
+        if self.mask is None:
+            rng = np.random.default_rng(derive_seed(seed, "mask", self.name))
+            return image, random_mask(rng, image.height, image.width)
+        return image, binarise(Image.open(self.mask))
+
+
+def find_cases(image: Path, mask: Path | None) -> list[Case]:
+    """The cases of one image and mask, or of two folders paired by name; random masks where `mask` is None.
+
+    Raises:
+        InputError: nothing there (DF160, DF161), or pairs that do not fit (DF142-DF144).
+    """
+    for path, flag in ((image, "--image"), (mask, "--mask")):
+        if path is not None and not path.exists():
+            raise InputError(f"DF160 {flag} {path}: no such file or folder")
+    if mask is not None and image.is_dir() != mask.is_dir():
+        raise InputError(f"DF161 --image {image}, --mask {mask}: give two files or two folders")
+    if image.is_file():
+        return [Case(image, mask)]
+    images = image_files(image)
+    if not images:
+        raise InputError(f"DF161 --image {image}: no images in it")
+    if mask is None:
+        stems = {}
+        for file in images:
+            stems.setdefault(file.stem, []).append(file.name)
+        twice = [f"DF144 {', '.join(names)}: one name twice; rename one" for names in stems.values() if len(names) > 1]
+        if twice:
+            raise InputError(*twice)
+        return [Case(file, None) for file in images]
+    root = Path(os.path.commonpath([image.absolute(), mask.absolute()]))
+    pairs, problems = pair_by_name([f.absolute() for f in images], [f.absolute() for f in image_files(mask)], root)
+    if problems:
+        raise InputError(*problems)
+    return [Case(*pair) for pair in pairs.items()]
+
+
+def check_cases(cases: list[Case], seed: int) -> None:
+    """Opens every image and mask; raises InputError with all problems at once (DF103, DF140, DF145)."""
+    problems = []
+    for case in cases:
+        try:
+            image, mask = case.load(seed)
+        except (OSError, ValueError, UnidentifiedImageError) as error:
+            problems.append(f"DF103 {case.image.name}: the image or its mask cannot be read: {error}")
+            continue
+        if image.size != mask.shape[::-1]:
+            size, mask_size = image.size, mask.shape[::-1]
+            problems.append(
+                f"DF140 {case.image}: {size[0]}x{size[1]}, its mask {mask_size[0]}x{mask_size[1]}; they must match"
+            )
+        elif not mask.any():
+            problems.append(f"DF145 {case.mask}: the mask is empty; mark where the defect goes")
+    if problems:
+        raise InputError(*problems)
+
+
+def generate(
+    pipe: StableDiffusionInpaintPipeline,
+    case: Case,
+    prompt: str,
+    scorer: Scorer | None,
+    output_dir: Path,
+    resolution: int,
+    num_candidates: int,
+    seed: int,
+    **sampling,
+) -> dict:
+    """Paints one case, writes its image, mask and contact row, and returns its line of the manifest."""
+    began = time.monotonic()
+    image, mask = case.load(seed)
+    grid = to_grid(mask, resolution // pipe.vae_scale_factor)
+    normal = image_tensor(image, resolution)
+    seeds = [derive_seed(seed, case.name, i) for i in range(num_candidates)]  # no two images share one
+    candidates = paint(pipe, normal, grid, prompt, seeds, **sampling)
+    normal, inside = (normal / 2 + 0.5).to(candidates.device), to_grid(mask, resolution).to(candidates.device)
+    pasted = torch.where(inside > 0.5, candidates, normal)  # what the composite will hold, at the model's size
+    scores = scorer(pasted, normal, inside) if scorer else [0.0] * num_candidates
+    chosen = select(scores)
+    result = composite(image, candidates[chosen], mask)
+    if Image.open(case.image).mode in ("1", "L"):
+        result = result.convert("L")  # a grey input gives a grey output; equal channels convert exactly
+    shown = [s if scorer else None for s in scores]
+    files = {kind: f"{kind}/{case.name}.png" for kind in ("images", "masks", "contact")}
+    save_picture(result, output_dir / files["images"])
+    save_picture(Image.fromarray(mask).convert("L"), output_dir / files["masks"])
+    pictures = [composite(image, c, mask) for c in candidates]
+    save_picture(contact_row(image, mask, pictures, shown, chosen), output_dir / files["contact"])
+    return {
+        "name": case.name,
+        "image": files["images"],
+        "mask": files["masks"],
+        "good_image": case.image.name,
+        "given_mask": case.mask.name if case.mask else None,
+        "prompt": prompt,
+        "candidate_seeds": seeds,
+        "scores": shown,
+        "chosen": chosen,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def finished_lines(manifest: Path) -> list[dict]:
+    """The lines of images already made; a last line torn by a kill is cut off the file."""
+    if not manifest.exists():
+        return []
+    whole, _, torn = manifest.read_bytes().rpartition(b"\n")
+    if torn:
+        with replacing(manifest) as temporary:
+            temporary.write_bytes(whole + b"\n" if whole else b"")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def choose_prompt(lora: LoraFile, defect: str | None, prompt: str | None) -> tuple[str, str | None]:
+    """The prompt to paint with and its defect type: given, or the object prompt of the LoRA's record."""
+    if prompt:
+        return prompt, defect
+    prompts = lora.record.get("prompts", {})
+    if defect is None and len(prompts) == 1:
+        defect = next(iter(prompts))
+    if defect in prompts:
+        return prompts[defect], defect
+    if not prompts:
+        raise InputError(f"DF411 {lora.path}: carries no prompts; give --prompt")
+    if defect is None:
+        raise InputError(
+            f"DF411 {lora.path}: knows several defects; choose one with --defect: {', '.join(sorted(prompts))}"
+        )
+    raise InputError(f"DF411 --defect {defect}: the LoRA does not know it.{did_you_mean(defect, prompts)}")
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("model")
+    group.add_argument("--lora", required=True, metavar="PATH|ID", help="LoRA folder, file or Hub id.")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        metavar="PATH|ID",
+        help="Base inpainting model. Default: the LoRA's own base.",
+    )
+    group.add_argument("--revision", help="Revision of the base on the Hub. Default: the one the LoRA was trained on.")
+    group.add_argument("--variant", help="Variant of the base's weight files, such as fp16.")
+    group.add_argument("--cache_dir", help="Where downloaded models are kept.")
+    group.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="Precision of the whole model. Default: fp16 on a GPU, no on a CPU.",
+    )
+    group = parser.add_argument_group("input")
+    group.add_argument("--image", required=True, type=Path, metavar="PATH", help="Good image, or a folder of them.")
+    group.add_argument(
+        "--mask",
+        type=Path,
+        metavar="PATH",
+        help="Its mask, white where the defect goes, or a folder of masks of the same names.",
+    )
+    group.add_argument(
+        "--mask_source",
+        choices=["given", "random"],
+        default="given",
+        help="given: --mask. random: a seeded irregular blob for each image. Default: %(default)s.",
+    )
+    group.add_argument("--defect", help="Defect type to paint, where the LoRA knows several.")
+    group.add_argument("--prompt", help="Prompt in place of the LoRA's own.")
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--num_candidates", type=int, default=8, metavar="N", help="Candidates an image. Default: %(default)s."
+    )
+    group.add_argument("--batch_size", type=int, metavar="N", help="Candidates in one UNet call. Default: all.")
+    group.add_argument(
+        "--num_inference_steps", type=int, default=50, metavar="N", help="DDIM steps. Default: %(default)s."
+    )
+    group.add_argument("--guidance_scale", type=float, default=7.5, metavar="X", help="Default: %(default)s.")
+    group.add_argument(
+        "--resolution", type=int, metavar="PX", help="Side of the model's square. Default: the LoRA's own."
+    )
+    group.add_argument("--seed", type=int, default=0, help="Default: %(default)s.")
+    group = parser.add_argument_group("selection")
+    group.add_argument(
+        "--selection",
+        choices=["lpips", "ssim", "rmse", "none"],
+        default="lpips",
+        help="Measure of the distance to the normal image inside the mask; the most distant candidate is kept; with "
+        "none the first. Default: %(default)s (the paper's).",
+    )
+    group.add_argument(
+        "--lpips_net", choices=list(LPIPS_FILES), default="alex", help="LPIPS backbone. Default: %(default)s."
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", required=True, type=Path, metavar="DIR")
+    args = parser.parse_args(input_args)
+    for flag in ("num_candidates", "num_inference_steps", "batch_size"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if (args.mask_source == "given") != (args.mask is not None):
+        parser.error("give --mask, or --mask_source random without it")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    # Everything that can be wrong is looked at before a weight is loaded.
+    cases = find_cases(args.image, args.mask)
+    check_cases(cases, args.seed)
+    lora = read_lora(args.lora)
+    prompt, defect = choose_prompt(lora, args.defect, args.prompt)
+    name = args.pretrained_model_name_or_path or lora.record.get("base")
+    resolution = args.resolution or lora.record.get("resolution")
+    if not name or not resolution:
+        raise InputError(
+            f"DF412 {lora.path}: carries no record; give --pretrained_model_name_or_path and --resolution"
+        )
+    revision = args.revision or (lora.record.get("revision") if name == lora.record.get("base") else None)
+    base = read_base(name, revision, args.cache_dir)
+    check_resolution(base, resolution)
+    check_fits(lora, base)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
+    scorer = make_scorer(args.selection, args.lpips_net, device)
+
+    with sole_writer(args.output_dir):
+        sampling = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+        settings = {
+            "base": base.name,
+            "revision": base.revision,
+            "lora_sha256": hashlib.sha256(lora.path.read_bytes()).hexdigest(),
+            "defect": defect,
+            "prompt": prompt,
+            "resolution": resolution,
+            "num_candidates": args.num_candidates,
+            "seed": args.seed,
+            "mask_source": args.mask_source,
+            "selection": args.selection if args.selection != "lpips" else f"lpips-{args.lpips_net}",
+            "mixed_precision": precision,
+            **sampling,
+        }
+        settings_file = args.output_dir / "settings.json"
+        if settings_file.exists():
+            check_identity(json.loads(settings_file.read_text()), settings)
+        write_json(settings_file, settings)
+        for folder in ("images", "masks", "contact"):
+            (args.output_dir / folder).mkdir(exist_ok=True)
+        manifest = args.output_dir / "manifest.jsonl"
+        done = {line["name"] for line in finished_lines(manifest)}
+        todo = [case for case in cases if case.name not in done]
+        if todo:
+            pipe = load_pipeline(base, args.variant, args.cache_dir, precision, device)
+            load_lora(pipe, lora)
+            failed = []
+            with manifest.open("a") as lines:
+                for case in tqdm(todo, desc="Images", initial=len(done), total=len(cases)):
+                    try:
+                        line = generate(
+                            pipe, case, prompt, scorer, args.output_dir, resolution, args.num_candidates, args.seed,
+                            batch_size=args.batch_size, **sampling,
+                        )  # fmt: skip
+                    except FloatingPointError as error:
+                        failed.append(f"{case.image.name}: {error}")
+                        continue
+                    lines.write(json.dumps(line) + "\n")
+                    lines.flush()
+                    os.fsync(lines.fileno())
+            if failed:
+                raise SystemExit("No usable candidate for:\n" + "\n".join(failed))
+        write_contact_sheet(
+            [args.output_dir / "contact" / f"{case.name}.png" for case in cases], args.output_dir / "contact_sheet.png"
+        )
+        flush(args.output_dir)
+    print(f"{len(cases)} images in {args.output_dir}: images/, masks/, manifest.jsonl, contact_sheet.png")
+
+
+def load_pipeline(
+    base, variant: str | None, cache_dir: str | None, precision: str, device: torch.device
+) -> StableDiffusionInpaintPipeline:
+    """The base pipeline with DDIM, without the safety checker (it blackens what it takes for wounds)."""
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    pipe = StableDiffusionInpaintPipeline.from_pretrained(
+        base.name,
+        revision=base.revision,
+        variant=variant,
+        cache_dir=cache_dir,
+        dtype=dtype,
+        use_safetensors=True,
+        safety_checker=None,
+        requires_safety_checker=False,
+    ).to(device)
+    pipe.scheduler = ddim(pipe.scheduler)
+    pipe.vae.enable_slicing()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ddim(scheduler) -> DDIMScheduler:
+    """DDIM with the noise schedule of `scheduler`; latents have no fixed range, so nothing is clipped."""
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+
+
+if __name__ == "__main__":
+    exit_on_input_error(lambda: main(parse_args()))

@@ -43,6 +43,7 @@ from defectfill_dataset import (
     image_tensor,
     load_image,
     random_mask,
+    tensor_image,
     to_grid,
 )
 from defectfill_dataset.errors import did_you_mean
@@ -197,16 +198,10 @@ def select(scores: Sequence[float]) -> int:
 # Compositing
 
 
-def to_picture(image: torch.Tensor, size: tuple[int, int]) -> Image.Image:
-    """A (3, S, S) tensor in [0, 1] as a PIL image of `size` (width, height)."""
-    pixels = (image.clamp(0, 1).permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-
-
 def composite(image: Image.Image, candidate: torch.Tensor, mask: np.ndarray) -> Image.Image:
-    """The candidate inside the (H, W) mask; every pixel outside it is the input's, at the input's own size."""
-    painted = np.asarray(to_picture(candidate, image.size))
-    return Image.fromarray(np.where(mask[..., None], painted, np.asarray(image)))
+    """The candidate, (3, S, S) in [0, 1], inside the (H, W) mask; every pixel outside is the input's own."""
+    painted = tensor_image(candidate * 2 - 1).resize(image.size, Image.Resampling.BICUBIC)
+    return Image.fromarray(np.where(mask[..., None], np.asarray(painted), np.asarray(image)))
 
 
 CELL = 160  # pixels a side of a contact sheet's pictures

@@ -44,7 +44,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from defectfill import checkpoint as checkpoints
 from defectfill.base import Base, check_resolution, read_base
 from defectfill.files import sole_writer, write_json
-from defectfill.lora_file import ADAPTER, LORA_FILE, lora_parameters, read_lora, reload_and_compare, save_lora
+from defectfill.lora_file import ADAPTER, LORA_FILE, lora_parameters, reload_and_compare, save_lora
 from defectfill.publish import check_hub, push, write_model_card
 from defectfill.record import LossLog, git_revision, versions
 from defectfill.signals import StopSignal
@@ -59,12 +59,14 @@ from defectfill_dataset import (
     data_digest,
     derive_seed,
     exit_on_input_error,
+    heat_overlay,
     image_tensor,
     load_defect_pairs,
     load_image,
     load_prepared,
     sampling_schedule,
     select_defects,
+    tensor_image,
     to_words,
     tokenize_prompts,
     write_split,
@@ -287,14 +289,16 @@ class Draws(NamedTuple):
     posterior: torch.Tensor  # (B, C, h, w)
 
 
-def draw(seeds: Iterable[int], shape: tuple[int, ...], num_train_timesteps: int, device: torch.device) -> Draws:
+def draw(models: Models, batch: dict) -> Draws:
     """Draws each sample's numbers from its own seed, on the CPU, so that they are the same on every machine."""
+    shape = (2, models.vae.config.latent_channels, *batch["mask"].shape[-2:])
     samples = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(int(seed))
-        noise = torch.randn(2, *shape, generator=generator)
-        samples.append((noise[0], torch.randint(0, num_train_timesteps, (), generator=generator), noise[1]))
-    return Draws(*(torch.stack(column).to(device) for column in zip(*samples)))
+    for seed in batch["seed"].tolist():
+        generator = torch.Generator().manual_seed(seed)
+        noise, posterior = torch.randn(shape, generator=generator)
+        t = torch.randint(0, models.noise_scheduler.config.num_train_timesteps, (), generator=generator)
+        samples.append((noise, t, posterior))
+    return Draws(*(torch.stack(column).to(batch["mask"].device) for column in zip(*samples)))
 
 
 def encode_images(
@@ -368,10 +372,6 @@ def collate(items: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
     return {k: v.to(device) for k, v in torch.utils.data.default_collate(items).items()}
 
 
-def latent_shape(models: Models, batch: dict) -> tuple[int, int, int]:
-    return (models.vae.config.latent_channels, *batch["mask"].shape[-2:])
-
-
 @torch.no_grad()
 def measure(models: Models, items: Iterable[dict], options: LossOptions, device: torch.device) -> dict[str, float]:
     """Losses and attention overlap over whole images at four fixed timesteps with fixed noise: figures to compare.
@@ -383,24 +383,15 @@ def measure(models: Models, items: Iterable[dict], options: LossOptions, device:
     figures = []
     for item in items:
         batch = collate([item], device)
-        drawn = draw(batch["seed"], latent_shape(models, batch), 1, device)
+        draws = draw(models, batch)
         for fifth in range(1, 5):
-            t = torch.full_like(drawn.timesteps, fifth * models.noise_scheduler.config.num_train_timesteps // 5)
-            losses = training_losses(models, batch, drawn._replace(timesteps=t), options)
+            t = torch.full_like(draws.timesteps, fifth * models.noise_scheduler.config.num_train_timesteps // 5)
+            losses = training_losses(models, batch, draws._replace(timesteps=t), options)
             iou, share = attention_overlap(losses["attention_map"][0], batch["mask"][0, 0])
             figures.append([*(losses[k].item() for k in LOSSES), iou, share, batch["mask"].mean().item()])
     models.store.stop()
     names = (*LOSSES, "attention_iou", "attention_inside", "mask_area")
     return {name: round(float(x), 6) for name, x in zip(names, np.mean(figures, axis=0))}
-
-
-def heat_overlay(image: Image.Image, attention: torch.Tensor) -> Image.Image:
-    """The image with the map (h, w), stretched to [0, 1], laid over it: blue low, red high."""
-    low, high = attention.min(), attention.max()
-    heat = ((attention - low) / (high - low).clamp_min(1e-8))[None, None]
-    heat = F.interpolate(heat, (image.height, image.width), mode="bilinear")[0, 0].cpu().numpy()[..., None]
-    colour = np.concatenate([heat, np.zeros_like(heat), 1 - heat], axis=-1) * 255
-    return Image.fromarray((0.5 * np.asarray(image) + 0.5 * colour).astype(np.uint8))
 
 
 @torch.no_grad()
@@ -419,16 +410,16 @@ def validation_picture(
         result = paint(pipe, image, grid, case["prompt"], [case["seed"]], inference_steps)[0]
         size = image.shape[-1]
         pixels = cover(grid, size // grid.shape[-1])[0].numpy() > 0.5
-        good = Image.fromarray(((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8))
+        good = tensor_image(image)
         painted = composite(good, result, pixels)
         item = {k: v for k, v in case.items() if k != "prompt"} | {
             "pixel_values": image_tensor(painted, size),
             "random_mask": grid,
         }
         batch = collate([item], pipe.device)
-        drawn = draw(batch["seed"], latent_shape(models, batch), 1, pipe.device)
-        t = torch.full_like(drawn.timesteps, models.noise_scheduler.config.num_train_timesteps // 2)
-        attention = training_losses(models, batch, drawn._replace(timesteps=t), options)["attention_map"][0]
+        draws = draw(models, batch)
+        t = torch.full_like(draws.timesteps, models.noise_scheduler.config.num_train_timesteps // 2)
+        attention = training_losses(models, batch, draws._replace(timesteps=t), options)["attention_map"][0]
         cells = [good, Image.fromarray(pixels).convert("RGB"), painted, heat_overlay(painted, attention)]
         rows.append(np.concatenate([np.asarray(cell) for cell in cells], axis=1))
     models.store.stop()
@@ -536,8 +527,8 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
 
     step, before = 0, None
     if job.checkpoint:
-        step, before = resume(job.checkpoint, parameters, optimizer, lr_scheduler, accelerator.scaler)
-        logger.info(f"Resuming from {job.checkpoint.name}")
+        state = checkpoints.restore(job.checkpoint, parameters, optimizer, lr_scheduler, accelerator.scaler)
+        step, before = state["step"], state["before"]
     else:
         before = evaluate()
     accumulation = accelerator.gradient_accumulation_steps
@@ -553,14 +544,10 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
         if accelerator.is_main_process:
             log.flush()
             record = lora_record(args, job, step)
-            tensors, scalars = checkpoints.optimizer_tensors(optimizer, parameters)
-            state = {"step": step, "before": before, "optimizer": scalars, "identity": job.identity}
-            state["lr_scheduler"] = lr_scheduler.state_dict()
-            state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
             checkpoints.save_checkpoint(
-                args.output_dir, step, {checkpoints.OPTIMIZER_FILE: tensors}, state,
-                lambda folder: save_lora(folder / LORA_FILE, bare_unet, bare_text_encoder, record),
-                args.checkpoints_total_limit,
+                args.output_dir, {"step": step, "before": before, "identity": job.identity},
+                lambda path: save_lora(path, bare_unet, bare_text_encoder, record),
+                parameters, optimizer, lr_scheduler, accelerator.scaler, args.checkpoints_total_limit,
             )  # fmt: skip
         accelerator.wait_for_everyone()
 
@@ -573,9 +560,7 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
     for keys, batch in zip(schedule, loader):
         batch = {k: v.to(device) for k, v in batch.items()}
         torch.manual_seed(derive_seed(args.seed, "dropout", *keys[0][:2]))
-        draws = draw(
-            batch["seed"].tolist(), latent_shape(models, batch), noise_scheduler.config.num_train_timesteps, device
-        )
+        draws = draw(models, batch)
         with accelerator.accumulate(unet, text_encoder):
             losses = training_losses(models, batch, draws, options)
             accelerator.backward(losses["loss"])
@@ -601,7 +586,7 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
             log.write({"step": step, **terms})
 
         stopping = stop.requested(accelerator)
-        if stopping or step % args.checkpointing_steps == 0:
+        if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             save()
         if stopping and step < args.max_train_steps:
             logger.info(f"Stopped at step {step}; resume with --resume_from_checkpoint latest")
@@ -629,22 +614,6 @@ def stop_if_not_finite(terms: dict, norm: torch.Tensor, step: int, samples, batc
         f"Step {step + 1}: {shown}, gradient norm {float(norm):g}, last images {names}. The weights were not changed "
         "and the last checkpoint is good. Lower --learning_rate, or use bf16 in place of fp16"
     )
-
-
-def resume(checkpoint: Path, parameters: dict, optimizer, lr_scheduler, scaler) -> tuple[int, dict | None]:
-    """Puts weights, moments, schedule and loss scale back; returns the step and the figures from before training."""
-    lora = read_lora(checkpoint)
-    tensors, state = checkpoints.read_checkpoint(checkpoint)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(lora.tensors[name])
-    checkpoints.load_optimizer_tensors(optimizer, parameters, tensors, state["optimizer"])
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
-    for group, lr in zip(optimizer.param_groups, lr_scheduler.get_last_lr()):
-        group["lr"] = lr
-    if scaler and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    return state["step"], state["before"]
 
 
 def make_validation(
@@ -910,32 +879,10 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     }
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps  # the schedule's length
-    checkpoint = find_resume(args, identity)
+    checkpoint = checkpoints.find_resume(args.output_dir, args.resume_from_checkpoint, identity, args.max_train_steps)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, args.output_dir.resolve().name)
     return Job(base, data, prompts, tokenizer, tokens, object_words, identity, checkpoint)
-
-
-def find_resume(args: argparse.Namespace, identity: dict) -> Path | None:
-    """The checkpoint to go on from, its options proved the same; never a silent overwrite of an earlier run."""
-    if not args.resume_from_checkpoint:
-        if checkpoints.list_checkpoints(args.output_dir) or (args.output_dir / LORA_FILE).exists():
-            raise InputError(
-                f"DF186 --output_dir {args.output_dir}: holds an earlier run; go on with it by --resume_from_checkpoint "
-                "latest, or choose another folder"
-            )
-        return None
-    checkpoint = checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if checkpoint is None:
-        logger.info("No checkpoint to resume from: starting a new run")
-        return None
-    _, state = checkpoints.read_checkpoint(checkpoint)
-    checkpoints.check_identity(state["identity"], identity)
-    if state["step"] > args.max_train_steps:
-        raise InputError(
-            f"DF187 --max_train_steps {args.max_train_steps}: the checkpoint is already at step {state['step']}"
-        )
-    return checkpoint
 
 
 def main(args: argparse.Namespace) -> None:

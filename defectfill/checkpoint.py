@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from defectfill_dataset import InputError
 
 from .files import flush, write_json
+from .lora_file import LORA_FILE, read_lora
 
 
 logger = logging.getLogger(__name__)
@@ -23,37 +25,15 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]
-) -> tuple[dict, dict]:
-    """The optimizer's state by parameter name: its tensors, and everything else as JSON can hold it."""
-    tensors, scalars = {}, {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if torch.is_tensor(value):
-                tensors[f"{name}|{key}"] = (
-                    value.detach().cpu().clone().contiguous()
-                )  # clone: 8-bit Adam shares its maps
-            else:
-                scalars[f"{name}|{key}"] = value
-    return tensors, scalars
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], tensors: dict, scalars: dict
-) -> None:
-    """Puts back what `optimizer_tensors` took, on each parameter's device (AdamW keeps its step count on the CPU)."""
-    optimizer.state.clear()
-    for full_name, value in {**tensors, **scalars}.items():
-        name, key = full_name.split("|")
-        parameter = parameters[name]
-        if torch.is_tensor(value) and key != "step":
-            value = value.to(parameter.device)
-        optimizer.state[parameter][key] = value
-
-
 def save_checkpoint(
-    output_dir: Path, step: int, tensors: dict[str, dict], state: dict, write_lora, total_limit: int | None
+    output_dir: Path,
+    state: dict,
+    write_lora: Callable[[Path], None],
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler | None,
+    total_limit: int | None,
 ) -> None:
     """Writes `checkpoint-<step>`, then deletes the oldest beyond `total_limit`.
 
@@ -61,18 +41,21 @@ def save_checkpoint(
     kill at any instant leaves each checkpoint whole or absent. A full disk costs this checkpoint, not the run.
 
     Args:
-        tensors: file name to tensors.
-        state: JSON content beside them.
-        write_lora: called with the path of the LoRA file to write.
+        state: JSON content of the caller, with `step` and `identity`.
+        write_lora: writes the LoRA file to a path.
+        parameters: what the optimizer trains, by name.
         total_limit: how many checkpoints to keep, None for all.
     """
+    step = state["step"]
     temporary = output_dir / f".tmp-checkpoint-{step}-{os.getpid()}"
     final = output_dir / f"checkpoint-{step}"
+    tensors, scalars = _optimizer_state(optimizer, parameters)
+    state = state | {"optimizer": scalars, "lr_scheduler": lr_scheduler.state_dict()}
+    state["scaler"] = scaler.state_dict() if scaler else None
     try:
         temporary.mkdir()
-        write_lora(temporary)
-        for name, content in tensors.items():
-            save_file(content, temporary / name)
+        write_lora(temporary / LORA_FILE)
+        save_file(tensors, temporary / OPTIMIZER_FILE)
         write_json(temporary / STATE_FILE, state)
         files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())}
         write_json(temporary / MANIFEST, {"schema": 1, "step": step, "files": files})
@@ -92,6 +75,18 @@ def save_checkpoint(
     if total_limit is not None:
         for old in list_checkpoints(output_dir)[:-total_limit]:
             _discard(old)
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict) -> tuple[dict, dict]:
+    """The optimizer's state by parameter name: its tensors, and everything else as JSON can hold it."""
+    tensors, scalars = {}, {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if torch.is_tensor(value):
+                tensors[f"{name}|{key}"] = value.detach().cpu().clone().contiguous()  # 8-bit Adam shares some
+            else:
+                scalars[f"{name}|{key}"] = value
+    return tensors, scalars
 
 
 def _discard(folder: Path) -> None:
@@ -126,7 +121,7 @@ def what_is_wrong(checkpoint: Path) -> str | None:
                 return f"its manifest names '{name}'"
             if _sha256(checkpoint / name) != entry["sha256"]:
                 return f"{name} is not what was written"
-        missing = {OPTIMIZER_FILE, STATE_FILE} - manifest["files"].keys()
+        missing = {LORA_FILE, OPTIMIZER_FILE, STATE_FILE} - manifest["files"].keys()
         return f"no {', '.join(sorted(missing))}" if missing else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest or a file cannot be read: {error!r}"
@@ -160,13 +155,62 @@ def find_checkpoint(output_dir: Path, which: str) -> Path | None:
     return checkpoint
 
 
-def read_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The optimizer's tensors and the JSON state of a checkpoint."""
-    return load_file(checkpoint / OPTIMIZER_FILE), json.loads((checkpoint / STATE_FILE).read_text())
+def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_steps: int) -> Path | None:
+    """The checkpoint to go on from, with the options it was made with; None to start anew.
+
+    Raises:
+        InputError: `output_dir` holds an earlier run and `which` is None (DF186), options differ (DF320), or the
+            checkpoint lies behind the last step (DF187).
+    """
+    if not which:
+        if list_checkpoints(output_dir) or (output_dir / LORA_FILE).exists():
+            raise InputError(
+                f"DF186 --output_dir {output_dir}: holds an earlier run; go on with it by --resume_from_checkpoint "
+                "latest, or choose another folder"
+            )
+        return None
+    checkpoint = find_checkpoint(output_dir, which)
+    if checkpoint is None:
+        logger.info("No checkpoint to resume from: starting a new run")
+        return None
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    check_identity(state["identity"], identity)
+    if state["step"] > max_train_steps:
+        raise InputError(
+            f"DF187 --max_train_steps {max_train_steps}: the checkpoint is already at step {state['step']}"
+        )
+    logger.info(f"Resuming from {checkpoint.name}")
+    return checkpoint
+
+
+@torch.no_grad()
+def restore(
+    checkpoint: Path,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler | None,
+) -> dict:
+    """Puts weights, moments, learning rates and loss scale back; returns the caller's state."""
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    lora = read_lora(checkpoint).tensors
+    for name, parameter in parameters.items():
+        parameter.copy_(lora[name])
+    optimizer.state.clear()
+    for full_name, value in {**load_file(checkpoint / OPTIMIZER_FILE), **state["optimizer"]}.items():
+        name, key = full_name.split("|")
+        on_device = torch.is_tensor(value) and key != "step"  # AdamW keeps its step count on the CPU
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device) if on_device else value
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    for group, lr in zip(optimizer.param_groups, lr_scheduler.get_last_lr()):
+        group["lr"] = lr
+    if scaler and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    return state
 
 
 def check_identity(saved: dict, now: dict) -> None:
-    """Raises InputError (DF320), with each difference, unless a run resumes with the options it began with."""
+    """Raises InputError (DF320), with each difference, unless a run goes on with the options it began with."""
     changed = [k for k in sorted(saved.keys() | now.keys()) if saved.get(k) != now.get(k)]
     if changed:
         raise InputError(

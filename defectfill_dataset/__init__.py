@@ -10,12 +10,13 @@ Shapes: H, W image pixels; h, w cells of the latent grid; L prompt tokens.
 from .builder import DefectPairs, data_digest, load_defect_pairs, load_prepared, select_defects
 from .checks import check_pairs
 from .errors import InputError, exit_on_input_error
+from .images import heat_overlay, image_tensor, load_image, tensor_image
 from .layouts import find_objects
 from .masks import binarise, boxes_mask, cover, random_boxes, random_mask, to_grid
 from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_words, tokenize_prompts
 from .seeds import derive_seed
 from .splits import write_split
-from .training import TrainingSamples, image_tensor, load_image, sampling_schedule
+from .training import TrainingSamples, sampling_schedule
 
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "derive_seed",
     "exit_on_input_error",
     "find_objects",
+    "heat_overlay",
     "image_tensor",
     "load_defect_pairs",
     "load_image",
@@ -42,6 +44,7 @@ __all__ = [
     "random_mask",
     "sampling_schedule",
     "select_defects",
+    "tensor_image",
     "to_grid",
     "to_words",
     "tokenize_prompts",

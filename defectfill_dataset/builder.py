@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -72,8 +72,10 @@ class DefectPairs(datasets.GeneratorBasedBuilder):
 
 def read_object(root: Path) -> list[Row]:
     """All rows of the object at `root`, by the reader of its layout."""
-    _, reader = LAYOUTS[layout_of(root)]
-    return reader(root)
+    name = layout_of(root)
+    if name is None:
+        raise InputError(f"DF161 {root}: no known layout")
+    return LAYOUTS[name][1](root)
 
 
 def load_defect_pairs(
@@ -152,7 +154,7 @@ def _choose_object(source: str | Path, objects: Iterable[str], wanted: str | Non
     return wanted or objects[0]
 
 
-def _rows_where(dataset: Dataset, column: str, values: Sequence[str]) -> Dataset:
+def _rows_where(dataset: Dataset, column: str, values: Collection[str]) -> Dataset:
     return dataset.select([i for i, value in enumerate(dataset[column]) if value in values])
 
 

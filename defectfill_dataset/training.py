@@ -5,26 +5,15 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image, ImageOps
+from PIL import Image
 
+from .images import image_tensor, load_image
 from .masks import binarise, boxes_mask, random_boxes, to_grid
 from .prompts import PromptPair, TokenizedPrompts
 from .seeds import derive_seed
 
 
 CROP_TRIES = 10
-
-
-def load_image(image: Image.Image) -> Image.Image:
-    """An image file's pixels as 8-bit RGB, turned the way its EXIF tag says."""
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def image_tensor(image: Image.Image, size: int) -> torch.Tensor:
-    """(3, size, size) in [-1, 1]: the whole image resampled to a square, as training and generation both see it."""
-    resized = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(resized, dtype=np.float32))
-    return pixels.permute(2, 0, 1) / 127.5 - 1
 
 
 def sampling_schedule(start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1) -> list[list[tuple]]:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
-WORDS = """a an the photo picture close up of on with and in good sks part metal nut metal_nut brushed plate woven cloth
+WORDS = """a an the photo picture close up of on with and in good sks part metal nut brushed plate woven cloth
 grained wood hazelnut bottle cable capsule carpet grid leather pill screw tile toothbrush transistor zipper magnetic
 hole crack cut print scratch stain dent blowhole broken large small contamination bent color faulty imprint thread
 fold glue poke rough oil gray stroke flip missing wire defect damaged""".split()

@@ -189,9 +189,10 @@ class RecordingAttnProcessor:
         )
         weights, rows = self.store.phrase_weights, self.store.rows
         if weights is not None:
-            scores = query[rows] @ key[rows].transpose(-1, -2) * attn.scale
-            probabilities = scores.float().softmax(dim=-1)  # (rows, heads, Q, L); fp16 would lose the gradient
-            self.store.maps[self.name] = torch.einsum("bhql,bl->bq", probabilities, weights) / attn.heads
+            with torch.autocast(query.device.type, enabled=False):  # fp32: half precision would lose the gradient
+                scores = query[rows].float() @ key[rows].float().transpose(-1, -2) * attn.scale
+                probabilities = scores.softmax(dim=-1)  # (rows, heads, Q, L)
+                self.store.maps[self.name] = torch.einsum("bhql,bl->bq", probabilities, weights) / attn.heads
         hidden_states = F.scaled_dot_product_attention(query, key, value)
         hidden_states = attn.to_out[0](hidden_states.transpose(1, 2).flatten(2))
         return attn.to_out[1](hidden_states)
@@ -460,6 +461,22 @@ class Job(NamedTuple):
     checkpoint: Path | None
 
 
+def make_models(args: argparse.Namespace, job: Job, dtype: torch.dtype, device: torch.device) -> Models:
+    """The base's models on `device` with fresh LoRA and recording processors."""
+    unet, text_encoder, vae, noise_scheduler = load_models(job.base, args.variant, args.cache_dir, dtype)
+    set_seed(args.seed)
+    add_lora(unet, text_encoder, args.rank, args.lora_alpha, args.lora_dropout)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        text_encoder.activation_checkpointing_enable()
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    store = record_attention(unet)  # last: xformers replaces every processor
+    for model in (unet, text_encoder, vae):
+        model.to(device)
+    return Models(unet, text_encoder, vae, noise_scheduler, store, job.tokens)
+
+
 def make_optimizer(unet, text_encoder, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW, or bitsandbytes' 8-bit one, over the LoRA parameters, a learning rate for each model."""
     if args.use_8bit_adam:
@@ -492,37 +509,27 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     options = LossOptions(*(getattr(args, field) for field in LossOptions._fields))
 
-    # Models: LoRA in fp32 on frozen weights; recording processors after every other switch of processors.
-    unet, text_encoder, vae, noise_scheduler = load_models(job.base, args.variant, args.cache_dir, weight_dtype)
-    set_seed(args.seed)
-    add_lora(unet, text_encoder, args.rank, args.lora_alpha, args.lora_dropout)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        text_encoder.activation_checkpointing_enable()
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
-    store = record_attention(unet)
-    for model in (unet, text_encoder, vae):
-        model.to(device)
+    # Models, optimizer, schedule, data.
+    bare_models = make_models(args, job, weight_dtype, device)
+    unet, text_encoder = bare_models.unet, bare_models.text_encoder
     parameters = lora_parameters(unet, text_encoder)
-
-    # Optimizer, schedule, data.
     optimizer = make_optimizer(unet, text_encoder, args)
-    bare_unet, bare_text_encoder = unet, text_encoder
     unet, text_encoder, optimizer = accelerator.prepare(unet, text_encoder, optimizer)
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer.optimizer, args.lr_warmup_steps, args.max_train_steps)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer.optimizer,
+        num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
+    )  # fmt: skip
     samples = TrainingSamples(
         job.data["train"], job.prompts, job.tokens, args.resolution, job.base.vae_scale_factor, args.seed,
         args.max_resize_scale, args.center_crop, args.num_random_boxes,
     )  # fmt: skip
-    models = Models(unet, text_encoder, vae, noise_scheduler, store, job.tokens)
-    bare_models = models._replace(unet=bare_unet, text_encoder=bare_text_encoder)
+    models = bare_models._replace(unet=unet, text_encoder=text_encoder)
 
     def evaluate() -> dict[str, float] | None:
         """Figures over the references, on the main process."""
         if not accelerator.is_main_process:
             return None
-        with evaluating(bare_unet, bare_text_encoder), accelerator.autocast():
+        with evaluating(bare_models.unet, bare_models.text_encoder), accelerator.autocast():
             return measure(bare_models, samples.references(), options, device)
 
     step, before = 0, None
@@ -546,7 +553,7 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
             record = lora_record(args, job, step)
             checkpoints.save_checkpoint(
                 args.output_dir, {"step": step, "before": before, "identity": job.identity},
-                lambda path: save_lora(path, bare_unet, bare_text_encoder, record),
+                lambda path: save_lora(path, bare_models.unet, bare_models.text_encoder, record),
                 parameters, optimizer, lr_scheduler, accelerator.scaler, args.checkpoints_total_limit,
             )  # fmt: skip
         accelerator.wait_for_everyone()
@@ -564,7 +571,7 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
         with accelerator.accumulate(unet, text_encoder):
             losses = training_losses(models, batch, draws, options)
             accelerator.backward(losses["loss"])
-            store.pop()  # what gradient checkpointing recorded again
+            models.store.pop()  # what gradient checkpointing recorded again
             sums += torch.stack([losses[k].detach() for k in LOSSES]) / accumulation
             if accelerator.sync_gradients:
                 terms = dict(zip(LOSSES, accelerator.reduce(sums, "mean").tolist()))
@@ -574,13 +581,13 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
-        if not accelerator.optimizer_step_was_skipped:
-            lr_scheduler.step()
         step += 1
         sums.zero_()
         progress.update()
         progress.set_postfix({k: f"{v:.4f}" for k, v in terms.items()})
-        terms |= {"lr": lr_scheduler.get_last_lr()[0], "text_encoder_lr": lr_scheduler.get_last_lr()[1]}
+        terms |= zip(("lr", "text_encoder_lr"), lr_scheduler.get_last_lr())
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
         accelerator.log(terms, step=step)
         if log:
             log.write({"step": step, **terms})
@@ -852,7 +859,8 @@ def check_options(args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     """Checks and reads everything that can be wrong, before a weight is loaded."""
-    check_options(args)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("DF189 --mixed_precision fp16: needs a GPU, and there is none here; use bf16 or no")
     with accelerator.main_process_first():
         if args.train_data_dir:
             data = load_defect_pairs(args.train_data_dir, args.object, args.split, args.cache_dir)
@@ -886,6 +894,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_options(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -74,7 +74,11 @@ def save_lora(path: Path, unet: torch.nn.Module, text_encoder: torch.nn.Module, 
     for prefix, model in (("unet", unet), ("text_encoder", text_encoder)):
         config = model.peft_config[ADAPTER].to_dict()
         adapter |= {f"{prefix}.{key}": _plain(config[key]) for key in PORTABLE_CONFIG}
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter), "defectfill": json.dumps(record)}
+    header = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(adapter),
+        "defectfill": json.dumps(record | {"tensors": len(tensors)}),
+    }
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=header)
 
@@ -88,7 +92,7 @@ def read_lora(source: str | Path) -> LoraFile:
 
     Raises:
         InputError: not to be had (DF400), no safetensors file (DF401), no LoRA of both models (DF402), or tensors
-            that are not finite (DF403).
+            that are not finite (DF403) or not all there (DF404).
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -118,6 +122,8 @@ def read_lora(source: str | Path) -> LoraFile:
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise InputError(f"DF403 {path}: {len(broken)} tensors are not finite, {broken[0]} first; train again")
+    if len(tensors) != record.get("tensors", len(tensors)):
+        raise InputError(f"DF404 {path}: {len(tensors)} of {record['tensors']} tensors; the file was cut or changed")
     return LoraFile(path, tensors, record)
 
 

@@ -55,7 +55,7 @@ def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     waves = sum(rng.uniform(0, 0.3) / k * np.cos(k * angles + rng.uniform(0, 2 * np.pi)) for k in (1, 2, 3, 5))
     reach = radius * np.clip(1 + waves, 0.3, 1.6)
-    margin = 1.6 * radius
+    margin = reach.max() + 1
     x = rng.uniform(margin, width - margin) + reach * np.cos(angles)
     y = rng.uniform(margin, height - margin) + reach * np.sin(angles)
     canvas = Image.new("1", (width, height))

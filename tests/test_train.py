@@ -1,0 +1,527 @@
+"""Whole runs of the training script: what it leaves, what it refuses, and that its LoRA loads elsewhere."""
+
+import json
+import math
+import re
+import shutil
+import stat
+
+import numpy as np
+import pytest
+import torch
+from conftest import RESOLUTION, in_clean_process, make_mvtec, make_seed_layout, read_lines, toy_pipeline, write_image
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import train_defectfill
+from defectfill.base import read_base
+from defectfill.lora_file import LORA_FILE, load_lora, lora_parameters, read_lora
+from defectfill_dataset import InputError
+
+
+def refused(call, *args, **kwargs) -> str:
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_lora_card_record_split_and_checkpoint(trained):
+    names = {f.name for f in trained.iterdir()}
+    assert names == {LORA_FILE, "README.md", "run_record.json", "losses.jsonl", "split.json", "checkpoint-2", ".lock"}
+    record = json.loads((trained / "run_record.json").read_text())
+    assert record["options"]["rank"] == 4 and record["versions"]["diffusers"] and len(record["data_sha256"]) == 64
+    assert record["images"] == {"train": 2, "test": 2, "good": 3}
+    assert record["prompts"] == {"hole": ["A photo of sks", "A nut with sks"]}
+    for moment in ("before", "after"):
+        assert record[moment].keys() >= {
+            "loss",
+            "l_def",
+            "l_obj",
+            "l_attn",
+            "attention_iou",
+            "attention_inside",
+            "mask_area",
+        }
+    lines = read_lines(trained / "losses.jsonl")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["loss"] == pytest.approx(
+        sum(w * lines[0][k] for k, w in dict(l_def=0.5, l_obj=0.2, l_attn=0.05).items())
+    )
+    assert json.loads((trained / "split.json").read_text())["train"] == ["test/hole/000.png", "test/hole/001.png"]
+
+
+def test_the_lora_file_is_portable(trained):
+    """Error 15: alpha differs between training and inference because the file does not carry it."""
+    with safe_open(trained / LORA_FILE, "pt") as file:
+        names, header = list(file.keys()), file.metadata()
+    assert all("lora" in name for name in names)
+    assert {name.split(".")[0] for name in names} == {"unet", "text_encoder"}
+    assert all(name.startswith("text_encoder.text_model.encoder.layers") for name in names if name.startswith("text"))
+    adapter = json.loads(header["lora_adapter_metadata"])
+    assert adapter["unet.r"] == 4 and adapter["unet.lora_alpha"] == 8 and adapter["text_encoder.lora_alpha"] == 8
+    assert not any("dropout" in key for key in adapter) and len(adapter) == 22
+    record = json.loads(header["defectfill"])
+    assert record["prompts"] == {"hole": "A nut with sks"} and record["resolution"] == RESOLUTION
+    mode = stat.S_IMODE((trained / LORA_FILE).stat().st_mode)
+    assert mode == 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    import os
+
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+RENDER = """
+import sys, numpy as np, torch
+from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+torch.set_num_threads(1)
+base, lora, image = sys.argv[1:]
+pipe = StableDiffusionInpaintPipeline.from_pretrained(base, safety_checker=None, requires_safety_checker=False)
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+if lora != "none":
+    pipe.load_lora_weights(lora)
+def render(pipe):
+    image, mask = torch.linspace(0, 1, 32).expand(1, 3, 32, 32), torch.zeros(1, 1, 32, 32)
+    mask[..., 8:24, 8:20] = 1
+    return pipe("A nut with sks", image=image, mask_image=mask, height=32, width=32, num_inference_steps=4,
+                guidance_scale=3.0, generator=torch.Generator().manual_seed(0), output_type="np").images
+if __name__ == "__main__":
+    np.save(image, render(pipe))
+"""
+
+
+def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(train, base, tmp_path, monkeypatch):
+    """Errors 15 and 16, bit for bit: alpha other than rank, text encoder included, dropout in training."""
+    finish, rendered = train_defectfill.finish, {}
+
+    def render_then_finish(args, job, accelerator, models, *rest):
+        scope = {"__name__": "ours"}
+        exec(RENDER[RENDER.index("def render") : RENDER.index("if __name__")], globals() | {"torch": torch}, scope)
+        for model in (models.unet, models.text_encoder):
+            model.eval()
+        rendered["in memory"] = scope["render"](train_defectfill.make_pipeline(job, models))
+        finish(args, job, accelerator, models, *rest)
+
+    monkeypatch.setattr(train_defectfill, "finish", render_then_finish)
+    rates = ("--learning_rate", "0.05", "--text_encoder_lr", "0.05")
+    out = train("--rank", "4", "--lora_alpha", "12", "--lora_dropout", "0.1", "--max_train_steps", "4", *rates)
+    for name, lora in (("with", out), ("without", "none")):
+        in_clean_process(RENDER, base, lora, tmp_path / f"{name}.npy", cwd=tmp_path)
+        rendered[name] = np.load(tmp_path / f"{name}.npy")
+    assert np.array_equal(rendered["with"], rendered["in memory"])
+    assert np.abs(rendered["without"] - rendered["with"]).max() > 0.01  # the LoRA does something
+
+
+def test_checkpoints_hold_no_pickle_and_load_as_a_lora(trained, base):
+    """Error 16: checkpoints are pickles, from which load_lora_weights loads nothing and only logs."""
+    files = [f for f in trained.rglob("*") if f.is_file() and f.name != ".lock"]
+    assert {f.suffix for f in files} == {".safetensors", ".json", ".jsonl", ".md"}
+    pipe = toy_pipeline()
+    load_lora(pipe, read_lora(trained / "checkpoint-2"))
+    saved, final = (load_file(folder / LORA_FILE) for folder in (trained / "checkpoint-2", trained))
+    assert all(torch.equal(saved[name], final[name]) for name in saved.keys() | final.keys())
+
+
+def test_loss_weights_change_what_is_trained(train, tmp_path):
+    first = load_file(train("--lambda_attn", "0") / LORA_FILE)
+    second = load_file(train(output=tmp_path / "other") / LORA_FILE)
+    assert any(not torch.equal(first[k], second[k]) for k in first)
+
+
+def test_learning_rates_warm_up_from_the_first_step(train):
+    """Error 7: a warm-up that multiplies the current rate stays 0 for ever."""
+    out = train(
+        "--max_train_steps", "5", "--lr_warmup_steps", "4", "--learning_rate", "0.4", "--text_encoder_lr", "0.04"
+    )
+    lines = read_lines(out / "losses.jsonl")
+    assert [line["lr"] for line in lines] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert [line["text_encoder_lr"] for line in lines] == pytest.approx([0.0, 0.01, 0.02, 0.03, 0.04])
+    moved = [
+        name for name, tensor in load_file(out / LORA_FILE).items() if "lora_B" in name and tensor.abs().max() > 0
+    ]
+    assert len(moved) == len(load_file(out / LORA_FILE)) / 2  # B began at 0
+
+
+def test_one_image_and_a_batch_of_four_trains(train, tmp_path):
+    """Error 14, in a whole run."""
+    out = train("--train_batch_size", "4", data=make_mvtec(tmp_path / "single", {"hole": 1}, good=0))
+    assert len(read_lines(out / "losses.jsonl")) == 2
+
+
+def test_several_types_in_one_run(train, tmp_path):
+    data = make_seed_layout(tmp_path / "metal_nut", {"hole": 2, "scratch": 2})
+    record = read_lora(train(data=data)).record
+    assert record["prompts"] == {"hole": "A metal nut with hole", "scratch": "A metal nut with scratch"}
+
+
+def test_prepared_dataset(train, base, data, tmp_path):
+    shutil.copytree(data / "test/hole", tmp_path / "prepared/train/images")
+    shutil.copytree(data / "ground_truth/hole", tmp_path / "prepared/train/masks")
+    lines = [
+        {"file_name": f"images/{i:03d}.png", "mask_file_name": f"masks/{i:03d}_mask.png", "object": "nut", "defect": "hole",
+         "source_file": f"{i:03d}.png"} for i in range(4)
+    ]  # fmt: skip
+    (tmp_path / "prepared/train/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    argv = [a for a in train_defectfill_options(base, tmp_path / "out") if a]
+    train_defectfill.main(train_defectfill.parse_args([*argv, "--dataset_name", str(tmp_path / "prepared")]))
+    assert json.loads((tmp_path / "out/run_record.json").read_text())["images"] == {"train": 4}
+
+
+def train_defectfill_options(base, output) -> list[str]:
+    return f"""--pretrained_model_name_or_path {base} --output_dir {output} --resolution {RESOLUTION} --max_train_steps 1
+        --train_batch_size 2 --validation_steps 0 --report_to none""".split()
+
+
+def test_validation_pictures_go_to_disk_and_tracker(train):
+    out = train(
+        "--validation_steps", "1", "--validation_inference_steps", "2", "--num_validation_images", "2",
+        "--report_to", "tensorboard",
+    )  # fmt: skip
+    pictures = sorted((out / "validation").iterdir())
+    assert [p.name for p in pictures] == ["step-000001.png", "step-000002.png"]
+    assert Image.open(pictures[0]).size == (4 * RESOLUTION, 2 * RESOLUTION)  # good | mask | result | attention
+    good, mask, result, attention = np.split(np.asarray(Image.open(pictures[0])), 4, axis=1)
+    inside = mask[..., 0] > 127
+    assert inside.any() and np.array_equal(good[~inside], result[~inside]) and not np.array_equal(good, result)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((out / "logs/defectfill").glob("events*")).parent)).Reload()
+    assert events.Tags()["images"] == ["validation"] and "l_attn" in events.Tags()["scalars"]
+    options = (out / "logs/defectfill").rglob("hparams.yml")
+    text = "".join(f.read_text() for f in options)
+    assert "rank: 4" in text and "output_dir" not in text and str(out) not in text
+
+
+def test_validation_falls_back_on_the_references_without_good_images(train, tmp_path):
+    out = train(
+        "--validation_steps", "2", "--validation_inference_steps", "1", data=make_mvtec(tmp_path / "bolt", good=0)
+    )  # fmt: skip
+    assert Image.open(out / "validation/step-000002.png").size == (4 * RESOLUTION, 2 * RESOLUTION)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    ["bf16", pytest.param("fp16", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a GPU"))],
+)
+def test_mixed_precision_keeps_fp32_lora(train, precision):
+    out = train("--mixed_precision", precision, "--validation_steps", "2", "--validation_inference_steps", "1")
+    tensors = load_file(out / LORA_FILE)
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+    assert any((t != t.to(torch.bfloat16).float()).any() for t in tensors.values())  # really fp32, not rounded
+    assert all(math.isfinite(line["loss"]) for line in read_lines(out / "losses.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--gradient_checkpointing",),
+        ("--dataloader_num_workers", "2"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flags_that_must_not_change_the_result(train, trained_tensors, tmp_path, flags):
+    tensors = load_file(train(*flags, output=tmp_path / "other") / LORA_FILE)
+    assert all(torch.equal(tensors[k], trained_tensors[k]) for k in tensors)
+
+
+@pytest.fixture
+def trained_tensors(train, tmp_path):
+    return load_file(train(output=tmp_path / "plain") / LORA_FILE)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--loss_reduction", "mask"),
+        ("--attention_pass", "defect"),
+        ("--attention_map_scale", "minmax"),
+        ("--background_alpha", "0.9"),
+        ("--num_random_boxes", "1"),
+        ("--center_crop",),
+        ("--max_resize_scale", "1"),
+        ("--seed", "1"),
+        ("--use_8bit_adam",),
+        ("--lr_scheduler", "constant"),
+        ("--split", "all"),
+        ("--phrase", "hole"),
+        ("--object_words", "hazelnut"),
+        ("--defect_prompt", "A close up of {phrase}"),
+        ("--lora_dropout", "0.5"),
+        ("--adam_weight_decay", "0.9"),
+        ("--max_grad_norm", "0.0001"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flags_that_must_change_the_result(train, trained_tensors, tmp_path, flags):
+    tensors = load_file(train(*flags, output=tmp_path / "other") / LORA_FILE)
+    assert any(not torch.equal(tensors[k], trained_tensors[k]) for k in tensors)
+
+
+def test_tf32_is_switched_on(train):
+    train("--allow_tf32")
+    assert torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_help_comes_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        train_defectfill.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n{group}:\n" in text for group in ("base model", "data", "method", "LoRA", "Hugging Face Hub"))
+    assert "(default: 2000)" in text and "(default: 0.0002)" in text
+
+
+def test_the_defaults_are_the_papers():
+    args = train_defectfill.parse_args(["--pretrained_model_name_or_path", "x", "--output_dir", "y"])
+    expected = dict(
+        lambda_def=0.5, lambda_obj=0.2, lambda_attn=0.05, background_alpha=0.3, num_random_boxes=30, rank=8, lora_alpha=16,
+        lora_dropout=0.1, learning_rate=2e-4, text_encoder_lr=4e-5, max_train_steps=2000, train_batch_size=4,
+        lr_warmup_steps=100, lr_scheduler="constant_with_warmup", resolution=512, max_resize_scale=1.125, center_crop=False,
+        loss_reduction="mean", attention_pass="object", attention_map_scale="raw",
+    )  # fmt: skip
+    assert {k: getattr(args, k) for k in expected} == expected
+    assert train_defectfill.LossOptions(*(getattr(args, f) for f in train_defectfill.LossOptions._fields)) == (
+        train_defectfill.LossOptions()
+    )
+
+
+# Nothing is swallowed
+
+
+def test_an_image_that_breaks_while_training_stops_the_run_and_is_named(train, monkeypatch):
+    """Error 20: a broad `except: continue` around all of it."""
+    original = train_defectfill.TrainingSamples.resize_and_crop
+
+    def broken(self, image, mask, rng):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 3:
+            raise OSError("disk went away")
+        return original(self, image, mask, rng)
+
+    monkeypatch.setattr(train_defectfill.TrainingSamples, "resize_and_crop", broken)
+    with pytest.raises(OSError, match="disk went away"):
+        train()
+
+
+@pytest.mark.parametrize("term", ["l_def", "l_obj", "l_attn"])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(train, monkeypatch, tmp_path, term):
+    original, calls = train_defectfill.training_losses, []
+
+    def poisoned(models, batch, draws, options):
+        losses = original(models, batch, draws, options)
+        calls.append(1)
+        if len(calls) > 8 and torch.is_grad_enabled():  # 8 calls measure the references before the first step
+            losses[term] = losses[term] * float("nan")
+            losses["loss"] = losses["loss"] + losses[term]
+        return losses
+
+    monkeypatch.setattr(train_defectfill, "training_losses", poisoned)
+    with pytest.raises(FloatingPointError, match=rf"Step 1: .*{term} nan.* last images test/hole"):
+        train()
+    assert not (tmp_path / "out" / LORA_FILE).exists()
+
+
+def test_a_lora_that_does_not_load_is_an_error(train, monkeypatch, tmp_path):
+    def loads_nothing(self, *args, **kwargs):
+        train_defectfill.add_lora(self.unet, self.text_encoder, 4, 8, 0.0)  # what a wrong prefix gives: B is all 0
+
+    monkeypatch.setattr(train_defectfill.StableDiffusionInpaintPipeline, "load_lora_weights", loads_nothing)
+    with pytest.raises(RuntimeError, match="did not load as it was saved"):
+        train()
+
+
+# What is refused, before any weight is loaded
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    """Fails the test if a model is loaded."""
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(train_defectfill, "load_models", loaded)
+
+
+def empty_mask(data):
+    Image.new("L", (48, 48)).save(data / "ground_truth/hole/000_mask.png")
+
+
+def missing_mask(data):
+    (data / "ground_truth/hole/000_mask.png").unlink()
+
+
+def other_size(data):
+    write_image(data / "test/hole/000.png", size=40)
+
+
+def no_images(data):
+    for image in [*(data / "test/hole").iterdir(), *(data / "ground_truth/hole").iterdir()]:
+        image.unlink()
+
+
+@pytest.mark.parametrize(
+    "break_data, code, words",
+    [
+        (empty_mask, "DF145", "test/hole/000.png: its mask is empty"),
+        (missing_mask, "DF142", "test/hole/000.png: its mask is missing"),
+        (other_size, "DF140", "40x40, its mask 48x48"),
+        (no_images, "DF163", "no defect images"),
+    ],
+)
+def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
+    break_data(data)
+    told = refused(train)
+    assert told.startswith(code) and words in told
+
+
+@pytest.mark.parametrize(
+    "flags, code, words",
+    [
+        (("--defect", "hoel"), "DF162", "Did you mean 'hole'?"),
+        (("--object", "nutt"), "DF162", "Did you mean 'nut'?"),
+        (("--train_data_dir", "nowhere"), "DF160", "no such folder"),
+        (("--dataset_name", "x"), "DF188", "either"),
+        (("--pretrained_model_name_or_path", "nowhere"), "DF180", "cannot read unet/config.json"),
+        (("--resolution", "33"), "DF184", "multiple of 8"),
+        (("--phrase", "very " * 80 + "sks"), "DF174", "77"),
+        (("--rank", "0"), "DF187", "at least 1"),
+        (("--learning_rate", "nan"), "DF187", "finite"),
+        (("--lambda_attn", "-1"), "DF187", "at least 0"),
+        (("--max_train_steps", "0"), "DF187", "at least 1"),
+        (("--checkpoints_total_limit", "0"), "DF187", "at least 1"),
+        (("--lora_dropout", "1"), "DF187", "below 1"),
+        (("--report_to", "nosuch"), "DF189", "tensorboard"),
+        (("--mixed_precision", "fp16", "--num_validation_images", "3"), "DF189", "needs a GPU"),
+        (("--resume_from_checkpoint", "checkpoint-7"), "DF185", "no such checkpoint"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
+)
+def test_bad_options_are_refused(train, no_models, flags, code, words):
+    told = refused(train, *flags)
+    assert told.startswith(code) and words in told
+
+
+def test_xformers_without_cuda_is_refused(train, no_models, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs a CUDA device" in refused(train, "--enable_xformers_memory_efficient_attention")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train_defectfill, "is_xformers_available", lambda: False)
+    assert "xformers is not installed" in refused(train, "--enable_xformers_memory_efficient_attention")
+
+
+def test_xformers_keeps_the_recording_processors(base, monkeypatch):
+    """They are installed last: what xformers switches, it switches before."""
+    args = train_defectfill.parse_args(
+        [
+            "--pretrained_model_name_or_path",
+            str(base),
+            "--output_dir",
+            "x",
+            "--enable_xformers_memory_efficient_attention",
+        ]
+    )
+    job = train_defectfill.Job(read_base(str(base)), *[None] * 7)
+    replace_all = train_defectfill.UNet2DConditionModel.set_default_attn_processor
+    name = "enable_xformers_memory_efficient_attention"
+    monkeypatch.setattr(train_defectfill.UNet2DConditionModel, name, replace_all)
+    models = train_defectfill.make_models(args, job, torch.float32, torch.device("cpu"))
+    kinds = [type(p).__name__ for n, p in models.unet.attn_processors.items() if "up_blocks" in n and "attn2" in n]
+    assert kinds == ["RecordingAttnProcessor"] * 4
+
+
+def test_8bit_adam_without_bitsandbytes_is_refused(train, no_models, monkeypatch):
+    monkeypatch.setattr(train_defectfill, "is_bitsandbytes_available", lambda: False)
+    assert "pip install bitsandbytes" in refused(train, "--use_8bit_adam")
+
+
+def test_a_base_that_is_no_inpainting_model_is_refused(train, no_models, tmp_path, base):
+    config = json.loads((base / "unet/config.json").read_text()) | {"in_channels": 4}
+    shutil.copytree(base, tmp_path / "other")
+    (tmp_path / "other/unet/config.json").write_text(json.dumps(config))
+    assert "takes 4 channels, not 9" in refused(train, base=tmp_path / "other")
+
+
+def test_a_base_of_pickles_is_refused(train, no_models, tmp_path, base):
+    shutil.copytree(base, tmp_path / "other")
+    weights = tmp_path / "other/unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    assert refused(train, base=tmp_path / "other").startswith("DF182")
+
+
+def test_an_unknown_prediction_type_is_refused(train, no_models, tmp_path, base):
+    shutil.copytree(base, tmp_path / "other")
+    file = tmp_path / "other/scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "sample"}))
+    assert refused(train, base=tmp_path / "other").startswith("DF183")
+
+
+def test_an_earlier_run_is_not_overwritten(train, no_models, trained):
+    before = (trained / LORA_FILE).read_bytes()
+    assert refused(train, output=trained).startswith("DF186")
+    assert (trained / LORA_FILE).read_bytes() == before
+
+
+def test_wrong_input_ends_the_command_with_one_message(base, data, tmp_path):
+    import subprocess
+    import sys
+
+    from conftest import ROOT, options
+
+    empty_mask(data), write_image(data / "test/hole/001.png", size=40)
+    argv = options(base, data, tmp_path / "out", "--split", "all")
+    done = subprocess.run([sys.executable, ROOT / "train_defectfill.py", *argv], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.findall(r"^DF\d+ [\w/.]+", done.stderr, re.M) == ["DF145 test/hole/000.png", "DF140 test/hole/001.png"]
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+# LoRA files that must not pass
+
+
+def test_a_lora_of_foreign_names_or_broken_numbers_is_refused(trained, tmp_path):
+    tensors = load_file(trained / LORA_FILE)
+    name = next(iter(tensors))
+    cases = {
+        "DF403": tensors | {name: tensors[name] * float("nan")},
+        "DF402": {k: v for k, v in tensors.items() if k.startswith("unet")},
+    }
+    for code, content in cases.items():
+        save_file(content, tmp_path / "x.safetensors")
+        assert refused(read_lora, tmp_path / "x.safetensors").startswith(code)
+    (tmp_path / "x.safetensors").write_bytes((trained / LORA_FILE).read_bytes()[:5000])
+    assert refused(read_lora, tmp_path / "x.safetensors").startswith("DF401")
+    assert refused(read_lora, tmp_path / "nowhere").startswith("DF400")
+    assert refused(read_lora, tmp_path).startswith("DF400")
+
+
+def test_half_a_lora_does_not_load_silently(trained, tmp_path):
+    with safe_open(trained / LORA_FILE, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    half = {name: tensor for name, tensor in tensors.items() if ".up_blocks." not in name}
+    save_file(half, tmp_path / "half.safetensors", metadata=header)
+    assert refused(read_lora, tmp_path / "half.safetensors").startswith("DF404")
+    wrong = {name.replace("attentions.0", "attentions.9"): tensor for name, tensor in tensors.items()}
+    save_file(wrong, tmp_path / "wrong.safetensors", metadata=header)
+    with pytest.raises((RuntimeError, ValueError)):
+        load_lora(toy_pipeline(), read_lora(tmp_path / "wrong.safetensors"))
+
+
+def test_the_lora_serves_a_text_to_image_pipeline_too(trained, base):
+    """An attention-only LoRA has no tensor that depends on the UNet's nine input channels."""
+    parts = toy_pipeline().components
+    from diffusers import UNet2DConditionModel
+
+    config = dict(parts["unet"].config) | {"in_channels": 4}
+    parts["unet"] = UNet2DConditionModel.from_config(config)
+    parts.pop("image_encoder", None)
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    load_lora(pipe, read_lora(trained))

@@ -119,8 +119,11 @@ def what_is_wrong(checkpoint: Path) -> str | None:
         for name, entry in manifest["files"].items():
             if Path(name).name != name:
                 return f"its manifest names '{name}'"
-            if _sha256(checkpoint / name) != entry["sha256"]:
+            file = checkpoint / name
+            if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
                 return f"{name} is not what was written"
+        if f"checkpoint-{manifest['step']}" != checkpoint.name:
+            return f"its manifest is of step {manifest['step']}"
         missing = {LORA_FILE, OPTIMIZER_FILE, STATE_FILE} - manifest["files"].keys()
         return f"no {', '.join(sorted(missing))}" if missing else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -214,9 +217,6 @@ def check_identity(saved: dict, now: dict) -> None:
     changed = [k for k in sorted(saved.keys() | now.keys()) if saved.get(k) != now.get(k)]
     if changed:
         raise InputError(
-            *(
-                f"DF320 {k}: the checkpoint was made with {saved.get(k)!r}, this run has {now.get(k)!r}"
-                for k in changed
-            ),
-            "Resume with the options of the checkpoint, or start anew in another --output_dir.",
+            *(f"DF320 {k}: the run began with {saved.get(k)!r}, now it is {now.get(k)!r}" for k in changed),
+            "Go on with the options it began with, or start anew in another --output_dir.",
         )

@@ -92,7 +92,7 @@ def check_hub(repo_id: str | None, public: bool, default_name: str) -> str:
 
 def write_model_card(folder: Path, record: dict, images: int, batch_size: int, repo_id: str | None) -> None:
     """Writes README.md: what the LoRA is, its prompts, how to use it without this project."""
-    local = Path(record["base"]).exists()  # the Hub refuses a card whose base is a path
+    local = record["revision"] is None  # the Hub refuses a card whose base is a path
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="image-to-image",
@@ -126,7 +126,7 @@ def push(folder: Path, repo_id: str, timeout: float) -> None:
             HfApi().upload_folder(
                 repo_id=repo_id, folder_path=folder, allow_patterns=PUBLISHED_FILES, commit_message="DefectFill LoRA"
             )
-        except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, it is raised below
             failure.append(error)
 
     thread = threading.Thread(target=upload, daemon=True)  # a server that never answers must not hold the process

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HOME = tempfile.mkdtemp(prefix="defectfill-tests-")
-os.environ.update(HF_HOME=HOME, HF_HUB_OFFLINE="1", TORCH_HOME=HOME, OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1")
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    HUB_PORT = free.getsockname()[1]
+os.environ.update(  # before the libraries read them; tests/test_hub.py starts a Hub at that port
+    HF_HOME=HOME, TORCH_HOME=HOME, OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1",
+    HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1",
+)  # fmt: skip
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import numpy as np  # noqa: E402

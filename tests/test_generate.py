@@ -1,0 +1,389 @@
+"""Candidates, selection, compositing and whole runs of the generation script."""
+
+import json
+import math
+import os
+import shutil
+import signal
+
+import lpips
+import numpy as np
+import pytest
+import torch
+from conftest import HOME, RESOLUTION, generate, make_mvtec, read_lines, toy_pipeline, write_image, write_mask
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torchvision.models import alexnet
+
+import generate_defectfill as g
+from defectfill.lora_file import LORA_FILE
+from defectfill_dataset import InputError, cover, image_tensor, to_grid
+
+
+GRID = RESOLUTION // 4
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = toy_pipeline()
+    pipe.scheduler = g.ddim(pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def grid():
+    grid = torch.zeros(1, GRID, GRID)
+    grid[:, 2:5, 3:7] = 1
+    return grid
+
+
+@pytest.fixture
+def good():
+    return torch.linspace(-1, 1, RESOLUTION).expand(3, RESOLUTION, RESOLUTION).clone()
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Three good images of their own sizes with masks of the same names."""
+    for i, size in enumerate((48, 70, 33)):
+        write_mask(tmp_path / "masks" / f"{i:03d}_mask.png", size)
+        write_image(tmp_path / "good" / f"{i:03d}.png", size)
+    return ["--image", tmp_path / "good", "--mask", tmp_path / "masks"]
+
+
+FAST = ["--num_inference_steps", 2, "--num_candidates", 3, "--selection", "rmse"]
+
+
+@pytest.fixture
+def alex():
+    """A random AlexNet where LPIPS looks for its backbone."""
+    file = os.path.join(HOME, "hub", "checkpoints", g.LPIPS_FILES["alex"])
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    torch.manual_seed(0)
+    torch.save(alexnet(weights=None).state_dict(), file)
+    yield file
+    os.remove(file)
+
+
+# Candidates
+
+
+def test_a_candidate_depends_on_its_own_seed_alone(pipe, good, grid):
+    together = g.paint(pipe, good, grid, "a nut", [1, 2, 3], num_inference_steps=3)
+    in_twos = g.paint(pipe, good, grid, "a nut", [1, 2, 3], num_inference_steps=3, batch_size=2)
+    alone = g.paint(pipe, good, grid, "a nut", [3], num_inference_steps=3)
+    assert together.shape == (3, 3, RESOLUTION, RESOLUTION) and together.min() >= 0 and together.max() <= 1
+    assert torch.allclose(together[2:], alone, atol=2e-4) and torch.allclose(together, in_twos, atol=2e-4)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+def test_background_latents_follow_the_clean_image_at_each_steps_noise_level(pipe, good, grid):
+    scheduler, seen = pipe.scheduler, []
+    record = pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    decoded = pipe.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    g.paint(pipe, good, grid, "a nut", [5], num_inference_steps=4, guidance_scale=1.0)
+    record.remove(), decoded.remove()
+    pixels = cover(grid, 4)
+    with torch.no_grad():
+        both = (
+            pipe.vae.encode(torch.stack([good, good * (1 - pixels)])).latent_dist.mode()
+            * pipe.vae.config.scaling_factor
+        )
+        clean, masked = both[:1], both[1:]
+        final = pipe.vae.post_quant_conv(clean / pipe.vae.config.scaling_factor)
+    noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(5))[None]
+    outside = (grid < 0.5).expand(4, -1, -1)
+    assert torch.equal(seen[0][:, :4], noise)  # pure noise to begin with
+    for model_input, t in zip(seen[1:4], scheduler.timesteps[1:]):
+        expected = scheduler.add_noise(clean, noise, t[None])
+        assert torch.allclose(model_input[0, :4][outside], expected[0][outside], atol=1e-6)
+    for model_input in seen[:4]:
+        assert torch.equal(model_input[0, 4:5], grid) and torch.allclose(model_input[:, 5:], masked, atol=1e-6)
+    assert torch.allclose(seen[4][0][outside], final[0][outside], atol=1e-5)  # the last step is not left noised
+
+
+def test_ddim_clips_nothing_whatever_the_bases_scheduler():
+    from diffusers import PNDMScheduler
+
+    scheduler = g.ddim(PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1))
+    assert scheduler.config.clip_sample is False and scheduler.config.steps_offset == 1
+
+
+# Selection
+
+
+def test_the_candidate_least_like_the_normal_image_is_kept():
+    assert g.select([0.1, 0.7, 0.3]) == 1
+    assert g.select([0.1, math.nan, math.inf, 0.3]) == 3
+    with pytest.raises(FloatingPointError):
+        g.select([math.nan, math.inf])
+
+
+@pytest.mark.parametrize("selection", ["lpips", "ssim", "rmse"])
+def test_scores_grow_with_the_change_and_look_only_inside_the_mask(alex, selection):
+    score = g.make_scorer(selection, "alex", torch.device("cpu"))
+    normal, mask = torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
+    mask[:, 16:48, 16:48] = 1
+    noise = torch.rand(3, 64, 64)
+    steps = [normal + k * (noise - normal) * mask for k in (0.0, 0.3, 1.0)]
+    outside = normal + (noise - normal) * (1 - mask)
+    scores = score(torch.stack([*steps, outside]), normal, mask)
+    assert scores[0] == pytest.approx(0, abs=1e-5) and scores[0] < scores[1] < scores[2]
+    assert scores[3] == pytest.approx(
+        0, abs=1e-5 if selection != "ssim" else 0.4
+    )  # SSIM's window reaches over the edge
+
+
+def test_lpips_is_that_of_image_times_mask(alex):
+    normal, other, mask = torch.rand(3, 64, 64), torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
+    mask[:, 10:30, 20:50] = 1
+    model = lpips.LPIPS(net="alex", verbose=False)
+    with torch.no_grad():
+        expected = model((other * 2 - 1) * mask, (normal * 2 - 1) * mask).item()
+    assert g.lpips_scorer("alex", torch.device("cpu"))(other[None], normal, mask) == [pytest.approx(expected)]
+
+
+def test_a_missing_lpips_backbone_is_explained(trained, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(g, "load_pipeline", None)  # nothing is loaded before the message
+    with pytest.raises(InputError) as caught:
+        generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out")
+    told = str(caught.value)
+    assert told.startswith("DF430") and os.path.join(HOME, "hub", "checkpoints", "alexnet-owt-7be5be79.pth") in told
+    assert "--selection ssim, rmse or none" in told and not (tmp_path / "out").exists()
+
+
+# Compositing
+
+
+@pytest.mark.parametrize("size", [(48, 48), (101, 37), (16, 200)])
+def test_every_pixel_outside_the_mask_is_the_inputs(size):
+    """Error 18: the whole frame passed through the VAE."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    mask = rng.random(size[::-1]) > 0.7
+    result = np.asarray(g.composite(image, torch.rand(3, 32, 32), mask))
+    assert np.array_equal(result[~mask], np.asarray(image)[~mask]) and result.shape == np.asarray(image).shape
+    assert (result[mask] != np.asarray(image)[mask]).any(axis=-1).mean() > 0.9
+
+
+# Whole runs
+
+
+def test_a_run_leaves_images_masks_scores_and_a_contact_sheet(trained, inputs, tmp_path):
+    """Errors 17 and 18: the same seeds for every image; JPEG masks; 256 px output."""
+    out = tmp_path / "out"
+    generate("--lora", trained, *inputs, "--output_dir", out, *FAST)
+    lines = read_lines(out / "manifest.jsonl")
+    assert [line["name"] for line in lines] == ["000", "001", "002"]
+    for line in lines:
+        image, good = (
+            np.asarray(Image.open(f)) for f in (out / line["image"], tmp_path / "good" / line["good_image"])
+        )
+        mask, given = (
+            np.asarray(Image.open(f)) for f in (out / line["mask"], tmp_path / "masks" / line["given_mask"])
+        )
+        assert image.shape == good.shape and np.array_equal(mask, given) and (out / line["mask"]).suffix == ".png"
+        assert np.array_equal(image[mask == 0], good[mask == 0]) and not np.array_equal(
+            image[mask > 0], good[mask > 0]
+        )
+        assert len(line["scores"]) == 3 and line["chosen"] == int(np.argmax(line["scores"]))
+        assert line["prompt"] == "A nut with sks"
+    seeds = [s for line in lines for s in line["candidate_seeds"]]
+    assert len(set(seeds)) == 9
+    sheet = Image.open(out / "contact_sheet.png")
+    assert sheet.size == (5 * (g.CELL + 4) + 4, 3 * (g.CELL + 24))
+    red = np.all(np.asarray(sheet) == (255, 0, 0), axis=-1)
+    for row, line in enumerate(lines):  # the outline stands around the candidate that was kept
+        columns = np.flatnonzero(red[row * (g.CELL + 24) + 50])
+        assert 4 + (line["chosen"] + 2) * (g.CELL + 4) - 3 <= columns.min() <= 4 + (line["chosen"] + 2) * (g.CELL + 4)
+
+
+def test_the_lora_decides_what_is_painted(trained, base, inputs, tmp_path):
+    from defectfill.lora_file import load_lora, read_lora
+
+    generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST)
+    line = read_lines(tmp_path / "out/manifest.jsonl")[0]
+    pipe = g.load_pipeline(g.read_base(str(base)), None, None, "no", torch.device("cpu"))
+    load_lora(pipe, read_lora(trained))
+    image, mask = Image.open(tmp_path / "good/000.png"), np.asarray(Image.open(tmp_path / "masks/000_mask.png")) > 0
+    candidates = g.paint(
+        pipe, image_tensor(image, RESOLUTION), to_grid(mask, GRID), line["prompt"], line["candidate_seeds"], 2, 7.5
+    )
+    expected = g.composite(image, candidates[line["chosen"]], mask)
+    assert np.array_equal(np.asarray(expected), np.asarray(Image.open(tmp_path / "out" / line["image"])))
+
+
+def test_lpips_run(trained, inputs, tmp_path, alex):
+    argv = ["--num_inference_steps", 1, "--num_candidates", 2]
+    generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *argv)
+    assert all(score > 0 for line in read_lines(tmp_path / "out/manifest.jsonl") for score in line["scores"])
+
+
+def test_one_image_grey_and_turned_by_exif(trained, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60), dtype=np.uint8)).save(
+        tmp_path / "a.png", exif=exif
+    )
+    mask = np.zeros((60, 40), dtype=np.uint8)
+    mask[20:30, 10:20] = 1  # coded 0/1
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    argv = ["--image", tmp_path / "a.png", "--mask", tmp_path / "m.png", "--output_dir", tmp_path / "out", *FAST]
+    generate("--lora", trained / LORA_FILE, *argv, "--selection", "none")
+    result = Image.open(tmp_path / "out/images/a.png")
+    assert result.mode == "L" and result.size == (40, 60) and not result.getexif()
+    good = np.rot90(np.asarray(Image.open(tmp_path / "a.png")), -1)
+    assert np.array_equal(np.asarray(result)[mask == 0], good[mask == 0])
+    line = read_lines(tmp_path / "out/manifest.jsonl")[0]
+    assert line["chosen"] == 0 and line["scores"] == [None] * 3
+
+
+def test_random_masks_are_seeded_and_differ(trained, inputs, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        argv = ["--mask_source", "random", "--seed", seed, "--output_dir", tmp_path / name, *FAST]
+        generate("--lora", trained, *inputs[:2], *argv)
+    masks = {n: [(tmp_path / n / "masks" / f"{i:03d}.png").read_bytes() for i in range(3)] for n in "abc"}
+    assert masks["a"] == masks["b"] and not set(masks["a"]) & set(masks["c"]) and len(set(masks["a"])) == 3
+
+
+def test_several_defects_need_a_choice(train, inputs, tmp_path):
+    lora = train(data=make_mvtec(tmp_path / "bolt", {"hole": 2, "scratch": 2}))
+    argv = ["--lora", lora, *inputs, "--output_dir", tmp_path / "out", *FAST]
+    with pytest.raises(InputError, match="choose one with --defect: hole, scratch"):
+        generate(*argv)
+    with pytest.raises(InputError, match="Did you mean 'scratch'"):
+        generate(*argv, "--defect", "scrtch")
+    generate(*argv, "--defect", "scratch")
+    assert {line["prompt"] for line in read_lines(tmp_path / "out/manifest.jsonl")} == {"A bolt with scratch"}
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(trained, inputs, tmp_path):
+    generate("--lora", trained, *inputs, "--output_dir", tmp_path / "whole", *FAST)
+    for fatal in (1, 2, 3):  # killed while the row, the image, the mask of the second image is written
+        out = tmp_path / f"killed-{fatal}"
+        pid = os.fork()
+        if not pid:
+            save, calls = g.save_picture, []
+
+            def save_or_die(picture, path, save=save, calls=calls, fatal=fatal):
+                calls.append(path)
+                return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 3 + fatal else save(picture, path)
+
+            g.save_picture = save_or_die
+            generate("--lora", trained, *inputs, "--output_dir", out, *FAST)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert len(read_lines(out / "manifest.jsonl")) == 1
+        with (out / "manifest.jsonl").open("a") as manifest:
+            manifest.write('{"name": "001", "sco')  # a line torn by the kill
+        generate("--lora", trained, *inputs, "--output_dir", out, *FAST)
+        assert content(out) == content(tmp_path / "whole")
+
+
+def content(folder) -> dict:
+    """Every file's bytes; the manifest without its times."""
+    files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*.png")}
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(folder / "manifest.jsonl")]
+    return files | {"manifest": lines}
+
+
+def test_a_finished_run_does_nothing_and_other_settings_are_refused(trained, inputs, tmp_path, monkeypatch):
+    argv = ["--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST]
+    generate(*argv)
+    before = content(tmp_path / "out")
+    monkeypatch.setattr(g, "load_pipeline", None)
+    generate(*argv)
+    assert content(tmp_path / "out") == before
+    with pytest.raises(InputError, match="DF320 guidance_scale: the run began with 7.5, now it is 3.0"):
+        generate(*argv, "--guidance_scale", "3")
+
+
+def test_candidates_without_a_number_never_win_and_a_case_without_any_is_listed(
+    trained, inputs, tmp_path, monkeypatch
+):
+    def scorer(selection, net, device):
+        return lambda candidates, normal, mask: scores.pop(0)
+
+    scores = [[math.nan, 0.2, 0.1], [math.nan] * 3, [0.1, 0.2, math.inf]]
+    monkeypatch.setattr(g, "make_scorer", scorer)
+    with pytest.raises(SystemExit) as ended:
+        generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST)
+    assert "001.png" in str(ended.value)
+    assert {line["name"]: line["chosen"] for line in read_lines(tmp_path / "out/manifest.jsonl")} == {
+        "000": 1,
+        "002": 1,
+    }
+
+
+# What is refused, before any weight is loaded
+
+
+@pytest.mark.parametrize(
+    "break_inputs, code",
+    [
+        (lambda d: shutil.rmtree(d / "good"), "DF160"),
+        (lambda d: [f.unlink() for f in (d / "good").iterdir()], "DF161"),
+        (lambda d: (d / "masks/001_mask.png").unlink(), "DF142"),
+        (lambda d: (d / "good/001.png").unlink(), "DF143"),
+        (lambda d: shutil.copy(d / "good/001.png", d / "good/001.jpg"), "DF144"),
+        (lambda d: (d / "good/001.png").write_text("no image"), "DF103"),
+        (lambda d: write_image(d / "good/001.png", 20), "DF140"),
+        (lambda d: Image.new("L", (70, 70)).save(d / "masks/001_mask.png"), "DF145"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_inputs_are_refused(trained, inputs, tmp_path, monkeypatch, break_inputs, code):
+    monkeypatch.setattr(g, "load_pipeline", None)
+    break_inputs(tmp_path)
+    with pytest.raises(InputError, match=code):
+        generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST)
+
+
+def test_a_lora_of_another_base_is_refused(trained, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(g, "load_pipeline", None)
+    toy_pipeline(text_width=64).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"DF410 .*\(4, 32\), but .*other has \(\d+, 64\).*was trained on"):
+        argv = [*inputs, "--pretrained_model_name_or_path", tmp_path / "other", "--output_dir", tmp_path / "out"]
+        generate("--lora", trained, *argv, *FAST)
+    toy_pipeline(unet_channels=(16, 32, 32)).save_pretrained(tmp_path / "deeper")
+    with pytest.raises(InputError, match="DF410"):
+        argv = [*inputs, "--pretrained_model_name_or_path", tmp_path / "deeper", "--output_dir", tmp_path / "out"]
+        generate("--lora", trained, *argv, *FAST)
+
+
+def test_a_lora_without_a_record_needs_prompt_base_and_resolution(trained, base, inputs, tmp_path):
+    with safe_open(trained / LORA_FILE, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    header.pop("defectfill")
+    save_file(tensors, tmp_path / "bare.safetensors", metadata=header)
+    argv = ["--lora", tmp_path / "bare.safetensors", *inputs, "--output_dir", tmp_path / "out", *FAST]
+    with pytest.raises(InputError, match="DF411.*give --prompt"):
+        generate(*argv)
+    with pytest.raises(InputError, match="DF412"):
+        generate(*argv, "--prompt", "A nut with sks")
+    generate(*argv, "--prompt", "A nut with sks", "--pretrained_model_name_or_path", base, "--resolution", RESOLUTION)
+
+
+def test_options_that_contradict(capsys):
+    common = ["--lora", "x", "--image", "y", "--output_dir", "z"]
+    for wrong in ([], ["--mask", "m", "--mask_source", "random"], ["--mask", "m", "--num_candidates", "0"]):
+        with pytest.raises(SystemExit) as ended:
+            g.parse_args([*common, *wrong])
+        assert ended.value.code == 2
+    defaults = g.parse_args([*common, "--mask", "m"])
+    assert (defaults.num_candidates, defaults.num_inference_steps, defaults.guidance_scale) == (8, 50, 7.5)
+    assert (defaults.selection, defaults.lpips_net) == ("lpips", "alex")
+
+
+def test_an_image_beside_a_folder_of_masks(trained, inputs, tmp_path):
+    with pytest.raises(InputError, match="two files or two folders"):
+        argv = ["--image", tmp_path / "good/000.png", "--mask", tmp_path / "masks", "--output_dir", tmp_path / "out"]
+        generate("--lora", trained, *argv, *FAST)
+
+
+def test_settings_name_the_lora_and_the_base(trained, inputs, tmp_path):
+    generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST)
+    settings = json.loads((tmp_path / "out/settings.json").read_text())
+    assert len(settings["lora_sha256"]) == 64 and settings["selection"] == "rmse" and settings["defect"] == "hole"

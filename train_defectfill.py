@@ -44,7 +44,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from defectfill import checkpoint as checkpoints
 from defectfill.base import Base, check_resolution, read_base
 from defectfill.files import sole_writer, write_json
-from defectfill.lora_file import ADAPTER, LORA_FILE, lora_parameters, reload_and_compare, save_lora
+from defectfill.lora_file import ADAPTER, LORA_FILE, lora_parameters, read_lora, reload_and_compare, save_lora
 from defectfill.publish import check_hub, push, write_model_card
 from defectfill.record import LossLog, git_revision, versions
 from defectfill.signals import StopSignal
@@ -534,7 +534,8 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
 
     step, before = 0, None
     if job.checkpoint:
-        state = checkpoints.restore(job.checkpoint, parameters, optimizer, lr_scheduler, accelerator.scaler)
+        weights = read_lora(job.checkpoint).tensors
+        state = checkpoints.restore(job.checkpoint, weights, parameters, optimizer, lr_scheduler, accelerator.scaler)
         step, before = state["step"], state["before"]
     else:
         before = evaluate()
@@ -553,7 +554,7 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
             record = lora_record(args, job, step)
             checkpoints.save_checkpoint(
                 args.output_dir, {"step": step, "before": before, "identity": job.identity},
-                lambda path: save_lora(path, bare_models.unet, bare_models.text_encoder, record),
+                lambda folder: save_lora(folder / LORA_FILE, bare_models.unet, bare_models.text_encoder, record),
                 parameters, optimizer, lr_scheduler, accelerator.scaler, args.checkpoints_total_limit,
             )  # fmt: skip
         accelerator.wait_for_everyone()

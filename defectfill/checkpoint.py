@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from defectfill_dataset import InputError
 
 from .files import flush, write_json
-from .lora_file import LORA_FILE, read_lora
+from .lora_file import LORA_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ STATE_FILE = "state.json"
 def save_checkpoint(
     output_dir: Path,
     state: dict,
-    write_lora: Callable[[Path], None],
+    write_weights: Callable[[Path], None],
     parameters: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
@@ -42,7 +42,7 @@ def save_checkpoint(
 
     Args:
         state: JSON content of the caller, with `step` and `identity`.
-        write_lora: writes the LoRA file to a path.
+        write_weights: writes what is trained into the folder it is given.
         parameters: what the optimizer trains, by name.
         total_limit: how many checkpoints to keep, None for all.
     """
@@ -54,7 +54,7 @@ def save_checkpoint(
     state["scaler"] = scaler.state_dict() if scaler else None
     try:
         temporary.mkdir()
-        write_lora(temporary / LORA_FILE)
+        write_weights(temporary)
         save_file(tensors, temporary / OPTIMIZER_FILE)
         write_json(temporary / STATE_FILE, state)
         files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())}
@@ -124,7 +124,7 @@ def what_is_wrong(checkpoint: Path) -> str | None:
                 return f"{name} is not what was written"
         if f"checkpoint-{manifest['step']}" != checkpoint.name:
             return f"its manifest is of step {manifest['step']}"
-        missing = {LORA_FILE, OPTIMIZER_FILE, STATE_FILE} - manifest["files"].keys()
+        missing = {OPTIMIZER_FILE, STATE_FILE} - manifest["files"].keys()
         return f"no {', '.join(sorted(missing))}" if missing else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest or a file cannot be read: {error!r}"
@@ -189,6 +189,7 @@ def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_s
 @torch.no_grad()
 def restore(
     checkpoint: Path,
+    weights: dict[str, torch.Tensor],
     parameters: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
@@ -196,9 +197,8 @@ def restore(
 ) -> dict:
     """Puts weights, moments, learning rates and loss scale back; returns the caller's state."""
     state = json.loads((checkpoint / STATE_FILE).read_text())
-    lora = read_lora(checkpoint).tensors
     for name, parameter in parameters.items():
-        parameter.copy_(lora[name])
+        parameter.copy_(weights[name])
     optimizer.state.clear()
     for full_name, value in {**load_file(checkpoint / OPTIMIZER_FILE), **state["optimizer"]}.items():
         name, key = full_name.split("|")

@@ -1,25 +1,72 @@
-"""Make a small inpainting pipeline of the same classes as Stable Diffusion 2 inpainting, without a download.
+"""Train a small inpainting base of the classes of Stable Diffusion 2 inpainting, from scratch, without a download.
 
-    python scripts/make_tiny_base.py --output_dir tiny-base
+    python scripts/make_tiny_base.py --output_dir tiny-base                     # as the base that ships was made
+    python scripts/make_tiny_base.py --output_dir my-base --data_dir my-good-images
+    python scripts/make_tiny_base.py --output_dir random-base --random_weights  # nothing learnt: to see code run
 
-Its weights are random: it shows that everything runs and loads, not what a picture should look like.
+Pictures are drawn (make_demo_data.py) or read from a folder. On half of them a plain mark is drawn (a dark spot, a red
+line, ...) and named in the caption, so that the model learns to paint what the prompt says where the mask says. First
+the autoencoder is trained; then, on latents encoded once, the text encoder and the UNet. A killed run goes on where it
+was; everything random is a function of the seed and the step.
+
+Shapes: S scenes, K masks of each, R picture side, G latent side. Masks are 1 where the model must paint.
 """
 
 import argparse
+import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel, compute_snr
+from make_demo_data import PARTS, blob, distance_to, draw, smoothstep, wandering_line
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
-WORDS = """a an the photo picture close up of on with and in good sks part metal nut brushed plate woven cloth
-grained wood hazelnut bottle cable capsule carpet grid leather pill screw tile toothbrush transistor zipper magnetic
-hole crack cut print scratch stain dent blowhole broken large small contamination bent color faulty imprint thread
-fold glue poke rough oil gray stroke flip missing wire defect damaged""".split()
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from defectfill import checkpoint as checkpoints  # noqa: E402
+from defectfill.files import sole_writer, write_json  # noqa: E402
+from defectfill_dataset import (  # noqa: E402
+    InputError,
+    boxes_mask,
+    cover,
+    derive_seed,
+    exit_on_input_error,
+    image_tensor,
+    load_image,
+    random_boxes,
+    random_mask,
+    to_grid,
+    to_words,
+)
+from defectfill_dataset.layouts import image_files  # noqa: E402
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pipeline
+
+COLOURS = {"dark": (25, 22, 22), "bright": (235, 232, 225), "brown": (95, 55, 25), "red": (170, 40, 35),
+           "green": (60, 120, 60), "blue": (50, 80, 160)}  # fmt: skip
+SHAPES = ("spot", "line", "ring", "patch")
+WORDS = f"""a an the photo picture close up of on with and in good sks part {" ".join([*COLOURS, *SHAPES, *PARTS])}
+metal brushed woven grained wood magnetic hazelnut bottle cable capsule carpet grid leather pill screw tile toothbrush
+transistor zipper hole crack cut print scratch stain dent tear blowhole break fray uneven broken large small
+contamination bent color faulty imprint thread fold glue poke rough oil gray stroke flip missing wire defect""".split()
 
 
 def make_tokenizer(words: Iterable[str], model_max_length: int = 77) -> CLIPTokenizer:
@@ -43,53 +90,66 @@ def make_tokenizer(words: Iterable[str], model_max_length: int = 77) -> CLIPToke
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
 
 
-def build_pipeline(
-    vae_channels: Sequence[int] = (32, 64, 64),
-    unet_channels: Sequence[int] = (64, 128),
-    layers_per_block: int = 1,
-    text_width: int = 64,
-    text_layers: int = 2,
-    model_max_length: int = 77,
-    resolution: int = 128,
-    words: Iterable[str] = WORDS,
-) -> StableDiffusionInpaintPipeline:
-    """A pipeline of random weights; latents are smaller than images by 2 ** (len(vae_channels) - 1)."""
-    tokenizer = make_tokenizer(words, model_max_length)
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The shape of a base; the defaults are those of the one that ships.
+
+    Args:
+        attention: for each UNet level, from the picture down, whether it has (self- and cross-) attention on the way
+            down; on the way up every level but the lowest has.
+        head: channels of an attention head.
+        context: tokens that the text encoder reads.
+    """
+
+    resolution: int = 128
+    vae_channels: Sequence[int] = (16, 32, 64)
+    unet_channels: Sequence[int] = (48, 96, 120)
+    attention: Sequence[bool] = (False, True, True)
+    head: int = 24
+    text_width: int = 96
+    text_layers: int = 2
+    context: int = 24
+
+
+def build_pipeline(sizes: Sizes, words: Iterable[str] = WORDS) -> StableDiffusionInpaintPipeline:
+    """A pipeline of random weights; a latent cell is 2 ** (len(vae_channels) - 1) pixels a side."""
+    tokenizer = make_tokenizer(words, sizes.context)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=text_width,
-            intermediate_size=2 * text_width,
-            num_hidden_layers=text_layers,
+            hidden_size=sizes.text_width,
+            intermediate_size=2 * sizes.text_width,
+            num_hidden_layers=sizes.text_layers,
             num_attention_heads=4,
-            max_position_embeddings=model_max_length,
+            max_position_embeddings=sizes.context,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    levels = len(unet_channels)
+    levels = len(sizes.unet_channels)
+    up = [True] * (levels - 1) + [False]  # from the top level down
     unet = UNet2DConditionModel(
-        sample_size=resolution // 2 ** (len(vae_channels) - 1),
+        sample_size=sizes.resolution // 2 ** (len(sizes.vae_channels) - 1),
         in_channels=9,
         out_channels=4,
-        block_out_channels=tuple(unet_channels),
-        layers_per_block=layers_per_block,
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
-        cross_attention_dim=text_width,
-        attention_head_dim=tuple(channels // 16 for channels in unet_channels),  # the number of heads, as in SD 2
+        block_out_channels=tuple(sizes.unet_channels),
+        layers_per_block=1,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in sizes.attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(up)),
+        cross_attention_dim=sizes.text_width,
+        attention_head_dim=tuple(c // sizes.head for c in sizes.unet_channels),  # the number of heads, as in SD 2
         norm_num_groups=8,
         use_linear_projection=True,
     )
     vae = AutoencoderKL(
-        block_out_channels=tuple(vae_channels),
+        block_out_channels=tuple(sizes.vae_channels),
         layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * len(vae_channels),
-        up_block_types=("UpDecoderBlock2D",) * len(vae_channels),
+        down_block_types=("DownEncoderBlock2D",) * len(sizes.vae_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(sizes.vae_channels),
         latent_channels=4,
         norm_num_groups=8,
-        sample_size=resolution,
+        sample_size=sizes.resolution,
     )
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -111,15 +171,394 @@ def build_pipeline(
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")
-    args = parser.parse_args()
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes: pictures, half of them with a mark, their captions and masks
+
+MASKS = 3  # of each scene
+HELD_OUT = 16  # scenes for the figures, never trained on
+
+
+def draw_mark(rng: np.random.Generator, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """Draws a plain mark on (R, R, 3) pixels; returns the picture, the mark's (R, R) mask, and its name."""
+    size = len(pixels)
+    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    centre, radius = rng.uniform(-0.75, 0.75, 2), rng.uniform(0.06, 0.2)
+    soft, opacity = rng.uniform(0.01, 0.04), rng.uniform(0.7, 1.0)
+    if shape == "line":
+        line = wandering_line(rng, centre, rng.uniform(0, 2 * np.pi), rng.uniform(0.4, 1.0), rng.uniform(0, 1.5))
+        field = distance_to(line, size)[0] - rng.uniform(0.012, 0.03)
+    else:
+        field = blob(rng, size, centre, radius, {"spot": 0.06, "ring": 0.06, "patch": 0.3}[shape])
+    if shape == "ring":
+        field = np.abs(field) - rng.uniform(0.015, 0.03)
+    ink = opacity * smoothstep(soft, -soft, field)[..., None]
+    tone = np.clip(np.array(COLOURS[colour]) * rng.uniform(0.8, 1.2), 0, 255) + rng.normal(0, 5, (size, size, 1))
+    marked = np.clip(pixels * (1 - ink) + tone * ink, 0, 255).astype(np.uint8)
+    return marked, field < soft, f"{colour} {shape}"
+
+
+def draw_masks(rng: np.random.Generator, mark: np.ndarray | None, size: int, cells: int) -> list[torch.Tensor]:
+    """MASKS grid masks (1, G, G): around the mark, if there is one; boxes, strokes, blobs or everything."""
+
+    def free() -> np.ndarray:
+        kind = rng.choice(["boxes", "stroke", "blob", "all"], p=[0.4, 0.25, 0.25, 0.1])
+        if kind == "all":
+            return np.ones((size, size), dtype=bool)
+        if kind == "boxes":
+            return boxes_mask(random_boxes(rng, int(rng.integers(1, 12))), size)
+        if kind == "blob":
+            return random_mask(rng, size, size) | random_mask(rng, size, size)
+        line = wandering_line(rng, rng.uniform(-0.8, 0.8, 2), rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.5), 2.0)
+        return distance_to(line, size)[0] < rng.uniform(0.02, 0.1)
+
+    if mark is None or not mark.any():
+        return [to_grid(free(), cells) for _ in range(MASKS)]
+    rows, columns = np.flatnonzero(mark.any(axis=1)), np.flatnonzero(mark.any(axis=0))
+    box = np.zeros_like(mark)
+    box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+    return [to_grid(mark, cells), to_grid(box, cells), to_grid(mark | free(), cells)]
+
+
+@dataclasses.dataclass
+class Scenes:
+    """What the base learns from.
+
+    Args:
+        pixels: (S, R, R, 3) uint8; even scenes are good, odd ones the same picture with a mark.
+        masks: (S, K, 1, G, G) bool.
+        captions: S lists of captions, one of which is drawn each time.
+    """
+
+    pixels: np.ndarray
+    masks: torch.Tensor
+    captions: list[list[str]]
+
+
+def make_scenes(pictures: Iterable[tuple[Image.Image, str]], resolution: int, cells: int, seed: int) -> Scenes:
+    """Two scenes of every (picture, name of the part): as it is, and with a mark."""
+    pixels, masks, captions = [], [], []
+    for index, (picture, name) in enumerate(pictures):
+        rng = np.random.default_rng(derive_seed(seed, "scene", index))
+        good = np.asarray(picture.resize((resolution, resolution), Image.Resampling.BICUBIC))
+        marked, mark, words = draw_mark(rng, good)
+        pixels += [good, marked]
+        masks += [torch.stack(draw_masks(rng, m, resolution, cells)) > 0.5 for m in (None, mark)]
+        captions.append([f"A photo of a {name}", f"A {name}", f"A good {name}", f"A picture of a {name}"])
+        captions.append(
+            [f"A {name} with a {words}", f"A photo of a {words}", f"A {name} with {words}", f"A photo of {words}"]
+        )
+    return Scenes(np.stack(pixels), torch.stack(masks), captions)
+
+
+def drawn_pictures(number: int, size: int, seed: int) -> Iterable[tuple[Image.Image, str]]:
+    """Good parts of every kind, from seeds that make_demo_data.py does not use."""
+    for index in tqdm(range(number), desc="Pictures"):
+        part = list(PARTS)[index % len(PARTS)]
+        yield draw(part, None, size, (1_000_003 + seed, index))[0], part
+
+
+def read_pictures(folder: Path) -> list[tuple[Image.Image, str]]:
+    """The images in a folder, named by it, or in its sub-folders, each named by its own."""
+    folders = [folder, *sorted(f for f in folder.iterdir() if f.is_dir())] if folder.is_dir() else []
+    found = [(load_image(Image.open(file)), to_words(f.name)) for f in folders for file in image_files(f)]
+    if len(found) <= HELD_OUT:
+        raise InputError(
+            f"DF161 --data_dir {folder}: {len(found)} images in it and its folders; give at least {HELD_OUT + 1}"
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fitting
+
+
+def fit(
+    name: str,
+    objective: torch.nn.Module,
+    batch_of: Callable[[], tuple],
+    steps: int,
+    learning_rate: float,
+    work_dir: Path,
+    seed: int,
+) -> None:
+    """Trains `objective` in place with AdamW, warm-up and cosine decay, and leaves the weights' moving average in it.
+
+    Args:
+        objective: a module whose forward returns the loss of a batch.
+        batch_of: draws a batch; seeded anew at every step.
+        work_dir: checkpoints go to `work_dir / name`; training goes on from the newest.
+    """
+    accelerator = Accelerator()
+    folder = work_dir / name
+    folder.mkdir(exist_ok=True)
+    parameters = dict(objective.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=1e-3)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=min(200, steps // 10), num_training_steps=steps)
+    average = EMAModel(parameters.values(), decay=0.9995, use_ema_warmup=True, power=3 / 4)
+    step = 0
+    last = checkpoints.find_checkpoint(folder, "latest")
+    if last:
+        weights = load_file(last / "weights.safetensors")
+        state = checkpoints.restore(last, weights, parameters, optimizer, scheduler, None)
+        average.load_state_dict(state["average"] | {"shadow_params": [weights[f"average {n}"] for n in parameters]})
+        step = state["step"]
+    prepared, optimizer = accelerator.prepare(objective, optimizer)
+    average.to(accelerator.device)
+    progress = tqdm(total=steps, initial=step, desc=name, disable=not accelerator.is_main_process, mininterval=5)
+    smooth = None
+    while step < steps:
+        torch.manual_seed(derive_seed(seed, name, step, accelerator.process_index))
+        loss = prepared(*(x.to(accelerator.device) for x in batch_of()))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        average.step(parameters.values())
+        step += 1
+        if not loss.isfinite():
+            raise FloatingPointError(f"{name}: the loss of step {step} is not finite")
+        smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
+        progress.update()
+        progress.set_postfix(loss=f"{smooth:.4f}")
+        if accelerator.is_main_process and (step % 250 == 0 or step == steps):
+            shadow = {f"average {n}": p for n, p in zip(parameters, average.shadow_params)}
+            weights = {n: p.detach().cpu().contiguous() for n, p in {**parameters, **shadow}.items()}
+            state = {k: v for k, v in average.state_dict().items() if k != "shadow_params"}
+            checkpoints.save_checkpoint(
+                folder, {"step": step, "identity": {}, "average": state},
+                lambda path, weights=weights: save_file(weights, path / "weights.safetensors"),
+                parameters, optimizer, scheduler, None, total_limit=2,
+            )  # fmt: skip
+    progress.close()
+    average.copy_to(parameters.values())
+
+
+class Reconstruction(torch.nn.Module):
+    """Loss of an autoencoder: L1 on the picture and on its fine detail, the posterior barely held to a normal."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    @staticmethod
+    def detail(x: torch.Tensor) -> torch.Tensor:
+        return x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        posterior = self.vae.encode(x).latent_dist
+        y = self.vae.decode(posterior.sample()).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return F.l1_loss(y, x) + 2 * F.l1_loss(self.detail(y), self.detail(x)) + 1e-5 * kl
+
+
+def train_vae(vae: AutoencoderKL, scenes: Scenes, steps: int, work_dir: Path, seed: int, batch_size: int = 16) -> None:
+    """Trains the autoencoder on random quarter crops."""
+    pixels = torch.from_numpy(scenes.pixels[2 * HELD_OUT :])
+    side = pixels.shape[1] // 2
+
+    def batch_of() -> tuple:
+        rows = torch.randint(len(pixels), (batch_size,))
+        top, left = (int(torch.randint(pixels.shape[1] - side + 1, ())) for _ in range(2))
+        x = pixels[rows, top : top + side, left : left + side].permute(0, 3, 1, 2).float() / 127.5 - 1
+        return (x.flip(-1) if torch.rand(()) < 0.5 else x,)
+
+    fit("vae", Reconstruction(vae), batch_of, steps, 1e-3, work_dir, seed)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, scenes: Scenes, device: torch.device) -> dict[str, torch.Tensor]:
+    """Latents of every scene, and of every scene with each mask cut out, in fp16: (S, 4, G, G) and (S, K, 4, G, G).
+
+    Sets the VAE's scaling factor, so that latents have unit spread.
+    """
+    vae.to(device).eval()
+    clean, cut = [], []
+    for start in tqdm(range(0, len(scenes.pixels), 8), desc="Latents"):
+        x = torch.from_numpy(scenes.pixels[start : start + 8]).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
+        masks = scenes.masks[start : start + 8].to(device).float()
+        holes = 1 - cover(masks, x.shape[-1] // masks.shape[-1])  # (8, K, 1, R, R)
+        means = vae.encode(torch.cat([x, (x[:, None] * holes).flatten(0, 1)])).latent_dist.mean
+        clean.append(means[: len(x)].cpu())
+        cut.append(means[len(x) :].unflatten(0, (len(x), MASKS)).cpu())
+    clean, cut = torch.cat(clean), torch.cat(cut)
+    scale = 1 / clean.std().item()
+    vae.register_to_config(scaling_factor=scale)
+    return {"clean": (clean * scale).half(), "cut": (cut * scale).half()}
+
+
+class Inpainting(torch.nn.Module):
+    """Loss of text encoder and UNet: the noise's error, mostly inside the mask, weighted by min-SNR with gamma 5.
+
+    Source: Hang et al., Min-SNR weighting, ICCV 2023.
+    """
+
+    def __init__(self, pipe: StableDiffusionInpaintPipeline):
+        super().__init__()
+        self.unet, self.text_encoder = pipe.unet, pipe.text_encoder
+        self.noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        snr = compute_snr(self.noise_scheduler, torch.arange(self.noise_scheduler.config.num_train_timesteps))
+        self.weights = snr.clamp(max=5) / snr
+
+    def forward(self, x_0, mask, cut, input_ids, noise, t):
+        x_t = self.noise_scheduler.add_noise(x_0, noise, t)
+        pred = self.unet(torch.cat([x_t, mask, cut], dim=1), t, self.text_encoder(input_ids)[0]).sample
+        error = (pred - noise).square() * (0.3 + 0.7 * mask)
+        return (error.mean(dim=(1, 2, 3)) * self.weights.to(t.device)[t]).mean()
+
+
+def train_unet(
+    pipe: StableDiffusionInpaintPipeline, scenes: Scenes, latents: dict, stages: Sequence, work_dir: Path, seed: int
+) -> None:
+    """Trains text encoder and UNet on inpainting; 1 picture in 10 is uncaptioned, so that guidance works.
+
+    Args:
+        stages: (name, steps, batch size, latent side, learning rate) in turn; small crops first, which are cheap.
+    """
+    number = len(scenes.captions[0])
+    texts = [caption for captions in scenes.captions for caption in captions]
+    ids = pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.unflatten(0, (-1, number))
+    empty = pipe.tokenizer("", padding="max_length", return_tensors="pt").input_ids
+
+    for name, steps, batch_size, side, learning_rate in stages:
+
+        def batch_of(batch_size=batch_size, side=side) -> tuple:
+            rows = torch.randint(2 * HELD_OUT, len(ids), (batch_size,))
+            k, caption = torch.randint(MASKS, (batch_size,)), torch.randint(number, (batch_size,))
+            top, left = (int(torch.randint(latents["clean"].shape[-1] - side + 1, ())) for _ in range(2))
+            window = (..., slice(top, top + side), slice(left, left + side))
+            x_0, cut = latents["clean"][rows][window].float(), latents["cut"][rows, k][window].float()
+            captions = torch.where(torch.rand(batch_size, 1) < 0.1, empty, ids[rows, caption])
+            t = torch.randint(1000, (batch_size,))
+            return x_0, scenes.masks[rows, k][window].float(), cut, captions, torch.randn(x_0.shape), t
+
+        fit(name, Inpainting(pipe), batch_of, steps, learning_rate, work_dir, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+@torch.no_grad()
+def measure(pipe: StableDiffusionInpaintPipeline, scenes: Scenes) -> tuple[dict[str, float], Image.Image]:
+    """PSNR of the autoencoder, and of good parts inpainted where they were, on held-out scenes; and a picture of both.
+
+    The picture has a column a scene: original, reconstruction, cut, inpainted.
+    """
+    from generate_defectfill import composite, ddim, paint
+
+    pipe.scheduler = ddim(pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    reconstruction, inpainted, columns = [], [], []
+    for index in range(0, 2 * HELD_OUT, 2):
+        image = Image.fromarray(scenes.pixels[index])
+        x = image_tensor(image, image.width).to(pipe.device)
+        y = pipe.vae.decode(pipe.vae.encode(x[None]).latent_dist.mean).sample[0].clamp(-1, 1)
+        reconstruction.append(psnr((x - y) / 2))
+        rng = np.random.default_rng(index)
+        pixel_mask = random_mask(rng, image.width, image.width) | random_mask(rng, image.width, image.width)
+        grid = to_grid(pixel_mask, image.width // pipe.vae_scale_factor)
+        prompt = scenes.captions[index][0]
+        z = (
+            paint(pipe, x, grid, prompt, [derive_seed(0, index)], num_inference_steps=30, guidance_scale=1.0)[0] * 2
+            - 1
+        )
+        inside = cover(grid, pipe.vae_scale_factor)[0] > 0.5
+        inpainted.append(psnr((x - z)[:, inside] / 2))
+        painted = composite(image, (z.cpu() + 1) / 2, inside.cpu().numpy())
+        cells = [x, y, x * ~inside.to(x.device), image_tensor(painted, image.width).to(x)]
+        columns.append(torch.cat(cells, dim=1))
+    figures = {"reconstruction_psnr": np.mean(reconstruction), "inpainting_psnr": np.mean(inpainted)}
+    picture = torch.cat(columns, dim=2).permute(1, 2, 0).cpu().numpy()
+    return {k: round(float(v), 2) for k, v in figures.items()}, Image.fromarray(
+        (picture * 127.5 + 127.5).astype(np.uint8)
+    )
+
+
+def psnr(difference: torch.Tensor) -> float:
+    """In dB, of a difference of pictures in [0, 1]."""
+    return -10 * math.log10(difference.square().mean().item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def main(args: argparse.Namespace) -> None:
+    sizes = Sizes(resolution=args.resolution)
     set_seed(args.seed)
-    build_pipeline(resolution=args.resolution).save_pretrained(args.output_dir)
+    pipe = build_pipeline(sizes)
+    if args.random_weights:
+        return pipe.save_pretrained(args.output_dir)
+    work_dir = args.output_dir / "work"
+    with sole_writer(work_dir):
+        began = time.time()
+        cells = args.resolution // pipe.vae_scale_factor
+        pictures = (
+            read_pictures(args.data_dir)
+            if args.data_dir
+            else drawn_pictures(args.pictures, args.resolution, args.seed)
+        )
+        scenes = load_scenes(
+            work_dir / "scenes.safetensors", lambda: make_scenes(pictures, args.resolution, cells, args.seed)
+        )
+        device = Accelerator().device
+        train_vae(pipe.vae.to(device), scenes, args.vae_steps, work_dir, args.seed)
+        latents = encode(pipe.vae, scenes, device)
+        stages = [
+            ("unet-crops", args.crop_steps, 32, cells // 2, 1e-3),
+            ("unet-whole", args.whole_steps, 16, cells, 5e-4),
+        ]
+        train_unet(pipe, scenes, latents, stages, work_dir, args.seed)
+        pipe.to(device, dtype=torch.float32)
+        for module in (pipe.vae, pipe.unet, pipe.text_encoder):
+            module.eval()
+        figures, picture = measure(pipe, scenes)
+        pipe.to("cpu", dtype=torch.float16).save_pretrained(args.output_dir)
+        picture.save(args.output_dir / "samples.png")
+        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output_dir"}
+        figures |= {"seconds_of_last_start": round(time.time() - began), "options": options}
+        write_json(args.output_dir / "figures.json", figures)
+        print(json.dumps(figures, indent=2))
+
+
+def load_scenes(file: Path, make: Callable[[], Scenes]) -> Scenes:
+    """The scenes kept in `file`, made and kept there if they are not."""
+    captions = file.with_suffix(".json")
+    if not captions.exists():
+        scenes = make()
+        save_file({"pixels": torch.from_numpy(scenes.pixels), "masks": scenes.masks}, file)
+        write_json(captions, {"captions": scenes.captions})
+    tensors = load_file(file)
+    return Scenes(tensors["pixels"].numpy(), tensors["masks"], json.loads(captions.read_text())["captions"])
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--output_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="The base; intermediate files go to its folder work.",
+    )
+    add("--data_dir", type=Path, metavar="DIR", help="Good images of one's own, in folders named by what they show.")
+    add("--random_weights", action="store_true", help="Save the untrained pipeline and stop.")
+    add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
+    add("--pictures", type=int, default=2100, metavar="N", help="Pictures to draw. Default: %(default)s.")
+    add("--vae_steps", type=int, default=3000, metavar="N", help="Default: %(default)s.")
+    add("--crop_steps", type=int, default=5000, metavar="N", help="UNet steps on quarter crops. Default: %(default)s.")
+    add(
+        "--whole_steps",
+        type=int,
+        default=3500,
+        metavar="N",
+        help="UNet steps on whole pictures. Default: %(default)s.",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")
+    return parser.parse_args(input_args)
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_input_error(lambda: main(parse_args()))

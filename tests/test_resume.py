@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import train_defectfill
 from defectfill import checkpoint as checkpoints
 from defectfill.files import replacing, sole_writer
-from defectfill.lora_file import LORA_FILE
+from defectfill.lora_file import LORA_FILE, read_lora
 from defectfill_dataset import InputError
 
 
@@ -117,9 +117,9 @@ def test_control_the_comparison_notices_what_is_not_restored(
     assert killed_run(options(base, data, out, *RUN, "--gradient_accumulation_steps", "1"), "step") == KILLED
     restore = checkpoints.restore
 
-    def restore_less(checkpoint, parameters, optimizer, lr_scheduler, scaler):
+    def restore_less(checkpoint, weights, parameters, optimizer, lr_scheduler, scaler):
         before = lr_scheduler.state_dict()
-        state = restore(checkpoint, parameters, optimizer, lr_scheduler, scaler)
+        state = restore(checkpoint, weights, parameters, optimizer, lr_scheduler, scaler)
         if lost == "moments":
             optimizer.state.clear()
         if lost == "schedule":
@@ -232,14 +232,13 @@ def test_no_pickle_is_ever_loaded(two_checkpoints, tmp_path, monkeypatch):
 
     for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
-    tensors = load_file(out / "checkpoint-2/optimizer.safetensors")
-    parameters = {name.split("|")[0]: torch.nn.Parameter(torch.zeros(1)) for name in tensors}
-    parameters = {k: torch.nn.Parameter(load_file(out / "checkpoint-2" / LORA_FILE)[k] * 0) for k in parameters}
+    weights = read_lora(out / "checkpoint-2").tensors
+    parameters = {name: torch.nn.Parameter(tensor * 0) for name, tensor in weights.items()}
     optimizer = torch.optim.AdamW(
         [{"params": list(parameters.values())}, {"params": [torch.nn.Parameter(torch.ones(1))]}]
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    assert checkpoints.restore(out / "checkpoint-2", parameters, optimizer, scheduler, None)["step"] == 2
+    assert checkpoints.restore(out / "checkpoint-2", weights, parameters, optimizer, scheduler, None)["step"] == 2
 
 
 # Faults while saving

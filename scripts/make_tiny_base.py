@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -320,7 +321,7 @@ def fit(
             raise FloatingPointError(f"{name}: the loss of step {step} is not finite")
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         progress.update()
-        progress.set_postfix(loss=f"{smooth:.4f}")
+        progress.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if accelerator.is_main_process and (step % 250 == 0 or step == steps):
             shadow = {f"average {n}": p for n, p in zip(parameters, average.shadow_params)}
             weights = {n: p.detach().cpu().contiguous() for n, p in {**parameters, **shadow}.items()}
@@ -485,6 +486,7 @@ def psnr(difference: torch.Tensor) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
+    diffusers.utils.logging.set_verbosity_error()
     sizes = Sizes(resolution=args.resolution)
     set_seed(args.seed)
     pipe = build_pipeline(sizes)

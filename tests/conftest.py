@@ -1,5 +1,6 @@
 """Toy data, a toy base model and runs of the real scripts, all offline."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,9 +16,10 @@ HOME = tempfile.mkdtemp(prefix="defectfill-tests-")
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     HUB_PORT = free.getsockname()[1]
-os.environ.update(  # before the libraries read them; tests/test_hub.py starts a Hub at that port
+# Before the libraries read them; tests/test_hub.py starts a Hub at that port.
+os.environ.update(
     HF_HOME=HOME, TORCH_HOME=HOME, OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1",
-    HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1",
+    HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1",
 )  # fmt: skip
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
@@ -26,7 +28,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from accelerate.utils import set_seed  # noqa: E402
-from make_tiny_base import build_pipeline  # noqa: E402
+from make_tiny_base import Sizes, build_pipeline  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import generate_defectfill  # noqa: E402
@@ -86,11 +88,16 @@ def make_seed_layout(root: Path, defects: dict[str, int] | None = None, good: in
     return root
 
 
+TOY = Sizes(
+    resolution=RESOLUTION, vae_channels=(8, 16, 16), unet_channels=(16, 32, 32), attention=(True, True, False), head=16,
+    text_width=32, context=77,
+)  # fmt: skip
+
+
 def toy_pipeline(**changes):
-    """A random pipeline small enough for a step in a tenth of a second: 32 px, 8 x 8 latents, two UNet levels."""
+    """A random pipeline of a step in a tenth of a second: 32 px, 8 x 8 latents, decoder attention at 8 and 4."""
     set_seed(0)
-    sizes = dict(vae_channels=(8, 16, 16), unet_channels=(16, 32), text_width=32, resolution=RESOLUTION)
-    return build_pipeline(**(sizes | changes))
+    return build_pipeline(dataclasses.replace(TOY, **changes))
 
 
 @pytest.fixture(scope="session")

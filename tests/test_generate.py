@@ -347,7 +347,7 @@ def test_a_lora_of_another_base_is_refused(trained, inputs, tmp_path, monkeypatc
     with pytest.raises(InputError, match=r"DF410 .*\(4, 32\), but .*other has \(\d+, 64\).*was trained on"):
         argv = [*inputs, "--pretrained_model_name_or_path", tmp_path / "other", "--output_dir", tmp_path / "out"]
         generate("--lora", trained, *argv, *FAST)
-    toy_pipeline(unet_channels=(16, 32, 32)).save_pretrained(tmp_path / "deeper")
+    toy_pipeline(unet_channels=(16, 48, 48)).save_pretrained(tmp_path / "deeper")
     with pytest.raises(InputError, match="DF410"):
         argv = [*inputs, "--pretrained_model_name_or_path", tmp_path / "deeper", "--output_dir", tmp_path / "out"]
         generate("--lora", trained, *argv, *FAST)

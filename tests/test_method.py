@@ -203,7 +203,7 @@ def test_recording_processor_equals_the_stock_one():
 
 def test_map_is_the_softmax_of_the_phrases_tokens_averaged_over_heads():
     models, x, text = make_models(), torch.randn(1, 16, 32), torch.randn(1, 77, 32)
-    attn = dict(models.unet.named_modules())["up_blocks.0.attentions.0.transformer_blocks.0.attn2"]
+    attn = dict(models.unet.named_modules())["up_blocks.1.attentions.0.transformer_blocks.0.attn2"]
     weights = torch.zeros(1, 77)
     weights[0, 4:6] = 0.5  # two sub-tokens
     models.store.record(slice(0, 1), weights)
@@ -235,7 +235,7 @@ def test_layers_of_different_sizes_are_resized_before_their_mean():
     assert torch.allclose(both, (alone[0] + alone[1]) / 2)
     reference = F.interpolate(small.view(1, 1, 2, 2), (8, 8), mode="bilinear")[:, 0]
     assert torch.allclose(alone[0], reference)
-    models, batch = make_models(), make_batch()
+    models = make_models()
     models.store.record(slice(0, 2), torch.zeros(2, 77))
     models.unet(torch.randn(2, 9, GRID, GRID), 5, torch.randn(2, 77, 32))
     assert sorted({m.shape[1] for m in models.store.pop().values()}) == [16, 64]  # the toy UNet has two sizes
@@ -343,6 +343,6 @@ def test_not_casting_activations_up_changes_no_bit_under_autocast():
 
 def test_adapters_scale_by_alpha_over_rank():
     models = make_models()
-    module = dict(models.unet.named_modules())["up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"]
+    module = dict(models.unet.named_modules())["up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"]
     assert module.scaling["default"] == 2
     assert math.isclose(module.r["default"], 4)

@@ -20,7 +20,8 @@ from defectfill_dataset import InputError
 
 
 # Rank 128 gives matrices of 4096 elements, from which bitsandbytes really keeps 8-bit moments.
-RUN = "--max_train_steps 6 --checkpointing_steps 2 --rank 128 --lora_dropout 0.2 --split all --learning_rate 0.01".split()
+RUN = """--max_train_steps 6 --checkpointing_steps 2 --rank 128 --lora_dropout 0.2 --split all
+    --learning_rate 0.01""".split()
 KILLED = -signal.SIGKILL
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import train_defectfill
 from defectfill.base import read_base
-from defectfill.lora_file import LORA_FILE, load_lora, lora_parameters, read_lora
+from defectfill.lora_file import LORA_FILE, load_lora, read_lora
 from defectfill_dataset import InputError
 
 
@@ -166,8 +166,8 @@ def test_prepared_dataset(train, base, data, tmp_path):
     shutil.copytree(data / "test/hole", tmp_path / "prepared/train/images")
     shutil.copytree(data / "ground_truth/hole", tmp_path / "prepared/train/masks")
     lines = [
-        {"file_name": f"images/{i:03d}.png", "mask_file_name": f"masks/{i:03d}_mask.png", "object": "nut", "defect": "hole",
-         "source_file": f"{i:03d}.png"} for i in range(4)
+        {"file_name": f"images/{i:03d}.png", "mask_file_name": f"masks/{i:03d}_mask.png", "object": "nut",
+         "defect": "hole", "source_file": f"{i:03d}.png"} for i in range(4)
     ]  # fmt: skip
     (tmp_path / "prepared/train/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     argv = [a for a in train_defectfill_options(base, tmp_path / "out") if a]
@@ -176,7 +176,8 @@ def test_prepared_dataset(train, base, data, tmp_path):
 
 
 def train_defectfill_options(base, output) -> list[str]:
-    return f"""--pretrained_model_name_or_path {base} --output_dir {output} --resolution {RESOLUTION} --max_train_steps 1
+    return f"""--pretrained_model_name_or_path {base} --output_dir {output} --resolution {RESOLUTION}
+        --max_train_steps 1
         --train_batch_size 2 --validation_steps 0 --report_to none""".split()
 
 
@@ -282,9 +283,10 @@ def test_help_comes_in_groups(capsys):
 def test_the_defaults_are_the_papers():
     args = train_defectfill.parse_args(["--pretrained_model_name_or_path", "x", "--output_dir", "y"])
     expected = dict(
-        lambda_def=0.5, lambda_obj=0.2, lambda_attn=0.05, background_alpha=0.3, num_random_boxes=30, rank=8, lora_alpha=16,
-        lora_dropout=0.1, learning_rate=2e-4, text_encoder_lr=4e-5, max_train_steps=2000, train_batch_size=4,
-        lr_warmup_steps=100, lr_scheduler="constant_with_warmup", resolution=512, max_resize_scale=1.125, center_crop=False,
+        lambda_def=0.5, lambda_obj=0.2, lambda_attn=0.05, background_alpha=0.3, num_random_boxes=30, rank=8,
+        lora_alpha=16, lora_dropout=0.1, learning_rate=2e-4, text_encoder_lr=4e-5, max_train_steps=2000, train_batch_size=4,
+        lr_warmup_steps=100, lr_scheduler="constant_with_warmup", resolution=512, max_resize_scale=1.125,
+        center_crop=False,
         loss_reduction="mean", attention_pass="object", attention_map_scale="raw",
     )  # fmt: skip
     assert {k: getattr(args, k) for k in expected} == expected
@@ -391,7 +393,7 @@ def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
         (("--train_data_dir", "nowhere"), "DF160", "no such folder"),
         (("--dataset_name", "x"), "DF188", "either"),
         (("--pretrained_model_name_or_path", "nowhere"), "DF180", "cannot read unet/config.json"),
-        (("--resolution", "33"), "DF184", "multiple of 8"),
+        (("--resolution", "33"), "DF184", "multiple of 16"),
         (("--phrase", "very " * 80 + "sks"), "DF174", "77"),
         (("--rank", "0"), "DF187", "at least 1"),
         (("--learning_rate", "nan"), "DF187", "finite"),

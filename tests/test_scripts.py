@@ -1,0 +1,129 @@
+"""The demo's data and base."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import make_demo_data
+import make_tiny_base
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, in_clean_process, reset_accelerate, write_image
+from PIL import Image
+from safetensors.torch import load_file
+
+from defectfill_dataset import InputError, binarise, check_pairs, load_defect_pairs
+
+
+def test_demo_data_is_a_dataset_with_exact_masks(tmp_path):
+    make_demo_data.main(["--output_dir", str(tmp_path), "--size", "64", "--defects", "3", "--good", "2"])
+    for part, (_, defects) in make_demo_data.PARTS.items():
+        data = load_defect_pairs(tmp_path, part)
+        assert len(data["train"]) == len(defects) and len(data["test"]) == 2 * len(defects) and len(data["good"]) == 2
+        check_pairs(data["train"]), check_pairs(data["test"])
+        assert data["train"][0]["image"].size == (64, 64)
+
+
+@pytest.mark.parametrize("part, defect", [(p, d) for p, (_, ds) in make_demo_data.PARTS.items() for d in ds])
+def test_a_defect_changes_the_picture_inside_its_mask_alone(part, defect):
+    make, defects = make_demo_data.PARTS[part]
+    for seed in range(3):
+        good, bad = (make(np.random.default_rng(seed), 128) for _ in range(2))
+        mask = defects[defect](np.random.default_rng(100 + seed), bad)
+        assert mask.any() and mask.mean() < 0.2 and (mask & bad.part).sum() > 0.9 * mask.sum()
+        change = np.abs(bad.colour - good.colour).sum(axis=-1) + np.abs(bad.height - good.height)
+        assert change[mask].mean() > 20 * change[~mask].mean() + 1e-6
+
+
+def test_pictures_are_a_function_of_their_seed():
+    first, second = (make_demo_data.draw("nut", "hole", 48, (0, 3)) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, second))
+    other = make_demo_data.draw("nut", "hole", 48, (0, 4))
+    assert not np.array_equal(first[0], other[0]) and not np.array_equal(first[1], other[1])
+    assert set(np.unique(np.asarray(first[1]))) == {0, 255} and binarise(first[1]).any()
+
+
+def test_a_random_base_is_made_from_the_command_line_and_needs_nothing_of_ours(tmp_path):
+    command = [sys.executable, ROOT / "scripts/make_tiny_base.py", "--output_dir", "tiny", "--random_weights"]
+    subprocess.run([*command, "--resolution", "64"], cwd=tmp_path, check=True, capture_output=True)
+    code = """
+import sys
+from diffusers import StableDiffusionInpaintPipeline
+pipe = StableDiffusionInpaintPipeline.from_pretrained(sys.argv[1])
+print(pipe.unet.config.in_channels, pipe.unet.config.sample_size * pipe.vae_scale_factor,
+      pipe.tokenizer.tokenize("a photo of sks hazelnut"))
+"""
+    printed = in_clean_process(code, tmp_path / "tiny", cwd=tmp_path)
+    assert printed.split(maxsplit=2)[:2] == ["9", "64"] and "'sks</w>', 'hazelnut</w>'" in printed
+
+
+SMALL = "--resolution 32 --pictures 20 --vae_steps 3 --crop_steps 2 --whole_steps 2".split()
+
+
+@pytest.fixture(autouse=True)
+def toy_sizes(monkeypatch):
+    """A base of a few thousand weights, where nothing is started from the command line."""
+    sizes = dict(vae_channels=(8, 8, 8), unet_channels=(16, 16, 16), head=8, text_width=16)
+    monkeypatch.setattr(make_tiny_base, "Sizes", functools.partial(make_tiny_base.Sizes, **sizes))
+
+
+def make_base(*argv) -> None:
+    reset_accelerate()
+    make_tiny_base.main(make_tiny_base.parse_args([str(a) for a in argv]))
+    reset_accelerate()
+
+
+def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    make_base("--output_dir", tmp_path / "whole", *SMALL)
+    pid = os.fork()
+    if not pid:  # dies between the two stages of the UNet
+        fit, calls = make_tiny_base.fit, []
+        make_tiny_base.fit = lambda *args: (calls.append(1), fit(*args), len(calls) == 2 and os._exit(9))
+        make_base("--output_dir", tmp_path / "killed", *SMALL)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    monkeypatch.setattr(make_tiny_base, "make_scenes", None)  # the pictures are there already
+    make_base("--output_dir", tmp_path / "killed", *SMALL)
+    for part in ("unet", "vae", "text_encoder"):
+        (one,), (other,) = ((tmp_path / run / part).glob("*.safetensors") for run in ("whole", "killed"))
+        one, other = load_file(one), load_file(other)
+        assert all(torch.equal(one[k], other[k]) and one[k].dtype == torch.float16 for k in one.keys() | other.keys())
+    figures = json.loads((tmp_path / "whole/figures.json").read_text())
+    assert figures["reconstruction_psnr"] > 0 and figures["inpainting_psnr"] > 0
+    assert Image.open(tmp_path / "whole/samples.png").height == 4 * 32
+
+
+def test_a_base_of_ones_own_images(tmp_path):
+    for i in range(18):
+        write_image(tmp_path / "images/steel_disc" / f"{i}.png", 40)
+    make_base("--output_dir", tmp_path / "base", "--data_dir", tmp_path / "images", *SMALL)
+    captions = json.loads((tmp_path / "base/work/scenes.json").read_text())["captions"]
+    assert captions[0][0] == "A photo of a steel disc" and " steel disc with a " in captions[1][0]
+    with pytest.raises(InputError, match="give at least 17"):
+        make_base("--output_dir", tmp_path / "other", "--data_dir", tmp_path / "nowhere", *SMALL)
+
+
+def test_marks_are_named_and_inside_their_masks():
+    rng, plain = np.random.default_rng(0), np.full((64, 64, 3), 128, dtype=np.uint8)
+    names = set()
+    for _ in range(40):
+        marked, mask, name = make_tiny_base.draw_mark(rng, plain)
+        changed = (marked != plain).any(axis=-1)
+        assert (changed & ~mask).sum() == 0 and name in {
+            f"{c} {s}" for c in make_tiny_base.COLOURS for s in make_tiny_base.SHAPES
+        }
+        names.add(name)
+    assert len(names) > 15 and all(word in make_tiny_base.WORDS for name in names for word in name.split())
+
+
+def test_no_caption_of_the_base_holds_the_rare_word():
+    """What `sks` looks like is the LoRA's to learn."""
+    picture = Image.new("RGB", (32, 32))
+    scenes = make_tiny_base.make_scenes([(picture, "nut")] * 3, 32, 8, 0)
+    assert not any("sks" in caption for captions in scenes.captions for caption in captions)
+    assert (
+        scenes.masks.shape == (6, make_tiny_base.MASKS, 1, 8, 8) and scenes.masks.any(dim=(3, 4)).float().mean() > 0.9
+    )

@@ -21,6 +21,7 @@ import urllib.error
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import lpips
 import numpy as np
@@ -30,9 +31,9 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from skimage.metrics import structural_similarity
 from tqdm.auto import tqdm
 
-from defectfill.base import check_resolution, read_base
+from defectfill.base import Base, check_resolution, read_base
 from defectfill.checkpoint import check_identity
-from defectfill.files import flush, replacing, sole_writer, write_json
+from defectfill.files import replacing, sole_writer, write_json
 from defectfill.lora_file import LoraFile, check_fits, load_lora, read_lora
 from defectfill_dataset import (
     InputError,
@@ -174,12 +175,9 @@ def rmse_score(candidates: torch.Tensor, normal: torch.Tensor, mask: torch.Tenso
 
 def make_scorer(selection: str, net: str, device: torch.device) -> Scorer | None:
     """The measure that `--selection` names; None for `none`, which keeps the first candidate."""
-    return {
-        "lpips": lambda: lpips_scorer(net, device),
-        "ssim": lambda: ssim_score,
-        "rmse": lambda: rmse_score,
-        "none": lambda: None,
-    }[selection]()
+    if selection == "lpips":
+        return lpips_scorer(net, device)
+    return {"ssim": ssim_score, "rmse": rmse_score, "none": None}[selection]
 
 
 def select(scores: Sequence[float]) -> int:
@@ -320,9 +318,9 @@ def check_cases(cases: list[Case], seed: int) -> None:
 def generate(
     pipe: StableDiffusionInpaintPipeline,
     case: Case,
-    prompt: str,
     scorer: Scorer | None,
     output_dir: Path,
+    prompt: str,
     resolution: int,
     num_candidates: int,
     seed: int,
@@ -463,8 +461,19 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    # Everything that can be wrong is looked at before a weight is loaded.
+class Run(NamedTuple):
+    """What to paint and with what, checked, before any weight is loaded."""
+
+    cases: list[Case]
+    lora: LoraFile
+    base: Base
+    scorer: Scorer | None
+    device: torch.device
+    settings: dict  # everything that decides a pixel; they must be the same when the run goes on
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Checks and reads everything that can be wrong."""
     cases = find_cases(args.image, args.mask)
     check_cases(cases, args.seed)
     lora = read_lora(args.lora)
@@ -480,62 +489,65 @@ def main(args: argparse.Namespace) -> None:
     check_resolution(base, resolution)
     check_fits(lora, base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
-    scorer = make_scorer(args.selection, args.lpips_net, device)
+    settings = {
+        "base": base.name,
+        "revision": base.revision,
+        "lora_sha256": hashlib.sha256(lora.path.read_bytes()).hexdigest(),
+        "defect": defect,
+        "prompt": prompt,
+        "resolution": resolution,
+        "num_candidates": args.num_candidates,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "seed": args.seed,
+        "mask_source": args.mask_source,
+        "selection": args.selection if args.selection != "lpips" else f"lpips-{args.lpips_net}",
+        "mixed_precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
+    }
+    return Run(cases, lora, base, make_scorer(args.selection, args.lpips_net, device), device, settings)
 
+
+def paint_all(args: argparse.Namespace, run: Run, manifest: Path, done: set[str]) -> list[str]:
+    """Paints every case that is not done, a line of the manifest each; returns what failed, and why."""
+    pipe = load_pipeline(run.base, args.variant, args.cache_dir, run.settings["mixed_precision"], run.device)
+    load_lora(pipe, run.lora)
+    names = ("prompt", "resolution", "num_candidates", "seed", "num_inference_steps", "guidance_scale")
+    settings = {name: run.settings[name] for name in names}
+    todo = [case for case in run.cases if case.name not in done]
+    failed = []
+    with manifest.open("a") as lines:
+        for case in tqdm(todo, desc="Images", initial=len(done), total=len(run.cases)):
+            try:
+                line = generate(pipe, case, run.scorer, args.output_dir, batch_size=args.batch_size, **settings)
+            except FloatingPointError as error:
+                failed.append(f"{case.image.name}: {error}")
+                continue
+            lines.write(json.dumps(line) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+    return failed
+
+
+def main(args: argparse.Namespace) -> None:
+    run = prepare(args)
     with sole_writer(args.output_dir):
-        sampling = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-        settings = {
-            "base": base.name,
-            "revision": base.revision,
-            "lora_sha256": hashlib.sha256(lora.path.read_bytes()).hexdigest(),
-            "defect": defect,
-            "prompt": prompt,
-            "resolution": resolution,
-            "num_candidates": args.num_candidates,
-            "seed": args.seed,
-            "mask_source": args.mask_source,
-            "selection": args.selection if args.selection != "lpips" else f"lpips-{args.lpips_net}",
-            "mixed_precision": precision,
-            **sampling,
-        }
-        settings_file = args.output_dir / "settings.json"
+        settings_file, manifest = args.output_dir / "settings.json", args.output_dir / "manifest.jsonl"
         if settings_file.exists():
-            check_identity(json.loads(settings_file.read_text()), settings)
-        write_json(settings_file, settings)
+            check_identity(json.loads(settings_file.read_text()), run.settings)
+        write_json(settings_file, run.settings)
         for folder in ("images", "masks", "contact"):
             (args.output_dir / folder).mkdir(exist_ok=True)
-        manifest = args.output_dir / "manifest.jsonl"
         done = {line["name"] for line in finished_lines(manifest)}
-        todo = [case for case in cases if case.name not in done]
-        if todo:
-            pipe = load_pipeline(base, args.variant, args.cache_dir, precision, device)
-            load_lora(pipe, lora)
-            failed = []
-            with manifest.open("a") as lines:
-                for case in tqdm(todo, desc="Images", initial=len(done), total=len(cases)):
-                    try:
-                        line = generate(
-                            pipe, case, prompt, scorer, args.output_dir, resolution, args.num_candidates, args.seed,
-                            batch_size=args.batch_size, **sampling,
-                        )  # fmt: skip
-                    except FloatingPointError as error:
-                        failed.append(f"{case.image.name}: {error}")
-                        continue
-                    lines.write(json.dumps(line) + "\n")
-                    lines.flush()
-                    os.fsync(lines.fileno())
-            if failed:
-                raise SystemExit("No usable candidate for:\n" + "\n".join(failed))
-        write_contact_sheet(
-            [args.output_dir / "contact" / f"{case.name}.png" for case in cases], args.output_dir / "contact_sheet.png"
-        )
-        flush(args.output_dir)
-    print(f"{len(cases)} images in {args.output_dir}: images/, masks/, manifest.jsonl, contact_sheet.png")
+        failed = paint_all(args, run, manifest, done) if {case.name for case in run.cases} - done else []
+        if failed:
+            raise SystemExit("No usable candidate for:\n" + "\n".join(failed))
+        rows = [args.output_dir / "contact" / f"{case.name}.png" for case in run.cases]
+        write_contact_sheet(rows, args.output_dir / "contact_sheet.png")
+    print(f"{len(run.cases)} images in {args.output_dir}: images/, masks/, manifest.jsonl, contact_sheet.png")
 
 
 def load_pipeline(
-    base, variant: str | None, cache_dir: str | None, precision: str, device: torch.device
+    base: Base, variant: str | None, cache_dir: str | None, precision: str, device: torch.device
 ) -> StableDiffusionInpaintPipeline:
     """The base pipeline with DDIM, without the safety checker (it blackens what it takes for wounds)."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]

@@ -13,6 +13,7 @@ Shapes: S scenes, K masks of each, R picture side, G latent side. Masks are 1 wh
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import math
@@ -33,7 +34,7 @@ from diffusers.training_utils import EMAModel, compute_snr
 from make_demo_data import PARTS, blob, distance_to, draw, smoothstep, wandering_line
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -71,24 +72,31 @@ contamination bent color faulty imprint thread fold glue poke rough oil gray str
 
 
 def make_tokenizer(words: Iterable[str], model_max_length: int = 77) -> CLIPTokenizer:
-    """A CLIP tokenizer that keeps each of `words` whole and spells every other word in bytes."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=100_000,  # more than there are merges to learn
-        min_frequency=1,
-        initial_alphabet=sorted(alphabet),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bpe.train_from_iterator(sorted(set(words)), trainer)
-    model = json.loads(bpe.to_str())["model"]
-    tokens = [*sorted(alphabet), *(f"{c}</w>" for c in sorted(alphabet))]
-    tokens += [t for t in sorted(model["vocab"], key=model["vocab"].get) if t not in set(tokens)]
+    """A CLIP tokenizer that keeps each of `words` whole and spells every other word in bytes.
+
+    Byte pairs are merged in an order that depends on the words alone (the tokenizers library breaks ties at random).
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spelled = [[*word[:-1], f"{word[-1]}</w>"] for word in sorted(set(words))]
+    merges: list[tuple[str, str]] = []
+    while any(len(word) > 1 for word in spelled):
+        counts = collections.Counter(pair for word in spelled for pair in zip(word, word[1:]))
+        merges.append(max(counts, key=lambda pair: (counts[pair], pair)))
+        spelled = [merge(word, merges[-1]) for word in spelled]
+    tokens = [*alphabet, *(f"{c}</w>" for c in alphabet), *dict.fromkeys("".join(pair) for pair in merges)]
     vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    merges = [tuple(pair) for pair in model["merges"]]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
+
+
+def merge(word: list[str], pair: tuple[str, str]) -> list[str]:
+    """The word with every occurrence of the pair, from the left, made one symbol."""
+    merged: list[str] = []
+    for symbol in word:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return merged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,13 +89,13 @@ def make_seed_layout(root: Path, defects: dict[str, int] | None = None, good: in
 
 
 TOY = Sizes(
-    resolution=RESOLUTION, vae_channels=(8, 16, 16), unet_channels=(16, 32, 32), attention=(True, True, False), head=16,
-    text_width=32, context=77,
+    resolution=RESOLUTION, vae_channels=(8, 16, 16), unet_channels=(16, 32, 32), attention=(True, True, False),
+    head=16, text_width=32, context=77,
 )  # fmt: skip
 
 
 def toy_pipeline(**changes):
-    """A random pipeline of a step in a tenth of a second: 32 px, 8 x 8 latents, decoder attention at 8 and 4."""
+    """A small random pipeline: 32 px, 8 x 8 latents, decoder attention at 8 and 4."""
     set_seed(0)
     return build_pipeline(dataclasses.replace(TOY, **changes))
 

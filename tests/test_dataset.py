@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COLOURS, RESOLUTION, make_mvtec, make_seed_layout, toy_pipeline, write_image, write_mask
+from conftest import COLOURS, RESOLUTION, make_mvtec, make_seed_layout, write_image, write_mask
 from make_tiny_base import WORDS, make_tokenizer
 from PIL import Image
 
@@ -424,5 +424,9 @@ def test_images_turned_by_exif_are_turned_back(tmp_path):
     assert load_image(Image.open(tmp_path / "x.jpg")).size == (10, 20)
 
 
-def test_toy_pipeline_reads_the_whole_words():
-    assert len(toy_pipeline().tokenizer("A photo of sks").input_ids) == 6
+def test_the_toy_tokenizer_keeps_its_words_whole_and_is_always_the_same():
+    first, second = make_tokenizer(WORDS), make_tokenizer(reversed(WORDS))
+    assert first.get_vocab() == second.get_vocab()
+    text = " ".join(WORDS)
+    assert first.tokenize(text) == second.tokenize(text) == [f"{word}</w>" for word in WORDS]
+    assert first.tokenize("photoxyz") and first.unk_token_id not in first("photoxyz ø").input_ids[1:-1]

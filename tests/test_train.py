@@ -284,7 +284,8 @@ def test_the_defaults_are_the_papers():
     args = train_defectfill.parse_args(["--pretrained_model_name_or_path", "x", "--output_dir", "y"])
     expected = dict(
         lambda_def=0.5, lambda_obj=0.2, lambda_attn=0.05, background_alpha=0.3, num_random_boxes=30, rank=8,
-        lora_alpha=16, lora_dropout=0.1, learning_rate=2e-4, text_encoder_lr=4e-5, max_train_steps=2000, train_batch_size=4,
+        lora_alpha=16, lora_dropout=0.1, learning_rate=2e-4, text_encoder_lr=4e-5, max_train_steps=2000,
+        train_batch_size=4,
         lr_warmup_steps=100, lr_scheduler="constant_with_warmup", resolution=512, max_resize_scale=1.125,
         center_crop=False,
         loss_reduction="mean", attention_pass="object", attention_map_scale="raw",

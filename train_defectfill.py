@@ -639,14 +639,19 @@ def make_validation(
             with evaluating(models.unet, models.text_encoder), accelerator.autocast():
                 picture = validation_picture(models, pipe, cases, options, args.validation_inference_steps)
             save_picture(picture, folder / f"step-{step:06d}.png")
-            for tracker in accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    tracker.log_images({"validation": np.asarray(picture)[None]}, step, dataformats="NHWC")
-                elif hasattr(tracker, "log_images"):
-                    tracker.log_images({"validation": [picture]}, step)
+            log_picture(accelerator.trackers, picture, step)
         accelerator.wait_for_everyone()
 
     return validate
+
+
+def log_picture(trackers: list, picture: Image.Image, step: int) -> None:
+    """Sends the picture to every tracker that takes pictures."""
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": np.asarray(picture)[None]}, step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"validation": [picture]}, step)
 
 
 def make_pipeline(job: Job, models: Models) -> StableDiffusionInpaintPipeline:

@@ -201,6 +201,21 @@ def test_validation_pictures_go_to_disk_and_tracker(train):
     assert "rank: 4" in text and "output_dir" not in text and str(out) not in text
 
 
+def test_pictures_go_to_trackers_that_take_them():
+    class Plain:
+        name = "mlflow"
+
+    class Taking(Plain):
+        name = "wandb"
+
+        def log_images(self, values, step):
+            self.got = (values, step)
+
+    taking, picture = Taking(), Image.new("RGB", (4, 4))
+    train_defectfill.log_picture([Plain(), taking], picture, 7)
+    assert taking.got == ({"validation": [picture]}, 7)
+
+
 def test_validation_falls_back_on_the_references_without_good_images(train, tmp_path):
     out = train(
         "--validation_steps", "2", "--validation_inference_steps", "1", data=make_mvtec(tmp_path / "bolt", good=0)

@@ -344,7 +344,10 @@ def fit(
 
 
 class Reconstruction(torch.nn.Module):
-    """Loss of an autoencoder: L1 on the picture and on its fine detail, the posterior barely held to a normal."""
+    """Loss of an autoencoder: L1 on the picture, on its fine detail and on its coarse colours.
+
+    The posterior is barely held to a normal.
+    """
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
@@ -358,11 +361,12 @@ class Reconstruction(torch.nn.Module):
         posterior = self.vae.encode(x).latent_dist
         y = self.vae.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return F.l1_loss(y, x) + 2 * F.l1_loss(self.detail(y), self.detail(x)) + 1e-5 * kl
+        coarse = F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+        return F.l1_loss(y, x) + 2 * F.l1_loss(self.detail(y), self.detail(x)) + 2 * coarse + 1e-5 * kl
 
 
 def train_vae(vae: AutoencoderKL, scenes: Scenes, steps: int, work_dir: Path, seed: int, batch_size: int = 16) -> None:
-    """Trains the autoencoder on random quarter crops."""
+    """Trains the autoencoder on quarter crops, half of them tinted, all with a coloured disc: it must keep colours."""
     pixels = torch.from_numpy(scenes.pixels[2 * HELD_OUT :])
     side = pixels.shape[1] // 2
 
@@ -370,6 +374,15 @@ def train_vae(vae: AutoencoderKL, scenes: Scenes, steps: int, work_dir: Path, se
         rows = torch.randint(len(pixels), (batch_size,))
         top, left = (int(torch.randint(pixels.shape[1] - side + 1, ())) for _ in range(2))
         x = pixels[rows, top : top + side, left : left + side].permute(0, 3, 1, 2).float() / 127.5 - 1
+        tint = (torch.rand(batch_size, 1, 1, 1) < 0.5).float()
+        x = x * (1 + tint * (torch.rand(batch_size, 3, 1, 1) - 0.5)) + tint * 0.6 * (
+            torch.rand(batch_size, 3, 1, 1) - 0.5
+        )
+        y, z, radius = torch.rand(3, batch_size, 1, 1, 1)
+        line = torch.linspace(0, 1, side)
+        distance = torch.hypot(line.view(1, 1, side, 1) - y, line.view(1, 1, 1, side) - z)
+        ink = torch.sigmoid((0.2 * radius - distance) * side)
+        x = (x * (1 - ink) + (2 * torch.rand(batch_size, 3, 1, 1) - 1) * ink).clamp(-1, 1)
         return (x.flip(-1) if torch.rand(()) < 0.5 else x,)
 
     fit("vae", Reconstruction(vae), batch_of, steps, 1e-3, work_dir, seed)
@@ -557,12 +570,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--random_weights", action="store_true", help="Save the untrained pipeline and stop.")
     add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
     add("--pictures", type=int, default=2100, metavar="N", help="Pictures to draw. Default: %(default)s.")
-    add("--vae_steps", type=int, default=3000, metavar="N", help="Default: %(default)s.")
-    add("--crop_steps", type=int, default=5000, metavar="N", help="UNet steps on quarter crops. Default: %(default)s.")
+    add("--vae_steps", type=int, default=2500, metavar="N", help="Default: %(default)s.")
+    add("--crop_steps", type=int, default=2750, metavar="N", help="UNet steps on quarter crops. Default: %(default)s.")
     add(
         "--whole_steps",
         type=int,
-        default=3500,
+        default=1250,
         metavar="N",
         help="UNet steps on whole pictures. Default: %(default)s.",
     )

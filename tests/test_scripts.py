@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 
+import ablate
 import make_demo_data
 import make_tiny_base
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, in_clean_process, reset_accelerate, write_image
+import train_segmenter
+from conftest import ROOT, in_clean_process, read_lines, reset_accelerate, write_image
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -127,3 +129,61 @@ def test_no_caption_of_the_base_holds_the_rare_word():
     assert (
         scenes.masks.shape == (6, make_tiny_base.MASKS, 1, 8, 8) and scenes.masks.any(dim=(3, 4)).float().mean() > 0.9
     )
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("segmenter")
+    reset_accelerate()
+    train_segmenter.main(f"--output_dir {folder} --resolution 32 --pairs 1 --steps 2".split())
+    reset_accelerate()
+    return folder
+
+
+def test_a_segmenter_learns_and_is_measured_on_pictures_it_has_not_seen(segmenter):
+    figures = json.loads((segmenter / "figures.json").read_text())["iou"]
+    assert "nut hole" in figures and "cloth" in figures and all(0 <= x <= 1 for x in figures.values())
+    images, masks = train_segmenter.drawn_pairs([("cloth", "stain")], 3, 32, 0)
+    reset_accelerate()
+    torch.manual_seed(0)
+    unet = train_segmenter.build_segmenter(32)
+    loss = train_segmenter.Segmentation(unet)
+    before, optimizer = loss(images, masks).item(), torch.optim.AdamW(unet.parameters(), 1e-2)
+    for _ in range(15):
+        loss(images, masks).backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert loss(images, masks).item() < 0.7 * before
+
+
+def test_iou_of_masks():
+    masks = torch.zeros(3, 1, 4, 4)
+    masks[0, 0, :2] = masks[1, 0, :2] = 1
+    found = torch.zeros(3, 1, 4, 4)
+    found[0, 0, :, :2] = 1
+    assert train_segmenter.iou(found, masks).tolist() == pytest.approx([1 / 3, 0, 1])
+
+
+def test_features_see_the_defect_and_not_the_rest(segmenter):
+    unet = ablate.UNet2DModel.from_pretrained(segmenter)
+    images, masks = train_segmenter.drawn_pairs([("nut", "hole")], 2, 32, 0)
+    features = ablate.defect_features(unet, images, masks)
+    assert features.shape[0] == 2 and torch.equal(features, ablate.defect_features(unet, images, masks))
+    assert not torch.allclose(features, ablate.defect_features(unet, images, 1 - masks))
+
+
+def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypatch):
+    command = f"""--base {base} --segmenter {segmenter} --output_dir {tmp_path}/out --resolution 32 --steps 1
+        --images 2 --train_batch_size 1 --num_inference_steps 2 --variants default --seeds 1""".split()
+    monkeypatch.setattr(ablate, "CASES", {"nut": "hole"})
+    trained = []
+    main = ablate.train_defectfill.main
+    monkeypatch.setattr(ablate.train_defectfill, "main", lambda args: (trained.append(args), main(args)))
+    for more in ([], ["no L_attn"]):
+        reset_accelerate()
+        ablate.main(ablate.parse_args([*command[:-2], *more, "--seeds", "1"]))
+    lines = read_lines(tmp_path / "out/results.jsonl")
+    assert [line["variant"] for line in lines] == [ablate.REAL, ablate.NO_LORA, "default", "no L_attn"]
+    assert [args.lambda_attn for args in trained] == [0.05, 0]  # the first is not trained again
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| no L_attn | 1 | 0." in table and f"| {ablate.REAL} | 1 |  | " in table
+    assert Image.open(tmp_path / "out/samples.png").height == 4 * 32

@@ -1,0 +1,217 @@
+"""Measure on drawn parts what each term and each contested reading of DefectFill does.
+
+    python scripts/ablate.py --base scripts/tiny_base --segmenter segmenter --output_dir ablation
+
+For every variant, seed and defect type: a LoRA on a third of twelve pairs; defects painted on good parts with masks
+that no LoRA saw, one candidate each; and four figures: the attention map's IoU with the mask on the references; IoU
+of what the segmenter finds with the given mask; the share of pictures in which it finds the defect (IoU above 0.3);
+and the distance of the painted defects to real ones in the segmenter's features. Results go to results.jsonl, one line
+each; what is there is not run again. table.md and samples.png are made from them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import make_demo_data
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionInpaintPipeline, UNet2DModel
+from PIL import Image
+from train_segmenter import drawn_pairs, iou, segment
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_defectfill  # noqa: E402
+from defectfill.files import sole_writer, write_json  # noqa: E402
+from defectfill.lora_file import load_lora, read_lora  # noqa: E402
+from defectfill_dataset import derive_seed, tensor_image, to_grid  # noqa: E402
+from generate_defectfill import ddim, paint  # noqa: E402
+
+
+VARIANTS = {
+    "default": [],
+    "no L_def": ["--lambda_def", "0"],
+    "no L_obj": ["--lambda_obj", "0"],
+    "no L_attn": ["--lambda_attn", "0"],
+    "attention of the defect pass": ["--attention_pass", "defect"],
+    "min-max maps": ["--attention_map_scale", "minmax"],
+    "reduction over the mask": ["--loss_reduction", "mask"],
+    "alpha 0": ["--background_alpha", "0"],
+    "alpha 1": ["--background_alpha", "1"],
+}
+CASES = {"nut": "hole", "plate": "scratch", "cloth": "stain"}
+NO_LORA = "base without LoRA"
+REAL = "real defects"
+FIGURES = ("attention_iou", "segmenter_iou", "found", "distance")
+SHOWN = 6  # pictures of each run that are kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+@torch.no_grad()
+def defect_features(segmenter: UNet2DModel, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """(B, C): the segmenter's encoder features, each of unit length over its channels, averaged inside the mask.
+
+    The form of LPIPS (Zhang et al., CVPR 2018) with another network; what is compared is the kind of defect, not its
+    place.
+    """
+    levels: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(lambda _, __, out: levels.append(out[0])) for block in segmenter.down_blocks]
+    segmenter(images, 0)
+    for hook in hooks:
+        hook.remove()
+    pooled = []
+    for level in levels:
+        weights = F.adaptive_avg_pool2d(masks, level.shape[-2:])
+        pooled.append((F.normalize(level, dim=1) * weights).sum((2, 3)) / weights.sum((2, 3)))
+    return torch.cat(pooled, dim=1)
+
+
+def figures_of(segmenter: UNet2DModel, images: torch.Tensor, masks: torch.Tensor, real: torch.Tensor) -> dict:
+    """Figures of (B, 3, R, R) pictures with (B, 1, R, R) given masks; `real` (n, C) are features of real defects."""
+    each = iou(segment(segmenter, images), masks)
+    distance = torch.cdist(defect_features(segmenter, images, masks), real).min(dim=1).values
+    return {
+        "segmenter_iou": each.mean().item(),
+        "found": (each > 0.3).float().mean().item(),
+        "distance": distance.mean().item(),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def train(args: argparse.Namespace, part: str, defect: str, options: list[str], seed: int, folder: Path) -> float:
+    """Trains a LoRA into `folder`; returns the attention map's IoU with the mask on the references."""
+    record = folder / "run_record.json"
+    if not record.exists() or "after" not in json.loads(record.read_text()):
+        words = f"""--pretrained_model_name_or_path {args.base} --train_data_dir {args.output_dir}/data/{part}
+            --defect {defect} --resolution {args.resolution} --max_train_steps {args.steps} --validation_steps 0
+            --train_batch_size {args.train_batch_size} --learning_rate {args.learning_rate}
+            --text_encoder_lr {args.learning_rate} --lr_warmup_steps {args.steps // 10} --seed {seed}
+            --checkpointing_steps 1000000 --checkpoints_total_limit 1 --resume_from_checkpoint latest
+            --report_to none --output_dir {folder}"""
+        train_defectfill.main(train_defectfill.parse_args([*words.split(), *options]))
+    return json.loads(record.read_text())["after"]["attention_iou"]
+
+
+def paint_parts(
+    args: argparse.Namespace, lora: Path | None, prompt: str, good: torch.Tensor, masks: torch.Tensor, seed: int
+) -> torch.Tensor:
+    """(B, 3, R, R) good parts with a defect painted inside each mask, one candidate each, outside untouched."""
+    pipe = StableDiffusionInpaintPipeline.from_pretrained(args.base, dtype=torch.float32, safety_checker=None)
+    pipe.scheduler = ddim(pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        load_lora(pipe, read_lora(lora))
+    painted = []
+    for i, (image, mask) in enumerate(zip(good, masks)):
+        grid = to_grid(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor)
+        [candidate] = paint(pipe, image, grid, prompt, [derive_seed(seed, "ablation", i)], args.num_inference_steps)
+        painted.append(torch.where(mask > 0.5, candidate * 2 - 1, image))
+    return torch.stack(painted)
+
+
+def run_all(args: argparse.Namespace, results_file: Path) -> None:
+    """Runs what is not yet in the results, a seed after the other, so that a stop leaves whole rounds."""
+    segmenter = UNet2DModel.from_pretrained(args.segmenter)
+    lines = results_file.read_text().splitlines() if results_file.exists() else []
+    done = {tuple(json.loads(line)[k] for k in ("variant", "seed", "part")) for line in lines}
+    for seed in range(args.seeds):
+        for part, defect in CASES.items():
+            todo = [v for v in (REAL, NO_LORA, *args.variants) if (v, seed, part) not in done]
+            if not todo:
+                continue
+            unseen, masks = drawn_pairs([(part, defect)], args.images, args.resolution, derive_seed(seed, "unseen"))
+            good, _ = drawn_pairs([(part, None)], args.images, args.resolution, derive_seed(seed, "good"))
+            others = drawn_pairs([(part, defect)], 2 * args.images, args.resolution, derive_seed(seed, "real"))
+            real = defect_features(segmenter, *others)
+            for variant in todo:
+                folder = args.output_dir / "runs" / f"{variant.replace(' ', '-')}-{part}-{seed}"
+                line: dict = {"variant": variant, "seed": seed, "part": part, "defect": defect}
+                if variant == REAL:
+                    pictures = unseen
+                elif variant == NO_LORA:
+                    pictures = paint_parts(args, None, f"A {part} with {defect}", good, masks, seed)
+                else:
+                    line["attention_iou"] = train(args, part, defect, VARIANTS[variant], seed, folder)
+                    pictures = paint_parts(args, folder, f"A {part} with sks", good, masks, seed)
+                line |= figures_of(segmenter, pictures, masks, real)
+                folder.mkdir(parents=True, exist_ok=True)
+                row = torch.cat([*pictures[:SHOWN]], dim=2)
+                tensor_image(row).save(folder / "pictures.png")
+                with results_file.open("a") as results:
+                    results.write(json.dumps(line) + "\n")
+                print(json.dumps(line), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def table(results: list[dict]) -> str:
+    """Markdown: the mean over parts and seeds of each figure, and the standard deviation over seeds of that mean."""
+    rows = ["| | seeds | attention IoU | segmenter IoU | found | distance to real |", "|---|---|---|---|---|---|"]
+    for variant in dict.fromkeys(line["variant"] for line in results):
+        mine = [line for line in results if line["variant"] == variant]
+        seeds = sorted({line["seed"] for line in mine})
+        cells = []
+        for figure in FIGURES:
+            if figure not in mine[0]:
+                cells.append("")
+                continue
+            means = [np.mean([line[figure] for line in mine if line["seed"] == seed]) for seed in seeds]
+            cells.append(f"{np.mean(means):.3f} ± {np.std(means):.3f}")
+        rows.append(f"| {variant} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def samples(args: argparse.Namespace, results: list[dict]) -> Image.Image:
+    """Pictures of the first seed: a row a variant and part."""
+    runs = [line for line in results if line["seed"] == 0]
+    files = [args.output_dir / "runs" / f"{r['variant'].replace(' ', '-')}-{r['part']}-0/pictures.png" for r in runs]
+    return Image.fromarray(np.concatenate([np.asarray(Image.open(file)) for file in files]))
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--base", required=True, metavar="DIR", help="Base made by make_tiny_base.py.")
+    add("--segmenter", required=True, metavar="DIR", help="Made by train_segmenter.py.")
+    add("--output_dir", type=Path, required=True, metavar="DIR")
+    add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="Default: all.")
+    add("--seeds", type=int, default=3, metavar="N", help="Default: %(default)s.")
+    add("--images", type=int, default=16, metavar="N", help="Good parts painted by each LoRA. Default: %(default)s.")
+    add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
+    add("--steps", type=int, default=150, metavar="N", help="Of each LoRA. Default: %(default)s.")
+    add("--train_batch_size", type=int, default=4, metavar="N", help="Default: %(default)s.")
+    add("--learning_rate", type=float, default=1e-3, metavar="X", help="Of both models. Default: %(default)s.")
+    add("--num_inference_steps", type=int, default=20, metavar="N", help="DDIM steps. Default: %(default)s.")
+    return parser.parse_args(input_args)
+
+
+def main(args: argparse.Namespace) -> None:
+    with sole_writer(args.output_dir):
+        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        write_json(args.output_dir / "options.json", options)
+        if not (args.output_dir / "data").exists():
+            make_demo_data.main(
+                ["--output_dir", f"{args.output_dir}/data", "--good", "4", "--parts", *CASES, "--size", "256"]
+            )
+        results_file = args.output_dir / "results.jsonl"
+        run_all(args, results_file)
+        results = [json.loads(line) for line in results_file.read_text().splitlines()]
+        (args.output_dir / "table.md").write_text(table(results))
+        samples(args, results).save(args.output_dir / "samples.png")
+        print(table(results))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,117 @@
+"""Train a small segmenter on drawn defects: an independent eye for what a LoRA paints on drawn parts.
+
+    python scripts/train_segmenter.py --output_dir segmenter
+
+It sees pairs that make_demo_data.py never writes, of every part and defect type, and good parts. Saved as a diffusers
+UNet2DModel; its timestep is always 0. A killed run goes on where it was.
+
+Shapes: B pictures, R side. Pictures are in [-1, 1], masks 1 inside the defect.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from make_demo_data import PARTS, draw
+from make_tiny_base import fit
+from tqdm.auto import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from defectfill.files import sole_writer, write_json  # noqa: E402
+from defectfill_dataset import derive_seed  # noqa: E402
+
+
+KINDS = [(part, defect) for part, (_, defects) in PARTS.items() for defect in defects]
+
+
+def build_segmenter(resolution: int) -> UNet2DModel:
+    """(B, 3, R, R) -> (B, 1, R, R) logits."""
+    return UNet2DModel(
+        sample_size=resolution,
+        in_channels=3,
+        out_channels=1,
+        block_out_channels=(16, 32, 48, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 4,
+        up_block_types=("UpBlock2D",) * 4,
+        norm_num_groups=8,
+    )
+
+
+def drawn_pairs(kinds: list, number: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`number` pairs of each (part, defect), defect None for good parts: (n, 3, R, R) in [-1, 1], (n, 1, R, R)."""
+    images, masks = [], []
+    for part, defect in tqdm([kind for kind in kinds for _ in range(number)], desc="Pictures"):
+        image, mask = draw(part, defect, size, (seed, len(images)))
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1)
+        masks.append(torch.from_numpy(np.array(mask))[None] / 255 if mask else torch.zeros(1, size, size))
+    return torch.stack(images), torch.stack(masks)
+
+
+class Segmentation(torch.nn.Module):
+    """Loss of a segmenter: cross-entropy and Dice."""
+
+    def __init__(self, unet: UNet2DModel):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        logits = self.unet(images, 0).sample
+        p = logits.sigmoid()
+        dice = 1 - (2 * (p * masks).sum() + 1) / (p.sum() + masks.sum() + 1)
+        return F.binary_cross_entropy_with_logits(logits, masks) + dice
+
+
+@torch.no_grad()
+def segment(unet: UNet2DModel, images: torch.Tensor) -> torch.Tensor:
+    """(B, 1, R, R) bool: where the segmenter sees a defect."""
+    return torch.cat([unet(batch, 0).sample > 0 for batch in images.split(16)])
+
+
+def iou(found: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """(B,) intersection over union of (B, 1, R, R) masks; 1 where both are empty."""
+    found, masks = found > 0.5, masks > 0.5
+    union = (found | masks).flatten(1).sum(1)
+    return torch.where(union > 0, (found & masks).flatten(1).sum(1) / union.clamp(min=1), 1.0)
+
+
+def main(input_args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
+    parser.add_argument("--pairs", type=int, default=80, metavar="N", help="Of each type. Default: %(default)s.")
+    parser.add_argument("--steps", type=int, default=800, metavar="N", help="Default: %(default)s.")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")
+    args = parser.parse_args(input_args)
+    with sole_writer(args.output_dir / "work"):
+        torch.manual_seed(args.seed)
+        unet = build_segmenter(args.resolution)
+        good = [(part, None) for part in PARTS]
+        images, masks = drawn_pairs([*KINDS, *good], args.pairs, args.resolution, derive_seed(args.seed, "train"))
+
+        def batch_of() -> tuple:
+            rows = torch.randint(len(images), (8,))
+            flips = [axis for axis in (-1, -2) if torch.rand(()) < 0.5]
+            return images[rows].flip(flips), masks[rows].flip(flips)
+
+        fit("segmenter", Segmentation(unet), batch_of, args.steps, 2e-3, args.output_dir / "work", args.seed)
+        unet.eval().save_pretrained(args.output_dir)
+        figures = {}
+        for kind in [*KINDS, *good]:
+            images, masks = drawn_pairs(
+                [kind], max(4, args.pairs // 4), args.resolution, derive_seed(args.seed, "test")
+            )
+            figures[" ".join(filter(None, kind))] = round(iou(segment(unet, images), masks).mean().item(), 3)
+        write_json(args.output_dir / "figures.json", {"iou": figures})
+        print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

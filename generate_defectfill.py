@@ -12,10 +12,12 @@ Source: Song et al., DefectFill, CVPR 2025, arXiv 2503.13985, section 3.4.
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
+import pickle
 import time
 import urllib.error
 import warnings
@@ -27,13 +29,14 @@ import lpips
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from skimage.metrics import structural_similarity
 from tqdm.auto import tqdm
+from transformers import CLIPTokenizer
 
 from defectfill.base import Base, check_resolution, read_base
 from defectfill.checkpoint import check_identity
-from defectfill.files import replacing, sole_writer, write_json
+from defectfill.files import clear_leftovers, replacing, sole_writer, write_json
 from defectfill.lora_file import LoraFile, check_fits, load_lora, read_lora
 from defectfill_dataset import (
     InputError,
@@ -48,6 +51,7 @@ from defectfill_dataset import (
     to_grid,
 )
 from defectfill_dataset.errors import did_you_mean
+from defectfill_dataset.images import UNREADABLE
 from defectfill_dataset.layouts import image_files, pair_by_name
 
 
@@ -140,7 +144,7 @@ def lpips_scorer(net: str, device: torch.device) -> Scorer:
                 "ignore", category=UserWarning, module="torchvision"
             )  # its own use of `pretrained=`
             model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False).to(device)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_FILES[net]
         raise InputError(
             f"DF430 --selection lpips: the {net} backbone cannot be had ({error}). Put torchvision's "
@@ -243,10 +247,16 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # One image
 
+KINDS = ("images", "masks", "contact")  # folders of the output
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One good image and where its mask comes from; `mask` is None for a seeded random one."""
+    """One good image and where its mask comes from; `mask` is None for a seeded random one.
+
+    Everything random is drawn from the image's name and content, so that no two images share a number, in one run or
+    in several.
+    """
 
     image: Path
     mask: Path | None
@@ -255,11 +265,20 @@ class Case:
     def name(self) -> str:
         return self.image.stem
 
+    @functools.cached_property
+    def digests(self) -> dict[str, str | None]:
+        """sha256 of both files: what a finished image was made from."""
+        files = {"good_image_sha256": self.image, "given_mask_sha256": self.mask}
+        return {k: hashlib.sha256(file.read_bytes()).hexdigest() if file else None for k, file in files.items()}
+
+    def derive_seed(self, seed: int, *parts: int | str) -> int:
+        return derive_seed(seed, self.name, self.digests["good_image_sha256"] or "", *parts)
+
     def load(self, seed: int) -> tuple[Image.Image, np.ndarray]:
         """The image as RGB and its (H, W) bool mask."""
         image = load_image(Image.open(self.image))
         if self.mask is None:
-            rng = np.random.default_rng(derive_seed(seed, "mask", self.name))
+            rng = np.random.default_rng(self.derive_seed(seed, "mask"))
             return image, random_mask(rng, image.height, image.width)
         return image, binarise(Image.open(self.mask))
 
@@ -275,6 +294,8 @@ def find_cases(image: Path, mask: Path | None) -> list[Case]:
             raise InputError(f"DF160 {flag} {path}: no such file or folder")
     if mask is not None and image.is_dir() != mask.is_dir():
         raise InputError(f"DF161 --image {image}, --mask {mask}: give two files or two folders")
+    if mask is not None and image.samefile(mask):
+        raise InputError(f"DF161 --image {image}, --mask {mask}: are the same; give masks of their own")
     if image.is_file():
         return [Case(image, mask)]
     images = image_files(image)
@@ -296,12 +317,12 @@ def find_cases(image: Path, mask: Path | None) -> list[Case]:
 
 
 def check_cases(cases: list[Case], seed: int) -> None:
-    """Opens every image and mask; raises InputError with all problems at once (DF103, DF140, DF145)."""
+    """Opens every image and mask; raises InputError with all problems at once (DF103, DF140, DF145, DF146)."""
     problems = []
     for case in cases:
         try:
             image, mask = case.load(seed)
-        except (OSError, ValueError, UnidentifiedImageError) as error:
+        except UNREADABLE as error:
             problems.append(f"DF103 {case.image.name}: the image or its mask cannot be read: {error}")
             continue
         if image.size != mask.shape[::-1]:
@@ -311,6 +332,8 @@ def check_cases(cases: list[Case], seed: int) -> None:
             )
         elif not mask.any():
             problems.append(f"DF145 {case.mask}: the mask is empty; mark where the defect goes")
+        elif mask.all():
+            problems.append(f"DF146 {case.mask}: the mask covers the whole image; mark where the defect goes")
     if problems:
         raise InputError(*problems)
 
@@ -331,17 +354,19 @@ def generate(
     image, mask = case.load(seed)
     grid = to_grid(mask, resolution // pipe.vae_scale_factor)
     normal = image_tensor(image, resolution)
-    seeds = [derive_seed(seed, case.name, i) for i in range(num_candidates)]  # no two images share one
+    seeds = [case.derive_seed(seed, i) for i in range(num_candidates)]
     candidates = paint(pipe, normal, grid, prompt, seeds, **sampling)
     normal, inside = (normal / 2 + 0.5).to(candidates.device), to_grid(mask, resolution).to(candidates.device)
     pasted = torch.where(inside > 0.5, candidates, normal)  # what the composite will hold, at the model's size
     scores = scorer(pasted, normal, inside) if scorer else [0.0] * num_candidates
+    whole = candidates.isfinite().flatten(1).all(dim=1).tolist()  # half precision may overflow
+    scores = [score if ok else math.nan for score, ok in zip(scores, whole)]
     chosen = select(scores)
     result = composite(image, candidates[chosen], mask)
     if Image.open(case.image).mode in ("1", "L"):
         result = result.convert("L")  # a grey input gives a grey output; equal channels convert exactly
-    shown = [s if scorer else None for s in scores]
-    files = {kind: f"{kind}/{case.name}.png" for kind in ("images", "masks", "contact")}
+    shown = [s if scorer and math.isfinite(s) else None for s in scores]
+    files = {kind: f"{kind}/{case.name}.png" for kind in KINDS}
     save_picture(result, output_dir / files["images"])
     save_picture(Image.fromarray(mask).convert("L"), output_dir / files["masks"])
     pictures = [composite(image, c, mask) for c in candidates]
@@ -352,6 +377,7 @@ def generate(
         "mask": files["masks"],
         "good_image": case.image.name,
         "given_mask": case.mask.name if case.mask else None,
+        **case.digests,
         "prompt": prompt,
         "candidate_seeds": seeds,
         "scores": shown,
@@ -364,22 +390,45 @@ def generate(
 # The command
 
 
-def finished_lines(manifest: Path) -> list[dict]:
-    """The lines of images already made; a last line torn by a kill is cut off the file."""
+def finished_lines(cases: list[Case], output_dir: Path) -> list[dict]:
+    """The manifest's lines of images whose files are all there; a last line torn by a kill does not count.
+
+    Raises:
+        InputError: a damaged manifest (DF310), or an image made from another good image or mask (DF320).
+    """
+    manifest = output_dir / "manifest.jsonl"
     if not manifest.exists():
         return []
-    whole, _, torn = manifest.read_bytes().rpartition(b"\n")
-    if torn:
-        with replacing(manifest) as temporary:
-            temporary.write_bytes(whole + b"\n" if whole else b"")
-    return [json.loads(line) for line in whole.splitlines()]
+    lines, problems = [], []
+    known = {case.name: case for case in cases}
+    for number, text in enumerate(manifest.read_text().rpartition("\n")[0].splitlines(), 1):
+        try:
+            line = json.loads(text)
+            name, digests = line["name"], {k: line[k] for k in ("good_image_sha256", "given_mask_sha256")}
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"DF310 {manifest}, line {number}: cannot be read ({error!r}); remove it") from error
+        if name in known and digests != known[name].digests:
+            problems.append(f"DF320 {name}: was painted from another image or mask; choose another --output_dir")
+        if all((output_dir / kind / f"{name}.png").exists() for kind in KINDS):
+            lines.append(line)
+    if problems:
+        raise InputError(*problems)
+    return lines
+
+
+def check_places(cases: list[Case], output_dir: Path) -> None:
+    """Raises InputError (DF192) if results would be written among the inputs, over them."""
+    written = {(output_dir / kind).resolve() for kind in KINDS}
+    for file in [f for case in cases for f in (case.image, case.mask) if f]:
+        if file.resolve().parent in written:
+            raise InputError(f"DF192 --output_dir {output_dir}: would overwrite {file}; choose another folder")
 
 
 def choose_prompt(lora: LoraFile, defect: str | None, prompt: str | None) -> tuple[str, str | None]:
     """The prompt to paint with and its defect type: given, or the object prompt of the LoRA's record."""
-    if prompt:
-        return prompt, defect
     prompts = lora.record.get("prompts", {})
+    if prompt and (defect is None or defect in prompts or not prompts):
+        return prompt, defect
     if defect is None and len(prompts) == 1:
         defect = next(iter(prompts))
     if defect in prompts:
@@ -391,6 +440,18 @@ def choose_prompt(lora: LoraFile, defect: str | None, prompt: str | None) -> tup
             f"DF411 {lora.path}: knows several defects; choose one with --defect: {', '.join(sorted(prompts))}"
         )
     raise InputError(f"DF411 --defect {defect}: the LoRA does not know it.{did_you_mean(defect, prompts)}")
+
+
+def check_prompt(prompt: str, base: Base, cache_dir: str | None) -> None:
+    """Raises InputError (DF174) if the text encoder would not read the whole prompt."""
+    tokenizer = CLIPTokenizer.from_pretrained(
+        base.name, subfolder="tokenizer", revision=base.revision, cache_dir=cache_dir
+    )
+    number = len(tokenizer(prompt).input_ids)
+    if number > tokenizer.model_max_length:
+        raise InputError(
+            f"DF174 '{prompt}': {number} tokens, but the text encoder reads {tokenizer.model_max_length}; shorten it"
+        )
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -456,6 +517,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     for flag in ("num_candidates", "num_inference_steps", "batch_size"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if not math.isfinite(args.guidance_scale):
+        parser.error(f"--guidance_scale {args.guidance_scale}: must be a finite number")
     if (args.mask_source == "given") != (args.mask is not None):
         parser.error("give --mask, or --mask_source random without it")
     return args
@@ -469,18 +532,19 @@ class Run(NamedTuple):
     base: Base
     scorer: Scorer | None
     device: torch.device
-    settings: dict  # everything that decides a pixel; they must be the same when the run goes on
+    settings: dict  # what decides a pixel besides the cases; it must be the same when the run goes on
 
 
 def prepare(args: argparse.Namespace) -> Run:
     """Checks and reads everything that can be wrong."""
     cases = find_cases(args.image, args.mask)
+    check_places(cases, args.output_dir)
     check_cases(cases, args.seed)
     lora = read_lora(args.lora)
     prompt, defect = choose_prompt(lora, args.defect, args.prompt)
     name = args.pretrained_model_name_or_path or lora.record.get("base")
-    resolution = args.resolution or lora.record.get("resolution")
-    if not name or not resolution:
+    resolution = lora.record.get("resolution") if args.resolution is None else args.resolution
+    if not name or resolution is None:
         raise InputError(
             f"DF412 {lora.path}: carries no record; give --pretrained_model_name_or_path and --resolution"
         )
@@ -488,10 +552,12 @@ def prepare(args: argparse.Namespace) -> Run:
     base = read_base(name, revision, args.cache_dir)
     check_resolution(base, resolution)
     check_fits(lora, base)
+    check_prompt(prompt, base, args.cache_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {
         "base": base.name,
         "revision": base.revision,
+        "variant": args.variant,
         "lora_sha256": hashlib.sha256(lora.path.read_bytes()).hexdigest(),
         "defect": defect,
         "prompt": prompt,
@@ -507,7 +573,7 @@ def prepare(args: argparse.Namespace) -> Run:
     return Run(cases, lora, base, make_scorer(args.selection, args.lpips_net, device), device, settings)
 
 
-def paint_all(args: argparse.Namespace, run: Run, manifest: Path, done: set[str]) -> list[str]:
+def paint_all(args: argparse.Namespace, run: Run, done: set[str]) -> list[str]:
     """Paints every case that is not done, a line of the manifest each; returns what failed, and why."""
     pipe = load_pipeline(run.base, args.variant, args.cache_dir, run.settings["mixed_precision"], run.device)
     load_lora(pipe, run.lora)
@@ -515,7 +581,7 @@ def paint_all(args: argparse.Namespace, run: Run, manifest: Path, done: set[str]
     settings = {name: run.settings[name] for name in names}
     todo = [case for case in run.cases if case.name not in done]
     failed = []
-    with manifest.open("a") as lines:
+    with (args.output_dir / "manifest.jsonl").open("a") as lines:
         for case in tqdm(todo, desc="Images", initial=len(done), total=len(run.cases)):
             try:
                 line = generate(pipe, case, run.scorer, args.output_dir, batch_size=args.batch_size, **settings)
@@ -531,14 +597,18 @@ def paint_all(args: argparse.Namespace, run: Run, manifest: Path, done: set[str]
 def main(args: argparse.Namespace) -> None:
     run = prepare(args)
     with sole_writer(args.output_dir):
-        settings_file, manifest = args.output_dir / "settings.json", args.output_dir / "manifest.jsonl"
+        clear_leftovers(args.output_dir, *(args.output_dir / kind for kind in KINDS))
+        settings_file = args.output_dir / "settings.json"
         if settings_file.exists():
             check_identity(json.loads(settings_file.read_text()), run.settings)
         write_json(settings_file, run.settings)
-        for folder in ("images", "masks", "contact"):
+        for folder in KINDS:
             (args.output_dir / folder).mkdir(exist_ok=True)
-        done = {line["name"] for line in finished_lines(manifest)}
-        failed = paint_all(args, run, manifest, done) if {case.name for case in run.cases} - done else []
+        lines = finished_lines(run.cases, args.output_dir)
+        with replacing(args.output_dir / "manifest.jsonl") as manifest:
+            manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        done = {line["name"] for line in lines}
+        failed = paint_all(args, run, done) if {case.name for case in run.cases} - done else []
         if failed:
             raise SystemExit("No usable candidate for:\n" + "\n".join(failed))
         rows = [args.output_dir / "contact" / f"{case.name}.png" for case in run.cases]
@@ -551,16 +621,19 @@ def load_pipeline(
 ) -> StableDiffusionInpaintPipeline:
     """The base pipeline with DDIM, without the safety checker (it blackens what it takes for wounds)."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    pipe = StableDiffusionInpaintPipeline.from_pretrained(
-        base.name,
-        revision=base.revision,
-        variant=variant,
-        cache_dir=cache_dir,
-        dtype=dtype,
-        use_safetensors=True,
-        safety_checker=None,
-        requires_safety_checker=False,
-    ).to(device)
+    try:
+        pipe = StableDiffusionInpaintPipeline.from_pretrained(
+            base.name,
+            revision=base.revision,
+            variant=variant,
+            cache_dir=cache_dir,
+            dtype=dtype,
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        ).to(device)
+    except (OSError, ValueError) as error:
+        raise InputError(f"DF182 {base.name}: its safetensors weights cannot be loaded: {error}") from error
     pipe.scheduler = ddim(pipe.scheduler)
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)

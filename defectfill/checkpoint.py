@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from defectfill_dataset import InputError
 
-from .files import flush, write_json
+from .files import TEMPORARY, flush, write_json
 from .lora_file import LORA_FILE
 
 
@@ -34,8 +35,8 @@ def save_checkpoint(
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler | None,
     total_limit: int | None,
-) -> None:
-    """Writes `checkpoint-<step>`, then deletes the oldest beyond `total_limit`.
+) -> bool:
+    """Writes `checkpoint-<step>`, then deletes the oldest beyond `total_limit`; returns whether it was written.
 
     Everything goes to a temporary folder with a manifest of sizes and sha256, is flushed, and only then renamed: a
     kill at any instant leaves each checkpoint whole or absent. A full disk costs this checkpoint, not the run.
@@ -47,7 +48,7 @@ def save_checkpoint(
         total_limit: how many checkpoints to keep, None for all.
     """
     step = state["step"]
-    temporary = output_dir / f".tmp-checkpoint-{step}-{os.getpid()}"
+    temporary = output_dir / f"{TEMPORARY}checkpoint-{step}"
     final = output_dir / f"checkpoint-{step}"
     tensors, scalars = _optimizer_state(optimizer, parameters)
     state = state | {"optimizer": scalars, "lr_scheduler": lr_scheduler.state_dict()}
@@ -66,15 +67,14 @@ def save_checkpoint(
             _discard(final)
         os.rename(temporary, final)
         flush(output_dir)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        logger.warning(
-            f"checkpoint-{step} could not be written ({error}); training goes on, earlier checkpoints stand"
-        )
-        return
+        logger.warning(f"checkpoint-{step} could not be written ({error}); earlier checkpoints stand")
+        return False
     if total_limit is not None:
         for old in list_checkpoints(output_dir)[:-total_limit]:
             _discard(old)
+    return True
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict) -> tuple[dict, dict]:
@@ -90,9 +90,9 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict) -> tupl
 
 
 def _discard(folder: Path) -> None:
-    trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}")
+    trash = folder.with_name(f"{TEMPORARY}trash-{folder.name}")
     os.rename(folder, trash)  # at once out of sight: no half-deleted checkpoint is ever listed
-    shutil.rmtree(trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _sha256(file: Path) -> str:
@@ -106,10 +106,15 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda f: int(f.name.split("-")[1]))
 
 
-def clear_leftovers(output_dir: Path) -> None:
-    """Removes what a killed run left half-written or half-deleted."""
-    for leftover in [*output_dir.glob(".tmp-*"), *output_dir.glob(".trash-*")]:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+def set_aside_later(output_dir: Path, step: int) -> None:
+    """Renames checkpoints after `step`, to which a run returns: they are damaged, or of a way it does not take."""
+    for checkpoint in list_checkpoints(output_dir):
+        if int(checkpoint.name.split("-")[1]) > step:
+            aside = checkpoint.with_name(f"{checkpoint.name}.old")
+            if aside.exists():
+                _discard(aside)
+            os.rename(checkpoint, aside)
+            logger.warning(f"{checkpoint.name} lies after the step the run goes on from: now {aside.name}")
 
 
 def what_is_wrong(checkpoint: Path) -> str | None:
@@ -162,25 +167,31 @@ def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_s
     """The checkpoint to go on from, with the options it was made with; None to start anew.
 
     Raises:
-        InputError: `output_dir` holds an earlier run and `which` is None (DF186), options differ (DF320), or the
-            checkpoint lies behind the last step (DF187).
+        InputError: `output_dir` holds an earlier run that is not, or cannot be, resumed (DF186), options differ
+            (DF320), or the checkpoint lies behind the last step (DF321).
     """
+    used = list_checkpoints(output_dir) or any((output_dir / name).exists() for name in (LORA_FILE, "README.md"))
     if not which:
-        if list_checkpoints(output_dir) or (output_dir / LORA_FILE).exists():
+        if used:
             raise InputError(
-                f"DF186 --output_dir {output_dir}: holds an earlier run; go on with it by --resume_from_checkpoint "
-                "latest, or choose another folder"
+                f"DF186 --output_dir {output_dir}: holds an earlier run, or files of something else; go on with the "
+                "run by --resume_from_checkpoint latest, or choose another folder"
             )
         return None
     checkpoint = find_checkpoint(output_dir, which)
     if checkpoint is None:
+        if used:
+            raise InputError(
+                f"DF186 --output_dir {output_dir}: holds an earlier run without a usable checkpoint, or files of "
+                "something else; choose another folder"
+            )
         logger.info("No checkpoint to resume from: starting a new run")
         return None
     state = json.loads((checkpoint / STATE_FILE).read_text())
     check_identity(state["identity"], identity)
     if state["step"] > max_train_steps:
         raise InputError(
-            f"DF187 --max_train_steps {max_train_steps}: the checkpoint is already at step {state['step']}"
+            f"DF321 --max_train_steps {max_train_steps}: the checkpoint is already at step {state['step']}"
         )
     logger.info(f"Resuming from {checkpoint.name}")
     return checkpoint

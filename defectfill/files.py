@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +13,22 @@ import filelock
 from defectfill_dataset import InputError
 
 
+TEMPORARY = ".tmp-defectfill-"  # how the name of everything unfinished begins
+
+
+def clear_leftovers(*folders: Path) -> None:
+    """Removes what a killed process left half-written or half-deleted in these folders."""
+    for leftover in (file for folder in folders for file in folder.glob(f"{TEMPORARY}*")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`; on leaving, what was written there is flushed and becomes `path`.
 
     After a crash at any moment `path` is its old self or its new self, never a part.
     """
-    handle, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:

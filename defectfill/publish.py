@@ -4,7 +4,6 @@ import threading
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from defectfill_dataset import InputError
 
@@ -21,7 +20,7 @@ CARD = """---
 # DefectFill LoRA: {{ object_words }}
 
 A LoRA of `{{ base_name }}` (UNet and text encoder) that paints defects into photographs of a good {{ object_words }},
-exactly where a mask says.
+where a mask says.
 Trained with [DefectFill](https://arxiv.org/abs/2503.13985) on {{ images }} image and mask pairs.
 
 | defect | prompt |
@@ -36,7 +35,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 from diffusers.utils import load_image
 
-pipe = StableDiffusionInpaintPipeline.from_pretrained("{{ base_name }}", dtype=torch.float16).to("cuda")
+pipe = StableDiffusionInpaintPipeline.from_pretrained(
+    "{{ base_name }}",{% if revision %} revision="{{ revision }}",{% endif %} dtype=torch.float16
+).to("cuda")
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 pipe.load_lora_weights("{{ repo_id }}")
 image = pipe(
@@ -48,6 +49,8 @@ image = pipe(
     num_inference_steps=50,
 ).images[0]
 ```
+
+The pipeline also changes pixels outside the mask a little; paste the result into the input with the mask to keep them.
 
 ## Training
 
@@ -63,12 +66,13 @@ def check_hub(repo_id: str | None, public: bool, default_name: str) -> str:
     The token comes from the environment or `hf auth login`. A missing repository is made, private unless `public`.
 
     Raises:
-        InputError: no valid token (DF500), a repository that is public unasked (DF501), or no right to write (DF502).
+        InputError: no valid token (DF500), a repository that is public unasked or private (DF501), or no right to
+            write (DF502).
     """
     api = HfApi()
     try:
         user = api.whoami()["name"]
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # whatever a Hub or a network can raise
         raise InputError(
             f"DF500 --push_to_hub: no valid token; run 'hf auth login' or set HF_TOKEN ({error})"
         ) from error
@@ -79,13 +83,15 @@ def check_hub(repo_id: str | None, public: bool, default_name: str) -> str:
         api.create_repo(repo_id, private=not public, exist_ok=True)
         api.auth_check(repo_id, write=True)
         is_public = not api.repo_info(repo_id).private
-    except HfHubHTTPError as error:
+    except Exception as error:
         raise InputError(
             f"DF502 --hub_model_id {repo_id}: cannot be made or written with this token ({error})"
         ) from error
-    if is_public and not public:
+    if is_public != public:
         raise InputError(
             f"DF501 --hub_model_id {repo_id}: is public; add --hub_public to publish there, or name another"
+            if is_public
+            else f"DF501 --hub_model_id {repo_id}: is private; leave out --hub_public, or make it public on the Hub"
         )
     return repo_id
 
@@ -107,7 +113,7 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         repo_id=repo_id or "path/to/this/folder",
         images=images,
         batch_size=batch_size,
-        **{key: record[key] for key in ("prompts", "steps", "resolution", "rank", "alpha", "seed")},
+        **{key: record[key] for key in ("revision", "prompts", "steps", "resolution", "rank", "alpha", "seed")},
     )
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(str(card))

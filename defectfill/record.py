@@ -1,14 +1,21 @@
 """What a run says of itself: versions, code revision, and the losses of every step."""
 
 import json
-import os
+import logging
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+from datasets import DatasetDict
+
+from defectfill_dataset import PromptPair
+
+from .base import Base
 from .files import replacing
 
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("accelerate", "datasets", "diffusers", "numpy", "peft", "pillow", "safetensors", "torch", "transformers")
 
@@ -28,8 +35,37 @@ def git_revision() -> str | None:
     return found.stdout.strip() or None
 
 
+def lora_record(
+    base: Base, object_words: str, prompts: dict[str, PromptPair], published: bool, **training: float
+) -> dict:
+    """What the LoRA file carries about itself, all but its steps; a local base is published without its path."""
+    return {
+        "schema": 1,
+        "base": Path(base.name).name if published and Path(base.name).exists() else base.name,
+        "revision": base.revision,
+        "object": object_words,
+        "prompts": {defect: pair.object.text for defect, pair in prompts.items()},
+        "defect_prompts": {defect: pair.defect.text for defect, pair in prompts.items()},
+        **training,
+        "versions": versions(),
+    }
+
+
+def run_record(options: dict, identity: dict, data: DatasetDict) -> dict:
+    """Options, versions and data of the run; it stays in the output folder."""
+    return {
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
+        **{k: identity[k] for k in ("mixed_precision", "processes", "device", "data_sha256", "prompts")},
+        "base_revision": identity["revision"],
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "images": {split: len(rows) for split, rows in data.items()},
+        "split": "split.json",
+    }
+
+
 class LossLog:
-    """A JSON line for every step, each step once however often the run was killed.
+    """A JSON line for every step, each step once however often the run was killed; on disk after each `flush`.
 
     Args:
         start: the step the run begins at; lines of later steps, left by a killed run, are dropped.
@@ -40,17 +76,19 @@ class LossLog:
         if path.exists():
             whole = path.read_text().rpartition("\n")[0]
             self.lines = [line for line in map(json.loads, whole.splitlines()) if line["step"] <= start]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        self.file = path.open("a")
+        self.path = path
+        self.flush()
 
     def write(self, line: dict) -> None:
         self.lines.append(line)
-        self.file.write(json.dumps(line) + "\n")
 
     def flush(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        """Writes the file anew; if that fails the lines wait for the next time."""
+        try:
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        except OSError as error:
+            logger.warning(f"{self.path.name} could not be written ({error})")
 
     def summary(self) -> dict:
         """Every column's mean over the first and over the last tenth of the steps."""

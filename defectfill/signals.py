@@ -10,24 +10,28 @@ from accelerate import Accelerator
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGINT or SIGUSR1 so that the loop can write a checkpoint and leave; a second one ends at once.
+    """Notes SIGTERM, SIGINT or SIGUSR1 so that the loop can write a checkpoint and leave.
 
-    On Linux it also asks for SIGTERM when the parent ends: a SIGTERM to `accelerate launch` stops only the launcher,
-    and the training process would live on without a word.
+    A second SIGTERM or SIGINT ends the process at once. On Linux, under a launcher, it also asks for SIGUSR1 when the
+    launcher ends: a SIGTERM to `accelerate launch` stops only the launcher, and training would live on without a word.
+    SIGUSR1 because a Ctrl-C reaches both at once, and the launcher's end must not count as the second.
     """
 
     def __init__(self):
         self.number: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+        self.repeatable = getattr(signal, "SIGUSR1", None)
+        for number in filter(None, (signal.SIGTERM, signal.SIGINT, self.repeatable)):
             signal.signal(number, self._note)
-        if sys.platform == "linux":
+        launched = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+        if sys.platform == "linux" and launched:
             PR_SET_PDEATHSIG = 1
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
 
     def _note(self, number, frame) -> None:
-        if self.number is not None:
+        if self.number is None:
+            self.number = number
+        elif number != self.repeatable:
             os._exit(128 + number)
-        self.number = number
 
     def requested(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop: all of them must leave the loop at the same step."""

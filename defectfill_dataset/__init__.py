@@ -8,14 +8,14 @@ Shapes: H, W image pixels; h, w cells of the latent grid; L prompt tokens.
 """
 
 from .builder import DefectPairs, data_digest, load_defect_pairs, load_prepared, select_defects
-from .checks import check_pairs
+from .checks import check_good, check_pairs
 from .errors import InputError, exit_on_input_error
 from .images import heat_overlay, image_tensor, load_image, tensor_image
 from .layouts import find_objects
 from .masks import binarise, boxes_mask, cover, random_boxes, random_mask, to_grid
 from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_words, tokenize_prompts
 from .seeds import derive_seed
-from .splits import write_split
+from .splits import split_names
 from .training import TrainingSamples, sampling_schedule
 
 
@@ -29,6 +29,7 @@ __all__ = [
     "binarise",
     "boxes_mask",
     "build_prompts",
+    "check_good",
     "check_pairs",
     "cover",
     "data_digest",
@@ -48,5 +49,5 @@ __all__ = [
     "to_grid",
     "to_words",
     "tokenize_prompts",
-    "write_split",
+    "split_names",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from datasets import Dataset, DatasetDict
 
 from .errors import InputError, did_you_mean
 from .layouts import LAYOUTS, Row, find_objects, layout_of
-from .splits import split_rows
+from .splits import SPLIT_RULES, split_rows
 
 
 FEATURES = datasets.Features(
@@ -30,7 +31,7 @@ class DefectPairsConfig(datasets.BuilderConfig):
 
     Args:
         split: a rule of `split_rows` or the path of a split file.
-        fingerprint: digest of the files on disk, so that the cache of `datasets` notices any change to them.
+        fingerprint: digest of the splits and of their files, so that the cache of `datasets` notices any change.
     """
 
     split: str = "auto"
@@ -92,23 +93,32 @@ def load_defect_pairs(
     rows = read_object(root)
     if all(row.mask is None for row in rows):
         raise InputError(f"DF163 {root}: no defect images, only {len(rows)} good ones; add at least one with its mask")
-    split_rows(rows, root, split)  # says what is wrong with a split file before the builder wraps it in its own error
+    wrong = set(name) & set("<>:/\\|?*")
+    if wrong:
+        raise InputError(
+            f"DF162 {root}: {' '.join(sorted(wrong))} cannot stand in an object's name; rename the folder"
+        )
+    splits = split_rows(rows, root, split)
+    if not splits["train"]:
+        raise InputError(f"DF163 --split {split}: leaves no defect image to train on")
     builder = DefectPairs(
         dataset_name="defect_pairs",
         config_name=name,
         data_dir=str(root),
-        split=split if not Path(split).is_file() else str(Path(split).resolve()),
-        fingerprint=_fingerprint(rows, Path(split)),
+        split=split if split in SPLIT_RULES else str(Path(split).resolve()),
+        fingerprint=_fingerprint(splits),
         cache_dir=cache_dir,
     )
     builder.download_and_prepare()
     return builder.as_dataset()
 
 
-def _fingerprint(rows: list[Row], split_file: Path) -> str:
+def _fingerprint(splits: dict[str, list[Row]]) -> str:
     digest = hashlib.sha256()
-    for file in sorted({f for row in rows for f in (row.image, row.mask, split_file) if f and f.is_file()}):
-        digest.update(f"{file}\n{_file_digest(file)}\n".encode())
+    for split, rows in splits.items():
+        for row in rows:
+            files = [(str(file), _file_digest(file)) for file in (row.image, row.mask) if file]
+            digest.update(json.dumps([split, row.defect, files]).encode())
     return digest.hexdigest()
 
 
@@ -136,7 +146,7 @@ def load_prepared(name: str, config: str | None, object_name: str | None, cache_
     """
     try:
         data = datasets.load_dataset(name, config, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"DF160 --dataset_name {name}: cannot be loaded: {error}") from error
     missing = FEATURES.keys() - set(data["train"].column_names if "train" in data else ())
     if missing:

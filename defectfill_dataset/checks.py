@@ -1,9 +1,10 @@
 """Checks of the pixels of image and mask pairs, all problems at once, before any model is loaded."""
 
 from datasets import Dataset
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 
 from .errors import InputError
+from .images import UNREADABLE, load_image
 from .masks import binarise
 
 
@@ -22,15 +23,30 @@ def check_pairs(dataset: Dataset) -> None:
         try:
             row = dataset[index]
             problems += _problems(name, row["image"], row["mask"])
-        except (OSError, ValueError, UnidentifiedImageError) as error:
+        except UNREADABLE as error:
             problems.append(f"DF103 {name}: the image or its mask cannot be read: {error}")
     if problems:
         raise InputError(*problems)
 
 
+def check_good(dataset: Dataset) -> None:
+    """Proves that good images open; raises InputError (DF103) with all problems."""
+    problems = []
+    for index in range(len(dataset)):
+        try:
+            load_image(dataset[index]["image"])
+        except UNREADABLE as error:
+            problems.append(f"DF103 {dataset['source_file'][index]}: the image cannot be read: {error}")
+    if problems:
+        raise InputError(*problems)
+
+
 def _problems(name: str, image, mask) -> list[str]:
+    if image is None:
+        return [f"DF103 {name}: its row holds no image"]
     if mask is None:
         return [f"DF142 {name}: its mask is missing"]
+    load_image(image)
     size, mask_size = (ImageOps.exif_transpose(picture).size for picture in (image, mask))
     if size != mask_size:
         return [

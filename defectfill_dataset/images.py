@@ -6,8 +6,20 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 
+# What Pillow raises for files that it, or `load_image`, cannot make sense of.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
 def load_image(image: Image.Image) -> Image.Image:
-    """An image file's pixels as 8-bit RGB, turned the way its EXIF tag says."""
+    """An image file's pixels as 8-bit RGB, turned the way its EXIF tag says.
+
+    Raises:
+        ValueError: more than 8 bits a channel, or transparent pixels: RGB would show something else.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise ValueError("it has transparent pixels; flatten it onto a background")
     return ImageOps.exif_transpose(image).convert("RGB")
 
 

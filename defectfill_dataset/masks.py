@@ -3,16 +3,27 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
+
+from .images import load_image
 
 
 def binarise(mask: Image.Image) -> np.ndarray:
     """The (H, W) bool array of a mask file: True where it is brighter than half of its brightest pixel.
 
     So 0/255 and 0/1 codings both work, and the ringing of a JPEG mask stays out.
+
+    Raises:
+        ValueError: a coding that cannot be told apart from noise or from several classes, or what `load_image` says.
     """
-    grey = np.asarray(ImageOps.exif_transpose(mask).convert("L"))
-    return grey > grey.max() / 2
+    colours = len(np.unique(np.asarray(mask))) if mask.mode == "P" else 2
+    if colours > 2:
+        raise ValueError(f"the mask has {colours} palette colours; save it as black and white")
+    grey = np.asarray(load_image(mask).convert("L"))
+    peak = int(grey.max())
+    if 1 < peak < 128:
+        raise ValueError(f"the mask's brightest value is {peak}; code it as 0 and 255, or as 0 and 1")
+    return grey > peak / 2
 
 
 def to_grid(mask: np.ndarray, size: int) -> torch.Tensor:
@@ -56,8 +67,8 @@ def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     waves = sum(rng.uniform(0, 0.3) / k * np.cos(k * angles + rng.uniform(0, 2 * np.pi)) for k in (1, 2, 3, 5))
     reach = radius * np.clip(1 + waves, 0.3, 1.6)
     margin = reach.max() + 1
-    x = rng.uniform(margin, width - margin) + reach * np.cos(angles)
-    y = rng.uniform(margin, height - margin) + reach * np.sin(angles)
+    x, y = (rng.uniform(margin, max(side - margin, margin)) for side in (width, height))
+    outline = np.stack([x + reach * np.cos(angles), y + reach * np.sin(angles)], axis=1)
     canvas = Image.new("1", (width, height))
-    ImageDraw.Draw(canvas).polygon(list(zip(x, y)), fill=1)
+    ImageDraw.Draw(canvas).polygon([tuple(point) for point in outline], fill=1)
     return np.asarray(canvas)

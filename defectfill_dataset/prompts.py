@@ -60,15 +60,16 @@ def build_prompts(
 
     Args:
         defects: the defect types' folder names.
-        phrase: what stands for [V*]; `{defect}` in it is the type's name as words. Default: `sks` for one type (the
-            paper's rare word), `{defect}` for several.
+        phrase: what stands for [V*]; `{defect}` and `{object}` in it are their names as words. Default: `sks` for one
+            type (the paper's rare word), `{defect}` for several.
         defect_prompt: P_def, with `{phrase}`.
         object_prompt: P_obj, with `{phrase}` and `{object}`.
 
     Raises:
-        InputError: a template without `{phrase}` (DF173), or one phrase for several types (DF172).
+        InputError: a template without `{phrase}` (DF173), or several types named alike (DF172).
     """
-    phrase = phrase or ("sks" if len(defects) == 1 else "{defect}")
+    if phrase is None:
+        phrase = "sks" if len(defects) == 1 else "{defect}"
     for flag, template in (("--defect_prompt", defect_prompt), ("--object_prompt", object_prompt)):
         if template.count("{phrase}") != 1:
             raise InputError(f"DF173 {flag} '{template}': must hold {{phrase}} exactly once")
@@ -80,9 +81,22 @@ def build_prompts(
 
     def prompt(template: str, defect: str) -> Prompt:
         before, after = template.replace("{object}", object_words).split("{phrase}")
-        return Prompt(before, phrase.replace("{defect}", to_words(defect)), after)
+        words = phrase.replace("{object}", object_words).replace("{defect}", to_words(defect))
+        return Prompt(before, words, after)
 
-    return {d: PromptPair(prompt(defect_prompt, d), prompt(object_prompt, d)) for d in defects}
+    pairs = {d: PromptPair(prompt(defect_prompt, d), prompt(object_prompt, d)) for d in defects}
+    alike: dict[str, list[str]] = {}
+    for defect, pair in pairs.items():
+        alike.setdefault(pair.object.text.casefold(), []).append(defect)
+    problems = [
+        f"DF172 {', '.join(names)}: all become '{pairs[names[0]].object.text}'; rename the folders, or choose one "
+        "with --defect"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+    if problems:
+        raise InputError(*problems)
+    return pairs
 
 
 def tokenize_prompts(tokenizer, pairs: Iterable[PromptPair]) -> TokenizedPrompts:

@@ -20,8 +20,8 @@ def split_rows(rows: list[Row], root: Path, rule: str) -> dict[str, list[Row]]:
         rows: all images of one object.
         root: the object's folder; a split file names images relative to it.
         rule: `auto` (the layout's own split, else `first_third`), `first_third` (of each defect type the first
-            ceil(n/3) by name train, the paper's protocol), `all` (every defect trains), or the path of a split file
-            as `write_split` writes it.
+            ceil(n/3) by name train, the paper's protocol), `all` (every defect trains), or the path of a split file,
+            the JSON of `split_names`.
     """
     defects = [row for row in rows if row.defect != "good"]
     if rule not in SPLIT_RULES:
@@ -61,7 +61,6 @@ def _rows_of_file(defects: list[Row], root: Path, file: Path) -> set[Row]:
     return {names[name] for name in train}
 
 
-def write_split(dataset: DatasetDict, file: Path) -> None:
-    """Writes the image names of train and test, relative to the object's folder, as a split file to give back."""
-    names = {split: sorted(dataset[split]["source_file"]) for split in ("train", "test") if split in dataset}
-    file.write_text(json.dumps({"train": [], "test": [], **names}, indent=2) + "\n")
+def split_names(dataset: DatasetDict) -> dict[str, list[str]]:
+    """The image names of train and test, relative to the object's folder: as JSON, a split file to give back."""
+    return {split: sorted(dataset[split]["source_file"]) if split in dataset else [] for split in ("train", "test")}

@@ -17,8 +17,9 @@ CROP_TRIES = 10
 
 
 def sampling_schedule(start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1) -> list[list[tuple]]:
-    """The (step, sample) keys of each micro-batch of this process, for `TrainingSamples`, as a batch sampler.
+    """The (step, sample, total) keys of each micro-batch of this process, for `TrainingSamples`, as a batch sampler.
 
+    A step here is a micro-batch of all processes; with gradient accumulation several make an optimizer step.
     The samples of a step are numbered through all processes, so the order is the same for any number of them.
     """
     first = rank * batch_size

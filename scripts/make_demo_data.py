@@ -226,7 +226,7 @@ def scratch(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     surface.height += -3.0 * groove + 1.1 * lips
     paint(surface, 0.85 * groove, np.array([0.86, 0.87, 0.90]))
     paint(surface, 0.35 * lips, np.array([0.30, 0.30, 0.32]))
-    return distance < 1.7 * width
+    return distance < 2.3 * width
 
 
 def dent(rng: np.random.Generator, surface: Surface) -> np.ndarray:
@@ -239,7 +239,7 @@ def dent(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     hollow = np.clip(-field, 0, 1)
     surface.height -= rng.uniform(0.12, 0.17) * size * radius * (1 - (1 - hollow) ** 2) ** 1.5
     surface.height += 0.012 * size * radius * np.exp(-((field / 0.12) ** 2))
-    return field < 0.1
+    return field < 0.24
 
 
 def stain(rng: np.random.Generator, surface: Surface) -> np.ndarray:
@@ -284,7 +284,7 @@ def crack(rng: np.random.Generator, surface: Surface) -> np.ndarray:
         surface.height -= 6 * split
         paint(surface, 0.5 * edge, np.array([0.72, 0.52, 0.34]))
         paint(surface, split, np.array([0.06, 0.04, 0.03]))
-        mask |= (distance < 1.7 * width) & surface.part
+        mask |= (distance < 2.5 * width) & surface.part
     return mask
 
 
@@ -299,7 +299,7 @@ def tear(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     surface.height += 2.0 * edge - 8 * gap
     paint(surface, 0.5 * edge, np.clip(1.5 * tone, 0, 1))
     paint(surface, gap, np.array([0.07, 0.07, 0.08]))
-    mask = field < 0.045
+    mask = field < 0.05
     for _ in range(rng.integers(5, 10)):
         angle = rng.uniform(0, 2 * np.pi)
         start = centre + radius * 0.95 * np.array([np.sin(angle), np.cos(angle)])

@@ -18,6 +18,7 @@ from defectfill_dataset import (
     binarise,
     boxes_mask,
     build_prompts,
+    builder,
     check_pairs,
     cover,
     data_digest,
@@ -29,10 +30,11 @@ from defectfill_dataset import (
     random_mask,
     sampling_schedule,
     select_defects,
+    split_names,
     to_grid,
     tokenize_prompts,
-    write_split,
 )
+from defectfill_dataset.splits import split_rows
 
 
 def problems(call, *args, **kwargs) -> list[str]:
@@ -73,7 +75,7 @@ def test_each_row_pairs_an_image_with_its_own_mask(tmp_path):
 def test_split_rules_and_files(tmp_path, data):
     assert set(load_defect_pairs(data, split="all")) == {"train", "good"}
     first = load_defect_pairs(data)
-    write_split(first, tmp_path / "split.json")
+    (tmp_path / "split.json").write_text(json.dumps(split_names(first)))
     assert (
         load_defect_pairs(data, split=str(tmp_path / "split.json"))["train"]["source_file"]
         == first["train"]["source_file"]
@@ -180,6 +182,26 @@ def test_a_prepared_parquet_copy_loads_and_is_the_same_data(tmp_path, data):
     assert problems(load_prepared, str(tmp_path / "nothing"), None, None)[0].startswith("DF160")
 
 
+def test_a_new_split_rule_is_noticed(data, monkeypatch):
+    """The cache follows what the split is, not only the files."""
+    before = load_defect_pairs(data)["train"]["source_file"]
+
+    def reversed_rule(rows, root, rule):
+        splits = split_rows(rows, root, rule)
+        return splits | {"train": splits["test"], "test": splits["train"]}
+
+    monkeypatch.setattr(builder, "split_rows", reversed_rule)
+    assert not set(load_defect_pairs(data)["train"]["source_file"]) & set(before)
+
+
+def test_a_split_file_without_references_and_names_that_cannot_be(tmp_path, data):
+    file = tmp_path / "split.json"
+    names = [f"test/hole/{i:03d}.png" for i in range(4)]
+    file.write_text(json.dumps({"train": [], "test": names}))
+    assert problems(load_defect_pairs, data, split=str(file))[0].startswith("DF163 --split")
+    assert problems(load_defect_pairs, make_mvtec(tmp_path / "nut:1"))[0].startswith("DF162")
+
+
 def test_select_defects(tmp_path):
     data = load_defect_pairs(make_mvtec(tmp_path / "nut", {"hole": 3, "scratch": 3}))
     chosen = select_defects(data, ["scratch"])
@@ -249,7 +271,41 @@ def test_prompts_that_do_not_fit_or_glue_the_phrase_are_refused():
     assert told[0].startswith("DF171")
 
 
-# Masks
+def test_defect_types_that_become_the_same_words_are_refused():
+    for names in (["broken-large", "broken_large"], ["Hole", "hole"]):
+        told = problems(build_prompts, names, "nut")[0]
+        assert told.startswith("DF172") and all(name in told for name in names)
+
+
+def test_the_object_may_stand_in_the_phrase():
+    assert build_prompts(["hole"], "nut", "{object} {defect}")["hole"].defect.text == "A photo of nut hole"
+
+
+# Images and masks
+
+
+def test_images_that_rgb_would_falsify_are_refused():
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    for image in (Image.fromarray((ramp * 65535).astype(np.uint16)), Image.fromarray(ramp.astype(np.float32)), clear):
+        with pytest.raises(ValueError, match="8 bits|transparent"):
+            load_image(image)
+    opaque = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    assert load_image(opaque).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_masks_of_unclear_coding_are_refused():
+    classes = np.zeros((8, 8), dtype=np.uint8)
+    classes[2, 2:4] = 1, 3
+    palette = Image.fromarray(classes).convert("P")
+    palette.putpalette([0, 0, 0, 0, 0, 255, 0, 0, 0, 255, 255, 0])
+    hidden = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    for mask, words in ((Image.fromarray(classes), "value is 3"), (palette, "3 palette colours"), (hidden, "transp")):
+        with pytest.raises(ValueError, match=words):
+            binarise(mask)
+    two = Image.fromarray((classes > 0).astype(np.uint8)).convert("P")
+    two.putpalette([0, 0, 0, 255, 255, 255])
+    assert binarise(two).sum() == 2
 
 
 def test_binarise_reads_both_codings_and_ignores_jpeg_ringing():

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torchvision.models import alexnet
 
 import generate_defectfill as g
+from defectfill import files
 from defectfill.lora_file import LORA_FILE
 from defectfill_dataset import InputError, cover, image_tensor, to_grid
 
@@ -154,6 +155,18 @@ def test_a_missing_lpips_backbone_is_explained(trained, inputs, tmp_path, monkey
     assert "--selection ssim, rmse or none" in told and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("net", g.LPIPS_FILES)
+@pytest.mark.parametrize("content", [b"", b"<html>"])
+def test_a_backbone_file_of_something_else(net, content):
+    file = os.path.join(HOME, "hub", "checkpoints", g.LPIPS_FILES[net])
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with open(file, "wb") as stream:
+        stream.write(content)
+    with pytest.raises(InputError, match=f"DF430 .*{g.LPIPS_FILES[net]}"):
+        g.lpips_scorer(net, torch.device("cpu"))
+    os.remove(file)
+
+
 # Compositing
 
 
@@ -253,8 +266,9 @@ def test_several_defects_need_a_choice(train, inputs, tmp_path):
     argv = ["--lora", lora, *inputs, "--output_dir", tmp_path / "out", *FAST]
     with pytest.raises(InputError, match="choose one with --defect: hole, scratch"):
         generate(*argv)
-    with pytest.raises(InputError, match="Did you mean 'scratch'"):
-        generate(*argv, "--defect", "scrtch")
+    for more in ([], ["--prompt", "A bolt"]):
+        with pytest.raises(InputError, match="Did you mean 'scratch'"):
+            generate(*argv, "--defect", "scrtch", *more)
     generate(*argv, "--defect", "scratch")
     assert {line["prompt"] for line in read_lines(tmp_path / "out/manifest.jsonl")} == {"A bolt with scratch"}
 
@@ -265,20 +279,21 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, inputs, tmp_path):
         out = tmp_path / f"killed-{fatal}"
         pid = os.fork()
         if not pid:
-            save, calls = g.save_picture, []
+            flush, calls = files.flush, []
 
-            def save_or_die(picture, path, save=save, calls=calls, fatal=fatal):
-                calls.append(path)
-                return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 3 + fatal else save(picture, path)
+            def flush_or_die(path, flush=flush, calls=calls, fatal=fatal):
+                calls.extend([path] if path.suffix == ".png" else [])
+                return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 3 + fatal else flush(path)
 
-            g.save_picture = save_or_die
+            files.flush = flush_or_die
             generate("--lora", trained, *inputs, "--output_dir", out, *FAST)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        assert len(read_lines(out / "manifest.jsonl")) == 1
+        assert len(read_lines(out / "manifest.jsonl")) == 1 and list(out.rglob(f"{files.TEMPORARY}*"))
         with (out / "manifest.jsonl").open("a") as manifest:
             manifest.write('{"name": "001", "sco')  # a line torn by the kill
         generate("--lora", trained, *inputs, "--output_dir", out, *FAST)
+        assert not list(out.rglob(f"{files.TEMPORARY}*"))
         assert content(out) == content(tmp_path / "whole")
 
 
@@ -298,6 +313,95 @@ def test_a_finished_run_does_nothing_and_other_settings_are_refused(trained, inp
     assert content(tmp_path / "out") == before
     with pytest.raises(InputError, match="DF320 guidance_scale: the run began with 7.5, now it is 3.0"):
         generate(*argv, "--guidance_scale", "3")
+
+
+@pytest.mark.parametrize("change", ["image", "mask"])
+def test_a_changed_input_is_not_taken_for_done(trained, inputs, tmp_path, change):
+    argv = ["--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST]
+    generate(*argv)
+    if change == "image":
+        write_image(tmp_path / "good/001.png", 70, seed=5)
+    else:
+        write_mask(tmp_path / "masks/001_mask.png", 70, seed=5)
+    with pytest.raises(InputError, match="DF320 001: was painted from another image or mask"):
+        generate(*argv)
+
+
+@pytest.mark.parametrize("kind", g.KINDS)
+def test_a_result_that_was_removed_is_painted_again(trained, inputs, tmp_path, kind):
+    argv = ["--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST]
+    generate(*argv)
+    before = content(tmp_path / "out")
+    (tmp_path / "out" / kind / "001.png").unlink()
+    generate(*argv)
+    after = content(tmp_path / "out")
+    assert after.keys() == before.keys() and all(after[k] == before[k] for k in before if k != "manifest")
+    assert sorted(line["name"] for line in after["manifest"]) == ["000", "001", "002"]
+
+
+def test_a_damaged_manifest_is_told(trained, inputs, tmp_path):
+    argv = ["--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST]
+    generate(*argv)
+    manifest = tmp_path / "out/manifest.jsonl"
+    manifest.write_text("{]\n" + manifest.read_text())
+    with pytest.raises(InputError, match="DF310 .*line 1"):
+        generate(*argv)
+
+
+@pytest.mark.parametrize("folder", ["images", "masks"])
+def test_inputs_are_never_overwritten(trained, inputs, tmp_path, folder):
+    (tmp_path / ("good" if folder == "images" else "masks")).rename(tmp_path / "moved")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "out" / folder)
+    paths = {"good": tmp_path / "good", "masks": tmp_path / "masks"}
+    paths["good" if folder == "images" else "masks"] = tmp_path / "out" / folder
+    before = [f.read_bytes() for f in sorted((tmp_path / "out" / folder).iterdir())]
+    with pytest.raises(InputError, match="DF192"):
+        argv = ["--image", paths["good"], "--mask", paths["masks"], "--output_dir", tmp_path / "out"]
+        generate("--lora", trained, *argv, *FAST)
+    assert [f.read_bytes() for f in sorted((tmp_path / "out" / folder).iterdir())] == before
+
+
+def test_an_image_is_not_its_own_mask(trained, inputs, tmp_path):
+    for path in (tmp_path / "good", tmp_path / "good/000.png"):
+        with pytest.raises(InputError, match="DF161 .* are the same"):
+            generate("--lora", trained, "--image", path, "--mask", path, "--output_dir", tmp_path / "out", *FAST)
+
+
+def test_runs_on_other_images_of_the_same_names_share_no_seed(trained, inputs, tmp_path):
+    for i, size in enumerate((48, 70, 33)):
+        write_image(tmp_path / "others" / f"{i:03d}.png", size, seed=9)
+    seeds = []
+    for name in ("good", "others"):
+        argv = ["--image", tmp_path / name, "--mask_source", "random", "--output_dir", tmp_path / f"out-{name}"]
+        generate("--lora", trained, *argv, *FAST)
+        seeds += [s for line in read_lines(tmp_path / f"out-{name}/manifest.jsonl") for s in line["candidate_seeds"]]
+    assert len(set(seeds)) == 18
+    masks = [(tmp_path / f"out-{name}/masks/000.png").read_bytes() for name in ("good", "others")]
+    assert masks[0] != masks[1]
+
+
+def test_bf16_in_small_batches(trained, inputs, tmp_path):
+    generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST, "--mixed_precision", "bf16",
+             "--batch_size", 2)  # fmt: skip
+    generate("--lora", trained, *inputs, "--output_dir", tmp_path / "fp32", *FAST)
+    bf16, fp32 = (np.asarray(Image.open(tmp_path / run / "images/000.png")) for run in ("out", "fp32"))
+    assert not np.array_equal(bf16, fp32)
+    settings = json.loads((tmp_path / "out/settings.json").read_text())
+    assert settings["mixed_precision"] == "bf16"
+
+
+def test_a_black_candidate_is_never_kept_even_without_selection(trained, inputs, tmp_path, monkeypatch):
+    paint = g.paint
+
+    def overflowing(*args, **kwargs):
+        candidates = paint(*args, **kwargs)
+        candidates[0, 0, 0, 0] = math.nan
+        return candidates
+
+    monkeypatch.setattr(g, "paint", overflowing)
+    generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST, "--selection", "none")
+    assert [line["chosen"] for line in read_lines(tmp_path / "out/manifest.jsonl")] == [1, 1, 1]
 
 
 def test_candidates_without_a_number_never_win_and_a_case_without_any_is_listed(
@@ -331,6 +435,9 @@ def test_candidates_without_a_number_never_win_and_a_case_without_any_is_listed(
         (lambda d: (d / "good/001.png").write_text("no image"), "DF103"),
         (lambda d: write_image(d / "good/001.png", 20), "DF140"),
         (lambda d: Image.new("L", (70, 70)).save(d / "masks/001_mask.png"), "DF145"),
+        (lambda d: Image.new("L", (70, 70), 255).save(d / "masks/001_mask.png"), "DF146"),
+        (lambda d: Image.new("I;16", (70, 70)).save(d / "good/001.png"), "DF103"),
+        (lambda d: Image.new("L", (70, 70), 3).save(d / "masks/001_mask.png"), "DF103"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -363,12 +470,17 @@ def test_a_lora_without_a_record_needs_prompt_base_and_resolution(trained, base,
         generate(*argv)
     with pytest.raises(InputError, match="DF412"):
         generate(*argv, "--prompt", "A nut with sks")
+    with pytest.raises(InputError, match="DF174"):
+        generate(*argv, "--prompt", "sks " * 90, "--pretrained_model_name_or_path", base, "--resolution", RESOLUTION)
+    with pytest.raises(InputError, match="DF184"):
+        generate(*argv, "--prompt", "sks", "--pretrained_model_name_or_path", base, "--resolution", 0)
     generate(*argv, "--prompt", "A nut with sks", "--pretrained_model_name_or_path", base, "--resolution", RESOLUTION)
 
 
 def test_options_that_contradict(capsys):
     common = ["--lora", "x", "--image", "y", "--output_dir", "z"]
-    for wrong in ([], ["--mask", "m", "--mask_source", "random"], ["--mask", "m", "--num_candidates", "0"]):
+    for wrong in ([], ["--mask", "m", "--mask_source", "random"], ["--mask", "m", "--num_candidates", "0"],
+                  ["--mask", "m", "--guidance_scale", "nan"]):  # fmt: skip
         with pytest.raises(SystemExit) as ended:
             g.parse_args([*common, *wrong])
         assert ended.value.code == 2

@@ -66,6 +66,21 @@ def test_lora_and_base_come_from_the_hub(hub, base, train, data, tmp_path):
         read_lora("ann/nothing")
 
 
+def test_a_base_is_read_at_its_revision_and_variant(hub, base, train, tmp_path):
+    pipe = toy_pipeline()
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    files = {f.relative_to(tmp_path / "half").as_posix(): f.read_bytes() for f in (tmp_path / "half").rglob("*.*")}
+    hub.repos["sd/inpainting"] = {"private": False, "files": files}
+    flags = ["--revision", "main", "--variant", "fp16", "--cache_dir", tmp_path / "cache"]
+    out = train(*flags, base="sd/inpainting")
+    assert read_lora(out).record["base"] == "sd/inpainting" and read_lora(out).record["revision"]
+    asked = [path for _, path, _, _ in hub.requests if "/resolve/" in path]
+    assert any("unet/diffusion_pytorch_model.fp16.safetensors" in path for path in asked)
+    assert (tmp_path / "cache/models--sd--inpainting").is_dir()
+    with pytest.raises(InputError, match="DF182"):
+        train("--variant", "bf16", base="sd/inpainting", output=tmp_path / "other")
+
+
 def test_checks_come_before_training(hub, train, monkeypatch, tmp_path):
     import train_defectfill
 
@@ -73,6 +88,11 @@ def test_checks_come_before_training(hub, train, monkeypatch, tmp_path):
     hub.repos["ann/open"] = {"private": False, "files": {}}
     with pytest.raises(InputError, match="DF501.*is public"):
         train("--push_to_hub", "--hub_model_id", "ann/open")
+    hub.repos["ann/closed"] = {"private": True, "files": {}}
+    with pytest.raises(InputError, match="DF501.*is private"):
+        train("--push_to_hub", "--hub_model_id", "ann/closed", "--hub_public")
+    with pytest.raises(InputError, match="DF502"):
+        train("--push_to_hub", "--hub_model_id", "my lora")
     hub.repos["bob/his"] = {"private": True, "files": {}}
     with pytest.raises(InputError, match="DF502"):
         train("--push_to_hub", "--hub_model_id", "bob/his")

@@ -2,19 +2,22 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import options, read_lines, reset_accelerate
+from conftest import ROOT, options, read_lines, reset_accelerate
 from safetensors.torch import load_file, save_file
 
 import train_defectfill
 from defectfill import checkpoint as checkpoints
-from defectfill.files import replacing, sole_writer
+from defectfill.files import TEMPORARY, clear_leftovers, replacing, sole_writer
 from defectfill.lora_file import LORA_FILE, read_lora
 from defectfill_dataset import InputError
 
@@ -59,7 +62,7 @@ def plant_kill(point: str) -> None:
 
         def original_or_die(*args):
             calls.append(str(args[-1]))
-            of_second = ".tmp-checkpoint-4" in calls[-1]
+            of_second = "checkpoint-4" in calls[-1]
             if point == "write" and of_second:
                 Path(args[-1]).write_bytes(b"torn")
             return die() if of_second else original(*args)
@@ -104,7 +107,7 @@ def test_a_killed_run_resumes_bit_equal(train, base, data, tmp_path, uninterrupt
     train(*RUN, *flags, "--resume_from_checkpoint", "latest", output=out)
     assert same_results(whole, out)
     assert [line["step"] for line in read_lines(out / "losses.jsonl")] == [1, 2, 3, 4, 5, 6]
-    assert not list(out.glob(".tmp-*")) and not list(out.glob(".trash-*"))
+    assert not list(out.glob(f"{TEMPORARY}*"))
     moments = load_file(out / "checkpoint-6/optimizer.safetensors")
     assert any(t.dtype == torch.uint8 for t in moments.values()) == ("8" in optimizer)
 
@@ -155,10 +158,16 @@ def test_only_the_newest_checkpoints_are_kept(train):
 
 
 def test_a_named_checkpoint(train, tmp_path):
+    """Those after it are set aside: pruning by step would delete the new ones, and `latest` go on from the old."""
     out = train("--max_train_steps", "3", "--checkpointing_steps", "1")
     whole = load_file(out / LORA_FILE)
-    train("--max_train_steps", "3", "--resume_from_checkpoint", "checkpoint-1", output=out)
+    limit = ["--checkpointing_steps", "1", "--checkpoints_total_limit", "2"]
+    train("--max_train_steps", "2", *limit, "--resume_from_checkpoint", "checkpoint-1", output=out)
+    assert [c.name for c in checkpoints.list_checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]
+    assert (out / "checkpoint-2.old").is_dir() and (out / "checkpoint-3.old").is_dir()
+    train("--max_train_steps", "3", "--resume_from_checkpoint", "latest", output=out)
     assert all(torch.equal(whole[k], t) for k, t in load_file(out / LORA_FILE).items())
+    assert [line["step"] for line in read_lines(out / "losses.jsonl")] == [1, 2, 3]
 
 
 # Checkpoints that must not be used
@@ -194,13 +203,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(two_checkpoints, tmp_path
 
 
 def test_stray_names_are_no_checkpoints(tmp_path):
-    for name in ("checkpoint-best", "checkpoint-", "checkpoint-3.tmp", ".tmp-checkpoint-4-1", ".trash-checkpoint-1-1"):
+    for name in ("checkpoint-best", "checkpoint-", "checkpoint-3.old", f"{TEMPORARY}checkpoint-4", ".tmp-of-others"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-9").write_text("a file")
     (tmp_path / "checkpoint-999").mkdir()
     assert checkpoints.find_checkpoint(tmp_path, "latest") is None
-    checkpoints.clear_leftovers(tmp_path)
-    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+    clear_leftovers(tmp_path)
+    assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == [".tmp-of-others"]
 
 
 @pytest.mark.parametrize("flags", [("--rank", "8"), ("--learning_rate", "0.1"), ("--seed", "3"), ("--phrase", "hole")])
@@ -217,8 +226,17 @@ def test_a_run_resumes_only_on_the_data_it_began_with(train, two_checkpoints, tm
         train("--split", "all", "--resume_from_checkpoint", "latest", output=out, data=two_checkpoints.parent / "nut")
 
 
-def test_latest_without_a_checkpoint_starts_anew(train):
-    assert (train("--resume_from_checkpoint", "latest") / LORA_FILE).exists()
+def test_latest_without_a_checkpoint_starts_anew_but_never_over_something(train, tmp_path):
+    out = train("--resume_from_checkpoint", "latest")
+    shutil.rmtree(out / "checkpoint-2")
+    with pytest.raises(InputError, match="DF186 .*without a usable checkpoint"):
+        train("--resume_from_checkpoint", "latest", output=out)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/README.md").write_text("mine")
+    for more in ([], ["--resume_from_checkpoint", "latest"]):
+        with pytest.raises(InputError, match="DF186 .*something else"):
+            train(*more, output=tmp_path / "project")
+    assert (tmp_path / "project/README.md").read_text() == "mine"
 
 
 def test_no_pickle_is_ever_loaded(two_checkpoints, tmp_path, monkeypatch):
@@ -247,15 +265,21 @@ def test_no_pickle_is_ever_loaded(two_checkpoints, tmp_path, monkeypatch):
 
 def test_a_full_disk_costs_the_checkpoint_not_the_run(train, tmp_path, monkeypatch, caplog):
     def full(tensors, path, **kwargs):
-        if "checkpoint-1" in str(path):
-            Path(path).write_bytes(b"part")
-            raise OSError(28, "No space left on device")
-        save_file(tensors, path, **kwargs)
+        if "checkpoint-1" not in str(path):
+            return save_file(tensors, path, **kwargs)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # what safetensors itself makes of it
+        try:
+            save_file(tensors, path, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     out = train("--checkpointing_steps", "1")
     assert [c.name for c in checkpoints.list_checkpoints(out)] == ["checkpoint-2"] and (out / LORA_FILE).exists()
-    assert "checkpoint-1 could not be written" in caplog.text and not list(out.glob(".tmp-*"))
+    assert "checkpoint-1 could not be written" in caplog.text and not list(out.glob(f"{TEMPORARY}*"))
 
 
 def test_everything_is_flushed_before_the_rename_and_the_old_deleted_after(train, tmp_path, monkeypatch):
@@ -318,10 +342,11 @@ def test_a_second_signal_ends_at_once():
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
 
 
-def test_the_process_ends_with_its_launcher():
+def test_the_process_ends_with_its_launcher(monkeypatch):
     """SIGTERM to `accelerate launch` kills only the launcher."""
     from defectfill.signals import StopSignal
 
+    monkeypatch.setenv("LOCAL_RANK", "0")
     read, write = os.pipe()
     launcher = os.fork()
     if not launcher:
@@ -337,7 +362,48 @@ def test_the_process_ends_with_its_launcher():
         os._exit(0)
     os.waitpid(launcher, 0)
     os.close(write)
-    assert os.read(read, 9) == f" {signal.SIGTERM:d}".encode()
+    assert os.read(read, 9) == f" {signal.SIGUSR1:d}".encode()
+
+
+def test_a_process_without_a_launcher_outlives_its_parent(monkeypatch):
+    """`nohup python train_defectfill.py &` and a closed terminal."""
+    from defectfill import signals
+
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(signals.ctypes, "CDLL", None)  # not asked for
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    signals.StopSignal()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_to_launcher_and_process_counts_once(tmp_path, number):
+    """A Ctrl-C in the terminal: the process is told twice, by the signal and by its launcher's end."""
+    child = """
+import os, sys, time
+from defectfill.signals import StopSignal
+stop = StopSignal()
+print("ready", flush=True)
+while stop.number is None:
+    time.sleep(0.05)
+time.sleep(1.5)  # the checkpoint is written
+open("written", "w").write(str(stop.number))
+"""
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    environment = os.environ | {"LOCAL_RANK": "0", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher], cwd=tmp_path, env=environment, start_new_session=True, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"ready\n"
+    os.killpg(process.pid, number)
+    process.wait()
+    for _ in range(100):
+        if (tmp_path / "written").exists():
+            break
+        time.sleep(0.1)
+    assert (tmp_path / "written").read_text() == str(int(number))
 
 
 def test_one_writer_at_a_time(tmp_path):

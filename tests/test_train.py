@@ -256,6 +256,12 @@ def trained_tensors(train, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
+        ("--lambda_def", "0.1"),
+        ("--lambda_obj", "0.9"),
+        ("--object_prompt", "A part of {object} with {phrase}"),
+        ("--adam_beta1", "0.5"),
+        ("--adam_beta2", "0.5"),
+        ("--adam_epsilon", "0.1"),
         ("--loss_reduction", "mask"),
         ("--attention_pass", "defect"),
         ("--attention_map_scale", "minmax"),
@@ -347,6 +353,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(train, monkey
     assert not (tmp_path / "out" / LORA_FILE).exists()
 
 
+def test_steps_that_fp16_skips_for_ever_are_an_error(train, monkeypatch):
+    """Error 9: steps silently skipped."""
+    skipped = property(lambda self: True)
+    monkeypatch.setattr(train_defectfill.Accelerator, "optimizer_step_was_skipped", skipped)
+    monkeypatch.setattr(train_defectfill, "MAX_SKIPPED_STEPS", 2)
+    with pytest.raises(FloatingPointError, match="Step 2: 2 steps in a row skipped by fp16"):
+        train("--max_train_steps", "4")
+
+
+def test_the_written_split_can_be_given_back(train, tmp_path):
+    data = make_mvtec(tmp_path / "bolt", {"hole": 3, "scratch": 3})
+    out = train("--defect", "hole", data=data)
+    split = json.loads((out / "split.json").read_text())
+    assert len(split["train"]) == 2 and len(split["test"]) == 4
+    again = train("--defect", "hole", "--split", out / "split.json", data=data, output=tmp_path / "again")
+    records = [json.loads((run / "run_record.json").read_text()) for run in (out, again)]
+    assert records[0]["data_sha256"] == records[1]["data_sha256"]
+
+
+def test_trackers_write_where_they_are_told(train, tmp_path):
+    train("--report_to", "tensorboard", "--logging_dir", "board")
+    assert list((tmp_path / "out/board").rglob("events*"))
+
+
 def test_a_lora_that_does_not_load_is_an_error(train, monkeypatch, tmp_path):
     def loads_nothing(self, *args, **kwargs):
         train_defectfill.add_lora(self.unet, self.text_encoder, 4, 8, 0.0)  # what a wrong prefix gives: B is all 0
@@ -386,6 +416,17 @@ def no_images(data):
         image.unlink()
 
 
+def deep_image(data):
+    Image.fromarray(np.full((48, 48), 40000, dtype=np.uint16)).save(data / "test/hole/000.png")
+
+
+def broken_good_image(data):
+    file = data / "train/good/000.png"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"IDAT") + 1] ^= 0x80  # Pillow calls this a SyntaxError
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "break_data, code, words",
     [
@@ -393,11 +434,13 @@ def no_images(data):
         (missing_mask, "DF142", "test/hole/000.png: its mask is missing"),
         (other_size, "DF140", "40x40, its mask 48x48"),
         (no_images, "DF163", "no defect images"),
+        (deep_image, "DF103", "more than 8 bits"),
+        (broken_good_image, "DF103", "train/good/000.png: the image cannot be read"),
     ],
 )
 def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
     break_data(data)
-    told = refused(train)
+    told = refused(train, "--validation_steps", "2")
     assert told.startswith(code) and words in told
 
 
@@ -417,6 +460,12 @@ def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
         (("--max_train_steps", "0"), "DF187", "at least 1"),
         (("--checkpoints_total_limit", "0"), "DF187", "at least 1"),
         (("--lora_dropout", "1"), "DF187", "below 1"),
+        (("--adam_beta2", "1"), "DF187", "below 1"),
+        (("--seed", "-1"), "DF187", "at least 0"),
+        (("--seed", str(2**32)), "DF187", "below 4294967296"),
+        (("--max_grad_norm", "0"), "DF187", "above 0"),
+        (("--lora_alpha", "0"), "DF187", "above 0"),
+        (("--phrase", " "), "DF187", "empty"),
         (("--report_to", "nosuch"), "DF189", "tensorboard"),
         (("--mixed_precision", "fp16", "--num_validation_images", "3"), "DF189", "needs a GPU"),
         (("--resume_from_checkpoint", "checkpoint-7"), "DF185", "no such checkpoint"),
@@ -447,7 +496,7 @@ def test_xformers_keeps_the_recording_processors(base, monkeypatch):
             "--enable_xformers_memory_efficient_attention",
         ]
     )
-    job = train_defectfill.Job(read_base(str(base)), *[None] * 7)
+    job = train_defectfill.Job(read_base(str(base)), *[None] * 8)
     replace_all = train_defectfill.UNet2DConditionModel.set_default_attn_processor
     name = "enable_xformers_memory_efficient_attention"
     monkeypatch.setattr(train_defectfill.UNet2DConditionModel, name, replace_all)

@@ -19,8 +19,8 @@ class StopSignal:
 
     def __init__(self):
         self.number: int | None = None
-        self.repeatable = getattr(signal, "SIGUSR1", None)
-        for number in filter(None, (signal.SIGTERM, signal.SIGINT, self.repeatable)):
+        self.gentle = getattr(signal, "SIGUSR1", None)
+        for number in filter(None, (signal.SIGTERM, signal.SIGINT, self.gentle)):
             signal.signal(number, self._note)
         launched = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
         if sys.platform == "linux" and launched:
@@ -28,10 +28,10 @@ class StopSignal:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
 
     def _note(self, number, frame) -> None:
-        if self.number is None:
-            self.number = number
-        elif number != self.repeatable:
+        if self.number not in (None, self.gentle) and number != self.gentle:
             os._exit(128 + number)
+        if self.number is None or number != self.gentle:  # they may come in either order
+            self.number = number
 
     def requested(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop: all of them must leave the loop at the same step."""

@@ -571,11 +571,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
     add("--pictures", type=int, default=2100, metavar="N", help="Pictures to draw. Default: %(default)s.")
     add("--vae_steps", type=int, default=2500, metavar="N", help="Default: %(default)s.")
-    add("--crop_steps", type=int, default=2750, metavar="N", help="UNet steps on quarter crops. Default: %(default)s.")
+    add("--crop_steps", type=int, default=2000, metavar="N", help="UNet steps on quarter crops. Default: %(default)s.")
     add(
         "--whole_steps",
         type=int,
-        default=1250,
+        default=1000,
         metavar="N",
         help="UNet steps on whole pictures. Default: %(default)s.",
     )

@@ -391,7 +391,7 @@ while stop.number is None:
 time.sleep(1.5)  # the checkpoint is written
 open("written", "w").write(str(stop.number))
 """
-    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
     environment = os.environ | {"LOCAL_RANK": "0", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", launcher], cwd=tmp_path, env=environment, start_new_session=True, stdout=subprocess.PIPE
@@ -399,10 +399,7 @@ open("written", "w").write(str(stop.number))
     assert process.stdout.readline() == b"ready\n"
     os.killpg(process.pid, number)
     process.wait()
-    for _ in range(100):
-        if (tmp_path / "written").exists():
-            break
-        time.sleep(0.1)
+    process.stdout.read()  # until the child, too, has ended
     assert (tmp_path / "written").read_text() == str(int(number))
 
 

@@ -344,14 +344,14 @@ def fit(
 
 
 class Reconstruction(torch.nn.Module):
-    """Loss of an autoencoder: L1 on the picture, on its fine detail and on its coarse colours.
+    """Loss of an autoencoder: L1 on the picture, on its fine detail and, by `colours`, on its coarse colours.
 
     The posterior is barely held to a normal.
     """
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderKL, colours: float):
         super().__init__()
-        self.vae = vae
+        self.vae, self.colours = vae, colours
 
     @staticmethod
     def detail(x: torch.Tensor) -> torch.Tensor:
@@ -361,31 +361,39 @@ class Reconstruction(torch.nn.Module):
         posterior = self.vae.encode(x).latent_dist
         y = self.vae.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        coarse = F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
-        return F.l1_loss(y, x) + 2 * F.l1_loss(self.detail(y), self.detail(x)) + 2 * coarse + 1e-5 * kl
+        loss = F.l1_loss(y, x) + 2 * F.l1_loss(self.detail(y), self.detail(x)) + 1e-5 * kl
+        return loss + self.colours * F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+
+
+def tinted(x: torch.Tensor) -> torch.Tensor:
+    """(B, 3, R, R) pictures with a disc of a random colour on each, and every other one in a random tint."""
+    number, side = len(x), x.shape[-1]
+    tint = (torch.rand(number, 1, 1, 1) < 0.5).float()
+    gain, shift = torch.rand(2, number, 3, 1, 1) - 0.5
+    x = x * (1 + tint * gain) + 0.6 * tint * shift
+    top, left, radius = torch.rand(3, number, 1, 1, 1)
+    line = torch.linspace(0, 1, side)
+    distance = torch.hypot(line.view(1, 1, side, 1) - top, line.view(1, 1, 1, side) - left)
+    ink = torch.sigmoid((0.2 * radius - distance) * side)
+    return (x * (1 - ink) + (2 * torch.rand(number, 3, 1, 1) - 1) * ink).clamp(-1, 1)
 
 
 def train_vae(vae: AutoencoderKL, scenes: Scenes, steps: int, work_dir: Path, seed: int, batch_size: int = 16) -> None:
-    """Trains the autoencoder on quarter crops, half of them tinted, all with a coloured disc: it must keep colours."""
+    """Trains the autoencoder on quarter crops, which teaches it textures, then a sixth as long on tinted ones.
+
+    The colours of these parts are few; without the second stage those of a small mark would be lost.
+    """
     pixels = torch.from_numpy(scenes.pixels[2 * HELD_OUT :])
     side = pixels.shape[1] // 2
 
-    def batch_of() -> tuple:
+    def crops() -> torch.Tensor:
         rows = torch.randint(len(pixels), (batch_size,))
         top, left = (int(torch.randint(pixels.shape[1] - side + 1, ())) for _ in range(2))
         x = pixels[rows, top : top + side, left : left + side].permute(0, 3, 1, 2).float() / 127.5 - 1
-        tint = (torch.rand(batch_size, 1, 1, 1) < 0.5).float()
-        x = x * (1 + tint * (torch.rand(batch_size, 3, 1, 1) - 0.5)) + tint * 0.6 * (
-            torch.rand(batch_size, 3, 1, 1) - 0.5
-        )
-        y, z, radius = torch.rand(3, batch_size, 1, 1, 1)
-        line = torch.linspace(0, 1, side)
-        distance = torch.hypot(line.view(1, 1, side, 1) - y, line.view(1, 1, 1, side) - z)
-        ink = torch.sigmoid((0.2 * radius - distance) * side)
-        x = (x * (1 - ink) + (2 * torch.rand(batch_size, 3, 1, 1) - 1) * ink).clamp(-1, 1)
-        return (x.flip(-1) if torch.rand(()) < 0.5 else x,)
+        return x.flip(-1) if torch.rand(()) < 0.5 else x
 
-    fit("vae", Reconstruction(vae), batch_of, steps, 1e-3, work_dir, seed)
+    fit("vae", Reconstruction(vae, 0), lambda: (crops(),), steps, 1e-3, work_dir, seed)
+    fit("vae-colours", Reconstruction(vae, 2), lambda: (tinted(crops()),), max(1, steps // 6), 5e-4, work_dir, seed)
 
 
 @torch.no_grad()
@@ -570,7 +578,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--random_weights", action="store_true", help="Save the untrained pipeline and stop.")
     add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
     add("--pictures", type=int, default=2100, metavar="N", help="Pictures to draw. Default: %(default)s.")
-    add("--vae_steps", type=int, default=2500, metavar="N", help="Default: %(default)s.")
+    add("--vae_steps", type=int, default=3000, metavar="N", help="Default: %(default)s.")
     add("--crop_steps", type=int, default=2000, metavar="N", help="UNet steps on quarter crops. Default: %(default)s.")
     add(
         "--whole_steps",

@@ -14,7 +14,6 @@ Source: Song et al., DefectFill, CVPR 2025, arXiv 2503.13985; equation numbers a
 
 import argparse
 import datetime
-import itertools
 import logging
 import math
 import time
@@ -48,7 +47,7 @@ from defectfill.base import Base, check_resolution, read_base
 from defectfill.files import clear_leftovers, sole_writer, write_json
 from defectfill.lora_file import ADAPTER, LORA_FILE, lora_parameters, read_lora, reload_and_compare, save_lora
 from defectfill.publish import check_hub, push, write_model_card
-from defectfill.record import LossLog, lora_record, run_record
+from defectfill.record import LossLog, log_picture, lora_record, run_record
 from defectfill.signals import StopSignal
 from defectfill_dataset import (
     InputError,
@@ -65,7 +64,6 @@ from defectfill_dataset import (
     heat_overlay,
     image_tensor,
     load_defect_pairs,
-    load_image,
     load_prepared,
     sampling_schedule,
     select_defects,
@@ -434,23 +432,6 @@ def validation_picture(
     return Image.fromarray(np.concatenate(rows))
 
 
-def validation_cases(
-    samples: TrainingSamples, good: datasets.Dataset | None, prompts: dict, number: int
-) -> list[dict]:
-    """Up to `number` good images with the references' masks in turn; the references themselves if there are none."""
-    references = list(itertools.islice(samples.references(), number))
-    cases = []
-    for i in range(number if good else min(number, len(references))):
-        case = references[i % len(references)]
-        if good:
-            case = case | {"pixel_values": image_tensor(load_image(good[i % len(good)]["image"]), samples.resolution)}
-        defect = samples.defects[case["index"]]
-        cases.append(
-            case | {"prompt": prompts[defect].object.text, "seed": derive_seed(samples.seed, "validation", i)}
-        )
-    return cases
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -647,7 +628,7 @@ def make_validation(
     folder = args.output_dir / "validation"
     pipe, cases = make_pipeline(job, models), []
     if args.validation_steps and accelerator.is_main_process:
-        cases = validation_cases(samples, job.data.get("good"), job.prompts, args.num_validation_images)
+        cases = samples.validation_cases(job.data.get("good"), args.num_validation_images)
         folder.mkdir(exist_ok=True)
 
     def validate(step: int) -> None:
@@ -659,15 +640,6 @@ def make_validation(
         accelerator.wait_for_everyone()
 
     return validate
-
-
-def log_picture(trackers: list, picture: Image.Image, step: int) -> None:
-    """Sends the picture to every tracker that takes pictures."""
-    for tracker in trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"validation": np.asarray(picture)[None]}, step, dataformats="NHWC")
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({"validation": [picture]}, step)
 
 
 def make_pipeline(job: Job, models: Models) -> StableDiffusionInpaintPipeline:

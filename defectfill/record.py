@@ -7,7 +7,9 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 from datasets import DatasetDict
+from PIL import Image
 
 from defectfill_dataset import PromptPair
 
@@ -98,3 +100,12 @@ class LossLog:
             return {k: sum(line[k] for line in lines) / len(lines) for k in lines[0] if k != "step"} if lines else {}
 
         return {"first_tenth": mean(self.lines[:tenth]), "last_tenth": mean(self.lines[-tenth:])}
+
+
+def log_picture(trackers: list, picture: Image.Image, step: int) -> None:
+    """Sends the picture to every tracker that takes pictures."""
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": np.asarray(picture)[None]}, step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"validation": [picture]}, step)

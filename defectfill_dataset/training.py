@@ -1,5 +1,6 @@
 """Training samples: joint resize and crop, random boxes and seeds, each a function of (seed, step, sample)."""
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -64,6 +65,7 @@ class TrainingSamples(torch.utils.data.Dataset):
             self.images.append(load_image(row["image"]))
             self.masks.append(binarise(row["mask"]))
         self.defects = list(dataset["defect"])
+        self.prompts = prompts
         pairs = [prompts[defect] for defect in self.defects]
         self.prompt_rows = [(tokens.index[pair.defect], tokens.index[pair.object]) for pair in pairs]
         self.resolution = resolution
@@ -94,6 +96,21 @@ class TrainingSamples(torch.utils.data.Dataset):
             seed = derive_seed(self.seed, "reference", index)
             rng = np.random.default_rng(seed)
             yield self._item(index, image_tensor(image, self.resolution), to_grid(mask, self.grid_size), rng, seed)
+
+    def validation_cases(self, good: Dataset | None, number: int) -> list[dict]:
+        """Up to `number` good images with the references' masks in turn; the references themselves if there are none.
+
+        Each is an item as above, with the object prompt's text as `prompt`.
+        """
+        references = list(itertools.islice(self.references(), number))
+        cases = []
+        for i in range(number if good else len(references)):
+            case = references[i % len(references)]
+            if good:
+                case["pixel_values"] = image_tensor(load_image(good[i % len(good)]["image"]), self.resolution)
+            text = self.prompts[self.defects[case["index"]]].object.text
+            cases.append(case | {"prompt": text, "seed": derive_seed(self.seed, "validation", i)})
+        return cases
 
     def _item(self, index: int, image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator, seed: int) -> dict:
         boxes = boxes_mask(random_boxes(rng, self.number_of_boxes), self.resolution)

@@ -42,7 +42,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defectfill import checkpoint as checkpoints  # noqa: E402
-from defectfill.files import sole_writer, write_json  # noqa: E402
+from defectfill.files import replacing, sole_writer, write_json  # noqa: E402
 from defectfill_dataset import (  # noqa: E402
     InputError,
     boxes_mask,
@@ -400,7 +400,7 @@ def train_vae(vae: AutoencoderKL, scenes: Scenes, steps: int, work_dir: Path, se
 def encode(vae: AutoencoderKL, scenes: Scenes, device: torch.device) -> dict[str, torch.Tensor]:
     """Latents of every scene, and of every scene with each mask cut out, in fp16: (S, 4, G, G) and (S, K, 4, G, G).
 
-    Sets the VAE's scaling factor, so that latents have unit spread.
+    They have unit spread; `scale` is the factor that gave it.
     """
     vae.to(device).eval()
     clean, cut = [], []
@@ -412,9 +412,16 @@ def encode(vae: AutoencoderKL, scenes: Scenes, device: torch.device) -> dict[str
         clean.append(means[: len(x)].cpu())
         cut.append(means[len(x) :].unflatten(0, (len(x), MASKS)).cpu())
     clean, cut = torch.cat(clean), torch.cat(cut)
-    scale = 1 / clean.std().item()
-    vae.register_to_config(scaling_factor=scale)
-    return {"clean": (clean * scale).half(), "cut": (cut * scale).half()}
+    scale = 1 / clean.std()
+    return {"clean": (clean * scale).half().contiguous(), "cut": (cut * scale).half().contiguous(), "scale": scale}
+
+
+def load_latents(file: Path, make: Callable[[], dict]) -> dict[str, torch.Tensor]:
+    """The latents kept in `file`, made and kept there if they are not."""
+    if not file.exists():
+        with replacing(file) as temporary:
+            save_file(make(), temporary)
+    return load_file(file)
 
 
 class Inpainting(torch.nn.Module):
@@ -522,7 +529,11 @@ def main(args: argparse.Namespace) -> None:
     if args.random_weights:
         return pipe.save_pretrained(args.output_dir)
     work_dir = args.output_dir / "work"
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output_dir"}
     with sole_writer(work_dir):
+        if (work_dir / "options.json").exists():
+            checkpoints.check_identity(json.loads((work_dir / "options.json").read_text()), options)
+        write_json(work_dir / "options.json", options)
         began = time.time()
         cells = args.resolution // pipe.vae_scale_factor
         pictures = (
@@ -535,7 +546,8 @@ def main(args: argparse.Namespace) -> None:
         )
         device = Accelerator().device
         train_vae(pipe.vae.to(device), scenes, args.vae_steps, work_dir, args.seed)
-        latents = encode(pipe.vae, scenes, device)
+        latents = load_latents(work_dir / "latents.safetensors", lambda: encode(pipe.vae, scenes, device))
+        pipe.vae.register_to_config(scaling_factor=latents["scale"].item())
         stages = [
             ("unet-crops", args.crop_steps, 32, cells // 2, 1e-3),
             ("unet-whole", args.whole_steps, 16, cells, 5e-4),
@@ -547,7 +559,6 @@ def main(args: argparse.Namespace) -> None:
         figures, picture = measure(pipe, scenes)
         pipe.to("cpu", dtype=torch.float16).save_pretrained(args.output_dir)
         picture.save(args.output_dir / "samples.png")
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output_dir"}
         figures |= {"seconds_of_last_start": round(time.time() - began), "options": options}
         write_json(args.output_dir / "figures.json", figures)
         print(json.dumps(figures, indent=2))

@@ -899,7 +899,13 @@ def main(args: argparse.Namespace) -> None:
                 checkpoints.set_aside_later(args.output_dir, int(job.checkpoint.name.split("-")[1]))
             write_json(args.output_dir / "split.json", job.split)
             write_json(args.output_dir / "run_record.json", run_record(vars(args), job.identity, job.data))
-            accelerator.init_trackers("defectfill", config={k: v for k, v in job.identity.items() if k in IDENTITY})
+            if accelerator.log_with:
+                (args.output_dir / args.logging_dir).mkdir(exist_ok=True)
+            accelerator.init_trackers(
+                "defectfill",
+                config={k: v for k, v in job.identity.items() if k in IDENTITY},
+                init_kwargs={"wandb": {"dir": str(args.output_dir / args.logging_dir)}},
+            )
         accelerator.wait_for_everyone()
         train(args, job, accelerator, stop)
 

@@ -417,7 +417,7 @@ def no_images(data):
 
 
 def deep_image(data):
-    Image.fromarray(np.full((48, 48), 40000, dtype=np.uint16)).save(data / "test/hole/000.png")
+    Image.fromarray(np.full((48, 48), 4000, dtype=np.uint16)).save(data / "test/hole/000.png")
 
 
 def broken_good_image(data):
@@ -434,7 +434,7 @@ def broken_good_image(data):
         (missing_mask, "DF142", "test/hole/000.png: its mask is missing"),
         (other_size, "DF140", "40x40, its mask 48x48"),
         (no_images, "DF163", "no defect images"),
-        (deep_image, "DF103", "more than 8 bits"),
+        (deep_image, "DF103", "12 bits or fewer"),
         (broken_good_image, "DF103", "train/good/000.png: the image cannot be read"),
     ],
 )

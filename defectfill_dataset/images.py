@@ -1,6 +1,7 @@
 """Images between files, tensors and pictures for people."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +31,13 @@ def load_image(image: Image.Image) -> Image.Image:
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise ValueError("it has transparent pixels; flatten it onto a background")
     return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def upright_size(file: Path) -> tuple[int, int]:
+    """(W, H) of an image file turned the way its EXIF tag says, from its header."""
+    with Image.open(file) as image:
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def has_16_bits(image: Image.Image) -> bool:

@@ -1,6 +1,7 @@
 """Defect masks: read from files or shapes, brought to the latent grid without losing thin parts, drawn at random."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco_mask
+from skimage import draw
 
 from .images import FULL_16_BITS, load_image
 
@@ -28,7 +30,7 @@ def binarise(mask: Image.Image) -> np.ndarray:
         upright, full = ImageOps.exif_transpose(mask), FULL_16_BITS
     else:
         upright, full = load_image(mask).convert("L"), 255
-    grey = np.asarray(upright)
+    grey = np.asarray(upright, dtype=np.int32)
     peak = int(grey.max())
     if 1 < peak <= full // 2:
         raise ValueError(f"the mask's brightest value is {peak}; code it as 0 and {full}, or as 0 and 1")
@@ -43,7 +45,26 @@ def nonzero(mask: Image.Image) -> np.ndarray:
     """
     if mask.mode in ("1", "L", "P") or mask.mode.startswith("I"):
         return np.asarray(ImageOps.exif_transpose(mask)) > 0
-    return np.asarray(load_image(mask)).any(axis=-1)
+    return np.asarray(load_image(mask)).max(axis=-1) > 0
+
+
+def polygon_mask(corners: Sequence[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
+    """The (H, W) bool array of the pixels whose centres are inside; and of its outline where it is under a pixel wide.
+
+    Args:
+        corners: (x, y) in pixels; the first pixel's corners are 0 and 1.
+        size: (W, H).
+    """
+    mask = np.zeros(size[::-1], dtype=bool)
+    points = np.array(corners)
+    mask[draw.polygon(points[:, 1] - 0.5, points[:, 0] - 0.5, mask.shape)] = True
+    after = np.roll(points, -1, axis=0)
+    area = abs((points[:, 0] * after[:, 1] - points[:, 1] * after[:, 0]).sum()) / 2
+    if 2 * area < np.hypot(*(after - points).T).sum():  # a crack must not be lost between the centres
+        ends = np.floor(np.concatenate([points, after], axis=1)).astype(int).clip(0, np.tile(size, 2) - 1)
+        for x, y, next_x, next_y in ends:
+            mask[draw.line(y, x, next_y, next_x)] = True
+    return mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +105,7 @@ class MaskShapes:
 
     Args:
         size: (W, H) of the image.
-        polygons: corners (x, y) of each, in pixels; the first pixel's corners are 0 and 1.
+        polygons: corners of each, as `polygon_mask` takes them.
         rles: run lengths in COCO's compressed form.
     """
 
@@ -94,16 +115,14 @@ class MaskShapes:
     plain: ClassVar[None] = None
 
     def render(self) -> np.ndarray:
-        """The (H, W) bool array. Polygons keep every pixel they touch to half of it, however thin they are.
+        """The (H, W) bool array.
 
         Raises:
             ValueError: run lengths that do not fill the image.
         """
-        canvas = Image.new("1", self.size)
-        draw = ImageDraw.Draw(canvas)
+        mask = np.zeros(self.size[::-1], dtype=bool)
         for polygon in self.polygons:
-            draw.polygon([(x - 0.5, y - 0.5) for x, y in polygon], fill=1)  # Pillow counts from pixel centres
-        mask = np.array(canvas)
+            mask |= polygon_mask(polygon, self.size)
         for counts in self.rles:
             rle = {"size": list(self.size[::-1]), "counts": counts.encode()}
             part = coco_mask.decode(rle)

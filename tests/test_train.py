@@ -451,6 +451,8 @@ def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
         (("--object", "nutt"), "DF162", "Did you mean 'nut'?"),
         (("--train_data_dir", "nowhere"), "DF160", "no such folder"),
         (("--dataset_name", "x"), "DF188", "either"),
+        (("--dataset_name", "x", "--layout", "coco"), "DF188", "--layout"),
+        (("--layout", "coco"), "DF161", "no images of the layout coco"),
         (("--pretrained_model_name_or_path", "nowhere"), "DF180", "cannot read unet/config.json"),
         (("--resolution", "33"), "DF184", "multiple of 16"),
         (("--phrase", "very " * 80 + "sks"), "DF174", "77"),

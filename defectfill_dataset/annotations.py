@@ -3,10 +3,11 @@
 An image without annotation is good; one with several classes is of the type "combined". A box marks its whole area.
 """
 
+import collections
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
@@ -60,9 +61,8 @@ def _box(x: float, y: float, width: float, height: float) -> list[Point]:
 
 def _twice(rows: list[Row], root: Path) -> list[str]:
     """A problem (DF144) for each image with more than one row."""
-    images = [row.image for row in rows]
-    twice = sorted({image for image in images if images.count(image) > 1}) if len(set(images)) < len(images) else []
-    return [f"DF144 {image.relative_to(root)}: is listed more than once; keep one" for image in twice]
+    counts = collections.Counter(row.image for row in rows)
+    return [f"DF144 {f.relative_to(root)}: is listed more than once; keep one" for f, n in counts.items() if n > 1]
 
 
 # Tables: metadata.csv and metadata.jsonl
@@ -93,7 +93,14 @@ def read_metadata(root: Path) -> list[Row]:
     """
     rows, problems = [], []
     for file in metadata_files(root):
-        for number, line in enumerate(read_csv(file) if file.suffix == ".csv" else _read_jsonl(file), 1):
+        lines = read_csv(file) if file.suffix == ".csv" else _read_jsonl(file)
+        columns = dict.fromkeys(column for line in lines for column in line)
+        if "file_name" not in columns:
+            problems.append(
+                f"DF166 {file.relative_to(root)}: has no column file_name; its columns are {', '.join(columns)}"
+            )
+            continue
+        for number, line in enumerate(lines, 1):
             place = f"{file.relative_to(root)}, row {number}"
             image, mask = (file_inside(root, file.parent, line.get(k)) for k in ("file_name", "mask_file_name"))
             defect, kind = line.get("defect", ""), line.get("object") or None
@@ -117,21 +124,17 @@ def read_metadata(root: Path) -> list[Row]:
 # JSON: COCO and LabelMe
 
 
-def _load(file: Path) -> dict:
-    """The file's JSON; {} if it is none."""
+COCO_KEYS = (b'"images"', b'"annotations"', b'"categories"')
+LABELME_KEYS = (b'"shapes"', b'"imagePath"')
+
+
+def _load(file: Path) -> dict | None:
+    """The file's JSON object, {} for other JSON, None for what is not JSON."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return {}
+        return None
     return content if isinstance(content, dict) else {}
-
-
-def _is_coco(content: dict) -> bool:
-    return isinstance(content.get("images"), list) and isinstance(content.get("annotations"), list)
-
-
-def _is_labelme(content: dict) -> bool:
-    return isinstance(content.get("shapes"), list)
 
 
 def _places(root: Path) -> list[Path]:
@@ -143,12 +146,10 @@ def _json_files(root: Path) -> list[Path]:
     return [f for place in _places(root) for f in sorted(place.glob("*.json")) if not f.name.startswith(".")]
 
 
-def has_coco(root: Path) -> bool:
-    return any(_is_coco(_load(file)) for file in _json_files(root))
-
-
-def has_labelme(root: Path) -> bool:
-    return any(_is_labelme(_load(file)) for file in _json_files(root))
+def has_json(root: Path, keys: Sequence[bytes]) -> bool:
+    """Whether a JSON file speaks of all these keys; it is not parsed, images may be embedded in it."""
+    contents = (file.read_bytes() for file in _json_files(root))
+    return any(all(key in content for key in keys) for content in contents)
 
 
 def read_coco(root: Path) -> list[Row]:
@@ -159,9 +160,9 @@ def read_coco(root: Path) -> list[Row]:
     rows, problems = [], []
     for file in _json_files(root):
         content = _load(file)
-        if not content:
+        if content is None:
             problems.append(f"DF166 {file.relative_to(root)}: cannot be read as JSON; mend or remove it")
-        elif _is_coco(content):
+        elif {"images", "annotations"} <= content.keys():
             try:
                 more, wrong = _coco_rows(root, file, content)
             except MALFORMED as error:
@@ -278,11 +279,14 @@ def read_labelme(root: Path) -> list[Row]:
     """
     rows, problems = [], []
     images = {f: None for place in [*_places(root), root / "good"] for f in image_files(place)}
+    by_stem: dict[Path, list[Path]] = {}
+    for image in images:
+        by_stem.setdefault(image.with_suffix(""), []).append(image)
     for file in _json_files(root):
         content = _load(file)
-        same = [f for f in images if f.parent == file.parent and f.stem == file.stem]
-        if not _is_labelme(content):
-            if same or not content:
+        same = by_stem.get(file.with_suffix(""), [])
+        if content is None or "shapes" not in content:
+            if same or content is None:
                 problems.append(f"DF166 {file.relative_to(root)}: cannot be read as LabelMe's; mend or remove it")
             continue
         named = file_inside(root, file.parent, str(content.get("imagePath") or ""))

@@ -18,7 +18,7 @@ FOLDERS: Layouts = {  # the first that fits counts
     "seed": (_holds("train/defective/"), layouts.read_seed),
     "mvtec_ad2": (_holds("test_public/"), layouts.read_mvtec_ad2),
     "btad": (_holds("ground_truth/", "test/ko/"), layouts.read_btad),
-    "mvtec_loco": (_holds("ground_truth/*/*/"), layouts.read_mvtec_loco),
+    "mvtec_loco": (layouts.has_mask_folders, layouts.read_mvtec_loco),
     "mvtec": (_holds("ground_truth/"), layouts.read_mvtec),
     "visa": (_holds("Data/Images/"), layouts.read_visa),
     "ksdd2": (_holds("train/*_[Gg][Tt].*"), layouts.read_ksdd2),
@@ -27,9 +27,9 @@ FOLDERS: Layouts = {  # the first that fits counts
 }
 ANNOTATIONS: Layouts = {
     "metadata": (lambda folder: bool(annotations.metadata_files(folder)), annotations.read_metadata),
-    "coco": (annotations.has_coco, annotations.read_coco),
+    "coco": (lambda folder: annotations.has_json(folder, annotations.COCO_KEYS), annotations.read_coco),
     "yolo": (lambda folder: bool(annotations.label_folders(folder)), annotations.read_yolo),
-    "labelme": (annotations.has_labelme, annotations.read_labelme),
+    "labelme": (lambda folder: annotations.has_json(folder, annotations.LABELME_KEYS), annotations.read_labelme),
 }
 LAYOUTS = FOLDERS | ANNOTATIONS
 

@@ -188,6 +188,12 @@ def read_mvtec_ad2(root: Path) -> list[Row]:
     return rows + _read_good(root, "train/good", "validation/good", "test_public/good")
 
 
+def has_mask_folders(root: Path) -> bool:
+    """Whether ground_truth/<defect> holds folders of masks."""
+    types = folders_in(root / "ground_truth")
+    return any(image_files(folder) for defect in types for folder in folders_in(defect))
+
+
 def read_mvtec_loco(root: Path) -> list[Row]:
     """MVTec LOCO: the masks of test/<defect>/007.png are ground_truth/<defect>/007/*.png, any value a defect.
 

@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 
 from defectfill_dataset import InputError, binarise, check_pairs, data_digest, find_objects, load_defect_pairs
 from defectfill_dataset.discovery import LAYOUTS, layout_of, read_object
+from defectfill_dataset.layouts import pair_by_name
 from defectfill_dataset.masks import MaskFiles, MaskShapes
 
 
@@ -139,6 +140,25 @@ def test_two_layouts_at_once_are_a_question_that_a_flag_answers(tmp_path, train)
     output = train("--layout", "yolo", "--split", "all", data=root)
     split = json.loads((output / "split.json").read_text())
     assert split["train"] == ["images/both.JPG", "images/box.JPG", "images/outline.JPG"]
+
+
+def test_stray_files_and_hidden_folders_decide_nothing(tmp_path):
+    root = make_mvtec(tmp_path / "nut")
+    shutil.copytree(root / "ground_truth/hole", root / "ground_truth/hole/.ipynb_checkpoints")
+    (root / "ground_truth/hole/empty").mkdir()
+    write_json(root / "notes.json", {"images": 3, "annotations": "none"})
+    assert layout_of(root) == "mvtec"
+    root = make_coco(tmp_path / "plate")
+    write_json(root / "split.json", ["a", "list"])
+    assert layout_of(root) == "coco" and len(masks_of(root)) == 5
+
+
+def test_a_single_mask_is_one_file(tmp_path):
+    """Generation takes one mask an image; so it refuses what training unites."""
+    image, masks = tmp_path / "7.png", [tmp_path / "7_mask_1.png", tmp_path / "7_mask_2.png"]
+    pairs, problems = pair_by_name([image], masks, tmp_path)
+    assert not pairs and problems == ["DF144 7_mask_1.png, 7_mask_2.png: more than one mask of 7.png; keep one"]
+    assert pair_by_name([image], masks[:1], tmp_path) == ({image: masks[0]}, [])
 
 
 def make_mvtec_ad2(root: Path, masks: str = "test_public/ground_truth/bad") -> Path:
@@ -411,6 +431,9 @@ def test_broken_metadata(tmp_path):
     text = (root / "metadata.csv").read_text()
     (root / "metadata.csv").write_text(text.replace(",bolt", ","))
     assert codes(told(root)) == ["DF166"]
+    (root / "metadata.csv").write_text(text.replace(",", ";"))
+    assert told(root) == ("DF166 metadata.csv: has no column file_name; its columns are file_name;mask_file_name;"
+        "defect;object",)  # fmt: skip
 
 
 # COCO

@@ -197,7 +197,7 @@ def _coco_rows(root: Path, file: Path, content: dict) -> tuple[list[Row], list[s
             rows.append(Row(image, None, "good", "good"))
             continue
         try:
-            size = _annotated_size(image, entry.get("width"), entry.get("height"))
+            size = _annotated_size(image, root, entry.get("width"), entry.get("height"))
             unknown = {mark["category_id"] for mark in marks} - names.keys()
             if unknown:
                 raise ValueError(f"no category has the id {unknown.pop()}")
@@ -216,7 +216,8 @@ def _coco_images(root: Path, file: Path, name: str) -> list[Path]:
         return [beside]
     folders = [root, root / "images", *folders_in(root), *folders_in(root / "images")]
     found = sorted({f for folder in folders if (f := file_inside(root, folder, name))})
-    return [f for f in found if f.parent.name in file.stem] or found  # instances_train2017.json means train2017/
+    words = re.split(r"[_\-.]", file.stem)
+    return [f for f in found if f.parent.name in words] or found  # instances_train2017.json means train2017/
 
 
 def _coco_mask(annotations: list[dict], size: tuple[int, int]) -> MaskShapes:
@@ -250,14 +251,14 @@ def _rle(segmentation: dict, size: tuple[int, int]) -> str:
     return coco_mask.encode(coco_mask.decode(rle))["counts"].decode()
 
 
-def _annotated_size(image: Path, width: int | None, height: int | None) -> tuple[int, int]:
+def _annotated_size(image: Path, root: Path, width: int | None, height: int | None) -> tuple[int, int]:
     """(W, H) of the image; raises InputError (DF140) if it was annotated at another."""
     size = upright_size(image)
     if width and height and (width, height) != size:
         turned = " (an EXIF tag turns it)" if (height, width) == size else ""
         raise InputError(
-            f"DF140 {image.name}: the image is {size[0]}x{size[1]}{turned}, its annotation {width}x{height}; "
-            "they must match"
+            f"DF140 {image.relative_to(root)}: the image is {size[0]}x{size[1]}{turned}, its annotation "
+            f"{width}x{height}; they must match"
         )
     return size
 
@@ -297,7 +298,7 @@ def read_labelme(root: Path) -> list[Row]:
         image = named or same[0]
         images.setdefault(image)
         try:
-            size = _annotated_size(image, content.get("imageWidth"), content.get("imageHeight"))
+            size = _annotated_size(image, root, content.get("imageWidth"), content.get("imageHeight"))
             shapes = content["shapes"]
             polygons = tuple(_labelme_polygon(shape, size) for shape in shapes)
             defect = _defect_of(str(shape["label"]) for shape in shapes) if shapes else "good"
@@ -318,6 +319,8 @@ def _labelme_polygon(shape: dict, size: tuple[int, int]) -> tuple[Point, ...]:
     if kind == "circle":
         (x, y), edge = points
         radius = math.dist((x, y), edge)
+        if not 0 < radius < math.inf:
+            raise ValueError(f"a circle has the radius {radius}")
         turns = (2 * math.pi * i / 64 for i in range(64))
         _polygon([(x, y)] * 3, size)  # the centre must be in the image; what is outside is cut off
         return tuple((x + radius * math.cos(turn), y + radius * math.sin(turn)) for turn in turns)

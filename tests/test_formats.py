@@ -12,7 +12,15 @@ from datasets import Image as Encoded
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from defectfill_dataset import InputError, binarise, check_pairs, data_digest, find_objects, load_defect_pairs
+from defectfill_dataset import (
+    DefectPairs,
+    InputError,
+    binarise,
+    check_pairs,
+    data_digest,
+    find_objects,
+    load_defect_pairs,
+)
 from defectfill_dataset.discovery import LAYOUTS, layout_of, read_object
 from defectfill_dataset.layouts import pair_by_name
 from defectfill_dataset.masks import MaskFiles, MaskShapes
@@ -140,6 +148,18 @@ def test_two_layouts_at_once_are_a_question_that_a_flag_answers(tmp_path, train)
     output = train("--layout", "yolo", "--split", "all", data=root)
     split = json.loads((output / "split.json").read_text())
     assert split["train"] == ["images/both.JPG", "images/box.JPG", "images/outline.JPG"]
+
+
+def test_a_table_says_which_masks_the_images_of_a_folder_have(tmp_path):
+    root = make_free_folder(tmp_path / "nut")
+    lines = [{"file_name": "images/a.JPG", "mask_file_name": "masks/d.seg.png", "defect": "hole"}]
+    write_lines(root / "metadata.csv", lines)
+    assert table(root) == {"images/a.JPG": ("hole", None)}
+
+
+def test_the_builder_alone_tells_an_unknown_layout(tmp_path):
+    with pytest.raises(InputError, match="DF161 .*no known layout"):
+        DefectPairs(dataset_name="pairs", config_name="nut", data_dir=str(tmp_path)).download_and_prepare()
 
 
 def test_stray_files_and_hidden_folders_decide_nothing(tmp_path):
@@ -536,8 +556,9 @@ def test_wrong_coco_is_told_at_once(tmp_path):
     good = [mark(i, [POLYGON]) for i in range(1, 5)]
     write_json(root / "annotations/instances.json", content | make | {"annotations": good})
     assert codes(told(root)) == ["DF103", "DF140", "DF144", "DF166"]
-    write_json(root / "annotations/instances.json", content | {"images": [{"id": 1}]})
-    assert codes(told(root)) == ["DF166"]
+    for images in ([{"id": 1}], [{"id": 1, "file_name": "0.png"}] * 2, 3):
+        write_json(root / "annotations/instances.json", content | {"images": images})
+        assert codes(told(root)) == ["DF166"]
     (root / "annotations/more.json").write_text("{")
     assert codes(told(root)) == ["DF166", "DF166"]
 
@@ -687,11 +708,15 @@ def test_wrong_labelme_is_told_at_once(tmp_path):
     change("rectangle", imageWidth=40)
     change("circle", shapes=[{"label": "good", "shape_type": "circle", "points": [[9, 9], [5, 5]]}])
     change("two", shapes=[{"label": "pit", "shape_type": "circle", "points": [[90, 9], [5, 5]]}])
+    write_image(root / "point.jpg")
+    round_ = {"label": "pit", "shape_type": "circle", "points": [[9, 9], [9, 9]]}
+    write_json(root / "point.json", {"shapes": [round_], "imagePath": "point.jpg"})
+    write_json(root / "unrelated.json", {})
     (root / "unmarked.json").write_text("{")  # without it the image would count as good
     write_json(root / "orphan.json", json.loads((root / "clean.json").read_text()) | {"imagePath": "orphan.jpg"})
     write_json(root / "clean2.json", json.loads((root / "clean.json").read_text()))
     problems = told(root)
-    assert codes(problems) == ["DF140", "DF143", "DF144", "DF166", "DF167", "DF167", "DF167"]
+    assert codes(problems) == ["DF140", "DF143", "DF144", "DF166", *["DF167"] * 4]
     assert any("'line' marks no area" in line for line in problems)
 
 

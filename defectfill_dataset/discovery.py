@@ -58,7 +58,7 @@ def find_objects(root: str | Path, layout: str = "auto") -> dict[str, Path]:
 
     Raises:
         InputError: no such folder (DF160), or nothing in it has a known layout, or the wanted one, or it may have
-            several (DF161).
+            several (DF161), or an object is in two folders (DF162).
     """
     root = Path(root).expanduser().resolve()
     if layout not in ("auto", *LAYOUTS):
@@ -67,11 +67,17 @@ def find_objects(root: str | Path, layout: str = "auto") -> dict[str, Path]:
         raise InputError(
             f"DF160 {root}: {'not a folder' if root.exists() else 'no such folder'}; give the dataset's folder"
         )
-    name = layout_of(root, layout)
-    if name:
-        named = {row.object for row in annotations.read_metadata(root)} if name == "metadata" else {None}
-        return {object_name or root.name: root for object_name in sorted(named, key=str)}
-    objects = {f.name: f for f in folders_in(root) if layout_of(f, layout)}
+    places = [(name, root) for name in _names(root, layout)]
+    if not places:
+        places = [(name, folder) for folder in folders_in(root) for name in _names(folder, layout)]
+    objects = dict(places)
+    twice = [
+        f"DF162 {name}: is an object of {' and of '.join(str(f) for n, f in places if n == name)}; rename one"
+        for name in objects
+        if [n for n, _ in places].count(name) > 1
+    ]
+    if twice:
+        raise InputError(*twice)
     if not objects:
         parent = next((p for p in root.parents if any(fits(p) for fits, _ in FOLDERS.values())), None)
         found = sorted(f.name for f in root.iterdir())[:8]
@@ -83,7 +89,14 @@ def find_objects(root: str | Path, layout: str = "auto") -> dict[str, Path]:
             "file (COCO, YOLO, LabelMe, metadata.csv) or another layout of README.md, in the folder or one level "
             "below it."
         )
-    return objects
+    return dict(sorted(objects.items()))
+
+
+def _names(folder: Path, layout: str) -> list[str]:
+    """The names of the objects of which `folder` holds the images: its own, or those of its table."""
+    found = layout_of(folder, layout)
+    rows = annotations.read_metadata(folder) if found == "metadata" else []
+    return sorted({row.object for row in rows if row.object}) or ([folder.name] if found else [])
 
 
 def read_object(root: Path, name: str, layout: str = "auto") -> list[Row]:

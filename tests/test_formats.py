@@ -20,6 +20,7 @@ from defectfill_dataset import (
     data_digest,
     find_objects,
     load_defect_pairs,
+    load_image,
 )
 from defectfill_dataset.discovery import LAYOUTS, layout_of, read_object
 from defectfill_dataset.layouts import pair_by_name
@@ -116,6 +117,15 @@ def test_polygons_mark_the_pixels_inside_and_no_thin_one_is_lost():
     assert not coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([flat], 12, 12))).any()  # COCO's own loses it
     sliver = ((0.0, 0.0), (12.0, 12.0), (11.9, 12.0))
     assert MaskShapes((12, 12), (sliver,)).render().diagonal().all()
+
+
+def test_sixteen_bit_images_and_masks_reach_training(tmp_path):
+    root = make_mvtec(tmp_path / "nut")
+    for file in (root / "test/hole/000.png", root / "ground_truth/hole/000_mask.png"):
+        grey = np.asarray(Image.open(file).convert("L")).astype(np.uint16)
+        Image.fromarray(grey * 257).save(file)
+    before, after = (np.asarray(load_image(row["image"])) for row in load_defect_pairs(root)["train"])
+    assert len(masks_of(root)) == 4 and before.shape == after.shape and abs(before.mean() - after.mean()) < 12
 
 
 # Folder layouts
@@ -440,6 +450,15 @@ def test_metadata_of_several_objects(tmp_path, name):
     assert data["train"]["source_file"] == ["pictures/0.png"] and len(data["good"]) == 1
     assert load_defect_pairs(root, "bolt")["train"]["object"] == ["bolt"]
     assert "choose one with --object: bolt, nut" in told(root)[0]
+
+
+def test_tables_of_several_folders(tmp_path):
+    make_metadata(tmp_path / "line1", objects=True), make_mvtec(tmp_path / "plate")
+    assert list(find_objects(tmp_path)) == ["bolt", "nut", "plate"]
+    assert load_defect_pairs(tmp_path, "bolt")["train"]["source_file"] == ["pictures/1.png"]
+    make_metadata(tmp_path / "line2", objects=True)
+    problems = told(tmp_path, object_name="plate")
+    assert codes(problems) == ["DF162", "DF162"] and "line1" in problems[0] and "line2" in problems[0]
 
 
 def test_broken_metadata(tmp_path):

@@ -51,7 +51,7 @@ from defectfill_dataset import (
     to_grid,
 )
 from defectfill_dataset.errors import did_you_mean
-from defectfill_dataset.images import UNREADABLE
+from defectfill_dataset.images import UNREADABLE, has_16_bits
 from defectfill_dataset.layouts import image_files, pair_by_name
 
 
@@ -317,15 +317,21 @@ def find_cases(image: Path, mask: Path | None) -> list[Case]:
 
 
 def check_cases(cases: list[Case], seed: int) -> None:
-    """Opens every image and mask; raises InputError with all problems at once (DF103, DF140, DF145, DF146)."""
+    """Opens every image and mask; raises InputError with all problems (DF103, DF120, DF140, DF145, DF146)."""
     problems = []
     for case in cases:
         try:
+            deep = has_16_bits(Image.open(case.image))
             image, mask = case.load(seed)
         except UNREADABLE as error:
             problems.append(f"DF103 {case.image.name}: the image or its mask cannot be read: {error}")
             continue
-        if image.size != mask.shape[::-1]:
+        if deep:
+            problems.append(
+                f"DF120 {case.image}: has 16 bits a channel, and the result would have 8 everywhere, not only inside "
+                "the mask; convert it to 8 bits"
+            )
+        elif image.size != mask.shape[::-1]:
             size, mask_size = image.size, mask.shape[::-1]
             problems.append(
                 f"DF140 {case.image}: {size[0]}x{size[1]}, its mask {mask_size[0]}x{mask_size[1]}; they must match"

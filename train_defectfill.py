@@ -50,6 +50,7 @@ from defectfill.publish import check_hub, push, write_model_card
 from defectfill.record import LossLog, log_picture, lora_record, run_record
 from defectfill.signals import StopSignal
 from defectfill_dataset import (
+    LAYOUTS,
     InputError,
     PromptPair,
     TokenizedPrompts,
@@ -705,6 +706,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     add = group("data")
     add("--train_data_dir", metavar="DIR", help="An object's folder in a known layout, or one above it.")
+    add("--layout", choices=["auto", *LAYOUTS], default="auto", help="Of --train_data_dir.")
     add("--dataset_name", metavar="PATH|ID", help="Prepared dataset, in place of --train_data_dir.")
     add("--dataset_config_name", metavar="NAME", help="Its config.")
     add("--object", metavar="NAME", help="Which object, where there are several.")
@@ -810,6 +812,8 @@ def check_options(args: argparse.Namespace) -> None:
         problems.append("DF187 --phrase '': is empty; leave it out for the default")
     if args.dataset_name and args.split != "auto":
         problems.append("DF188 --split: a prepared dataset has its own split; leave it out with --dataset_name")
+    if args.dataset_name and args.layout != "auto":
+        problems.append("DF188 --layout: is of --train_data_dir; leave it out with --dataset_name")
     if (args.train_data_dir is None) == (args.dataset_name is None):
         problems.append("DF188 give either --train_data_dir or --dataset_name")
     if args.use_8bit_adam and not is_bitsandbytes_available():
@@ -833,7 +837,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         raise InputError("DF189 --mixed_precision fp16: needs a GPU, and there is none here; use bf16 or no")
     with accelerator.main_process_first():
         if args.train_data_dir:
-            data = load_defect_pairs(args.train_data_dir, args.object, args.split, args.cache_dir)
+            data = load_defect_pairs(args.train_data_dir, args.object, args.split, args.cache_dir, args.layout)
         else:
             data = load_prepared(args.dataset_name, args.dataset_config_name, args.object, args.cache_dir)
         split, data = split_names(data), select_defects(data, args.defect)

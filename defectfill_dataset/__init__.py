@@ -9,9 +9,9 @@ Shapes: H, W image pixels; h, w cells of the latent grid; L prompt tokens.
 
 from .builder import DefectPairs, data_digest, load_defect_pairs, load_prepared, select_defects
 from .checks import check_good, check_pairs
+from .discovery import LAYOUTS, find_objects
 from .errors import InputError, exit_on_input_error
 from .images import heat_overlay, image_tensor, load_image, tensor_image
-from .layouts import find_objects
 from .masks import binarise, boxes_mask, cover, random_boxes, random_mask, to_grid
 from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_words, tokenize_prompts
 from .seeds import derive_seed
@@ -20,6 +20,7 @@ from .training import TrainingSamples, sampling_schedule
 
 
 __all__ = [
+    "LAYOUTS",
     "DefectPairs",
     "InputError",
     "Prompt",

@@ -2,15 +2,20 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
 from datasets import Dataset, DatasetDict
+from PIL import Image
 
+from .discovery import find_objects, read_object
 from .errors import InputError, did_you_mean
-from .layouts import LAYOUTS, Row, find_objects, layout_of
+from .images import UNREADABLE
+from .layouts import Row
+from .masks import MaskFiles, MaskShapes
 from .splits import SPLIT_RULES, split_rows
 
 
@@ -31,20 +36,22 @@ class DefectPairsConfig(datasets.BuilderConfig):
 
     Args:
         split: a rule of `split_rows` or the path of a split file.
-        fingerprint: digest of the splits and of their files, so that the cache of `datasets` notices any change.
+        layout: a name in `LAYOUTS`, or auto for the one the folder shows.
+        fingerprint: digest of the splits, their files and shapes, so that the cache of `datasets` notices any change.
     """
 
     split: str = "auto"
+    layout: str = "auto"
     fingerprint: str = ""
 
 
 class DefectPairs(datasets.GeneratorBasedBuilder):
-    """Reads an object in MVTec AD's or the DefectFill tutorial's layout (recognised by itself) from `data_dir`.
+    """Reads an object in any of `LAYOUTS` (recognised by itself) from `data_dir`.
 
     Splits: `train` (reference defects), `test` (held-out defects), `good`; one without images is not there.
     """
 
-    VERSION = datasets.Version("1.0.0")
+    VERSION = datasets.Version("1.1.0")
     BUILDER_CONFIG_CLASS = DefectPairsConfig
 
     def _info(self) -> datasets.DatasetInfo:
@@ -52,18 +59,24 @@ class DefectPairs(datasets.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         root = Path(self.config.data_dir)
-        splits = split_rows(read_object(root), root, self.config.split)
-        return [datasets.SplitGenerator(name, gen_kwargs={"rows": rows}) for name, rows in splits.items() if rows]
+        rows = read_object(root, self.config.name, self.config.layout)
+        masks = dict(zip(rows, _encode_masks(rows, root)))
+        splits = split_rows(rows, root, self.config.split)
+        return [
+            datasets.SplitGenerator(name, gen_kwargs={"rows": rows, "masks": [masks[row] for row in rows]})
+            for name, rows in splits.items()
+            if rows
+        ]
 
-    def _generate_examples(self, rows: list[Row]) -> Iterator[tuple[str, dict]]:
+    def _generate_examples(self, rows: list[Row], masks: list[str | dict | None]) -> Iterator[tuple[str, dict]]:
         root = Path(self.config.data_dir)
-        for row in rows:
+        for row, mask in zip(rows, masks):
             name = row.image.relative_to(root).as_posix()
             yield (
                 name,
                 {
                     "image": str(row.image),
-                    "mask": str(row.mask) if row.mask else None,
+                    "mask": mask,
                     "object": self.config.name,
                     "defect": row.defect,
                     "source_file": name,
@@ -71,26 +84,45 @@ class DefectPairs(datasets.GeneratorBasedBuilder):
             )
 
 
-def read_object(root: Path) -> list[Row]:
-    """All rows of the object at `root`, by the reader of its layout."""
-    name = layout_of(root)
-    if name is None:
-        raise InputError(f"DF161 {root}: no known layout")
-    return LAYOUTS[name][1](root)
+def _encode_mask(mask: MaskFiles | MaskShapes) -> str | dict:
+    """What the dataset keeps of a mask: the path of its file as it stands, or else a PNG of what it marks."""
+    if mask.plain:
+        return str(mask.plain)
+    stream = io.BytesIO()
+    Image.fromarray(mask.render()).convert("L").save(stream, format="PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def _encode_masks(rows: list[Row], root: Path) -> list[str | dict | None]:
+    """`_encode_mask` of each row, None for a good one; raises InputError (DF103) with all masks that cannot be."""
+    masks, problems = [], []
+    for row in rows:
+        try:
+            masks.append(_encode_mask(row.mask) if row.mask else None)
+        except UNREADABLE as error:
+            problems.append(f"DF103 {row.image.relative_to(root)}: its mask cannot be read: {error}")
+    if problems:
+        raise InputError(*problems)
+    return masks
 
 
 def load_defect_pairs(
-    data_dir: str | Path, object_name: str | None = None, split: str = "auto", cache_dir: str | None = None
+    data_dir: str | Path,
+    object_name: str | None = None,
+    split: str = "auto",
+    cache_dir: str | None = None,
+    layout: str = "auto",
 ) -> DatasetDict:
     """The splits of `DefectPairs` for one object in `data_dir` (the object's folder, or one above several).
 
     Raises:
-        InputError: unknown or missing object (DF162), no defect images (DF163), or what the layout's reader finds.
+        InputError: unknown or missing object (DF162), no defect images (DF163), a mask that cannot be rendered
+            (DF103), or what the layout's reader finds.
     """
-    objects = find_objects(data_dir)
+    objects = find_objects(data_dir, layout)
     name = _choose_object(data_dir, objects, object_name)
     root = objects[name]
-    rows = read_object(root)
+    rows = read_object(root, name, layout)
     if all(row.mask is None for row in rows):
         raise InputError(f"DF163 {root}: no defect images, only {len(rows)} good ones; add at least one with its mask")
     wrong = set(name) & set("<>:/\\|?*")
@@ -106,6 +138,7 @@ def load_defect_pairs(
         config_name=name,
         data_dir=str(root),
         split=split if split in SPLIT_RULES else str(Path(split).resolve()),
+        layout=layout,
         fingerprint=_fingerprint(splits),
         cache_dir=cache_dir,
     )
@@ -117,8 +150,9 @@ def _fingerprint(splits: dict[str, list[Row]]) -> str:
     digest = hashlib.sha256()
     for split, rows in splits.items():
         for row in rows:
-            files = [(str(file), _file_digest(file)) for file in (row.image, row.mask) if file]
-            digest.update(json.dumps([split, row.defect, files]).encode())
+            paths = row.mask.paths if isinstance(row.mask, MaskFiles) else ()
+            files = [(str(file), _file_digest(file)) for file in (row.image, *paths)]
+            digest.update(json.dumps([split, row.defect, repr(row.mask), files]).encode())
     return digest.hexdigest()
 
 

@@ -1,5 +1,8 @@
 """Images between files, tensors and pictures for people."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,17 +13,47 @@ from PIL import Image, ImageOps
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
+FULL_16_BITS = 65535
+FULL_12_BITS = 4095
+
+
 def load_image(image: Image.Image) -> Image.Image:
-    """An image file's pixels as 8-bit RGB, turned the way its EXIF tag says.
+    """An image file's pixels as 8-bit RGB, turned the way its EXIF tag says; 16-bit grey is scaled by its full range.
 
     Raises:
-        ValueError: more than 8 bits a channel, or transparent pixels: RGB would show something else.
+        ValueError: float or 32-bit pixels, 16 bits of which 12 or fewer are used, or transparent pixels: 8-bit RGB
+            would show something else.
     """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(_eight_bits(np.asarray(ImageOps.exif_transpose(image)))).convert("RGB")
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+        raise ValueError(f"it has more than 16 bits a channel (mode {image.mode}); convert it to 8 bits")
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise ValueError("it has transparent pixels; flatten it onto a background")
     return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def upright_size(file: Path) -> tuple[int, int]:
+    """(W, H) of an image file turned the way its EXIF tag says, from its header."""
+    with Image.open(file) as image:
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether the file of an image just opened, not yet decoded, holds 16 bits a channel."""
+    return any(re.search(r"\b(I|L|LA|RGB|RGBA);16", str(tile.args)) for tile in getattr(image, "tile", ()))
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """(H, W) 16-bit values scaled by the full 16-bit range, as 8-bit values."""
+    peak = int(pixels.max())
+    if peak <= FULL_12_BITS:
+        raise ValueError(
+            f"its brightest value is {peak} of {FULL_16_BITS}: 12 bits or fewer in a 16-bit file would come out "
+            "black; scale it to the full range, or convert it to 8 bits"
+        )
+    return np.rint(pixels / (FULL_16_BITS / 255)).astype(np.uint8)
 
 
 def image_tensor(image: Image.Image, size: int) -> torch.Tensor:

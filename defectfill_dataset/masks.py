@@ -1,17 +1,24 @@
-"""Defect masks: binary, brought to the latent grid without losing thin parts, and drawn at random."""
+"""Defect masks: read from files or shapes, brought to the latent grid without losing thin parts, drawn at random."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
+from pycocotools import mask as coco_mask
+from skimage import draw
 
-from .images import load_image
+from .images import FULL_16_BITS, load_image
 
 
 def binarise(mask: Image.Image) -> np.ndarray:
     """The (H, W) bool array of a mask file: True where it is brighter than half of its brightest pixel.
 
-    So 0/255 and 0/1 codings both work, and the ringing of a JPEG mask stays out.
+    So 0/255 and 0/1 codings both work, in 8 and in 16 bits, and the ringing of a JPEG mask stays out.
 
     Raises:
         ValueError: a coding that cannot be told apart from noise or from several classes, or what `load_image` says.
@@ -19,11 +26,111 @@ def binarise(mask: Image.Image) -> np.ndarray:
     colours = len(np.unique(np.asarray(mask))) if mask.mode == "P" else 2
     if colours > 2:
         raise ValueError(f"the mask has {colours} palette colours; save it as black and white")
-    grey = np.asarray(load_image(mask).convert("L"))
+    if mask.mode.startswith("I;16"):
+        upright, full = ImageOps.exif_transpose(mask), FULL_16_BITS
+    else:
+        upright, full = load_image(mask).convert("L"), 255
+    grey = np.asarray(upright, dtype=np.int32)
     peak = int(grey.max())
-    if 1 < peak < 128:
-        raise ValueError(f"the mask's brightest value is {peak}; code it as 0 and 255, or as 0 and 1")
+    if 1 < peak <= full // 2:
+        raise ValueError(f"the mask's brightest value is {peak}; code it as 0 and {full}, or as 0 and 1")
     return grey > peak / 2
+
+
+def nonzero(mask: Image.Image) -> np.ndarray:
+    """The (H, W) bool array of a mask file whose values name kinds of defects: True where it is not 0.
+
+    Raises:
+        ValueError: what `load_image` says.
+    """
+    if mask.mode in ("1", "L", "P") or mask.mode.startswith("I"):
+        return np.asarray(ImageOps.exif_transpose(mask)) > 0
+    return np.asarray(load_image(mask)).max(axis=-1) > 0
+
+
+def polygon_mask(corners: Sequence[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
+    """The (H, W) bool array of the pixels whose centres are inside; and of its outline where it is under a pixel wide.
+
+    Args:
+        corners: (x, y) in pixels; the first pixel's corners are 0 and 1.
+        size: (W, H).
+    """
+    mask = np.zeros(size[::-1], dtype=bool)
+    points = np.array(corners)
+    mask[draw.polygon(points[:, 1] - 0.5, points[:, 0] - 0.5, mask.shape)] = True
+    after = np.roll(points, -1, axis=0)
+    area = abs((points[:, 0] * after[:, 1] - points[:, 1] * after[:, 0]).sum()) / 2
+    if 2 * area < np.hypot(*(after - points).T).sum():  # a crack must not be lost between the centres
+        ends = np.floor(np.concatenate([points, after], axis=1)).astype(int).clip(0, np.tile(size, 2) - 1)
+        for x, y, next_x, next_y in ends:
+            mask[draw.line(y, x, next_y, next_x)] = True
+    return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskFiles:
+    """A mask kept in image files: everything that any of them marks.
+
+    Args:
+        paths: absolute, at least one.
+        nonzero: every value above 0 is defect; if not, `binarise` decides.
+    """
+
+    paths: tuple[Path, ...]
+    nonzero: bool = False
+
+    @property
+    def plain(self) -> Path | None:
+        """The file that is the mask as it stands, if there is one."""
+        return self.paths[0] if len(self.paths) == 1 and not self.nonzero else None
+
+    def render(self) -> np.ndarray:
+        """The (H, W) bool array.
+
+        Raises:
+            ValueError: files of different sizes, or what `binarise` says.
+            OSError: a file that cannot be read.
+        """
+        read = nonzero if self.nonzero else binarise
+        parts = {path: read(Image.open(path)) for path in self.paths}
+        if len({part.shape for part in parts.values()}) > 1:
+            sizes = ", ".join(f"{path.name} {part.shape[1]}x{part.shape[0]}" for path, part in parts.items())
+            raise ValueError(f"its mask files differ in size: {sizes}")
+        return np.logical_or.reduce(list(parts.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskShapes:
+    """A mask kept as numbers: everything that any of its shapes covers.
+
+    Args:
+        size: (W, H) of the image.
+        polygons: corners of each, as `polygon_mask` takes them.
+        rles: run lengths in COCO's compressed form.
+    """
+
+    size: tuple[int, int]
+    polygons: tuple[tuple[tuple[float, float], ...], ...] = ()
+    rles: tuple[str, ...] = ()
+    plain: ClassVar[None] = None
+
+    def render(self) -> np.ndarray:
+        """The (H, W) bool array.
+
+        Raises:
+            ValueError: run lengths that do not fill the image.
+        """
+        mask = np.zeros(self.size[::-1], dtype=bool)
+        for polygon in self.polygons:
+            mask |= polygon_mask(polygon, self.size)
+        for counts in self.rles:
+            rle = {"size": list(self.size[::-1]), "counts": counts.encode()}
+            part = coco_mask.decode(rle)
+            # Too few run lengths leave the decoder's memory as it was.
+            if coco_mask.encode(part)["counts"] != rle["counts"]:
+                raise ValueError(f"its run lengths do not fill {self.size[0]}x{self.size[1]} pixels")
+            mask |= part > 0
+        return mask
 
 
 def to_grid(mask: np.ndarray, size: int) -> torch.Tensor:

@@ -287,11 +287,37 @@ def test_the_object_may_stand_in_the_phrase():
 def test_images_that_rgb_would_falsify_are_refused():
     ramp = np.linspace(0, 1, 64).reshape(8, 8)
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    for image in (Image.fromarray((ramp * 65535).astype(np.uint16)), Image.fromarray(ramp.astype(np.float32)), clear):
-        with pytest.raises(ValueError, match="8 bits|transparent"):
+    for image, words in (
+        (Image.fromarray((ramp * 4095).astype(np.uint16)), "brightest value is 4095 of 65535: 12 bits"),
+        (Image.fromarray(ramp.astype(np.float32)), "16 bits .*mode F"),
+        (Image.fromarray((ramp * 65535).astype(np.int32)), "16 bits .*mode I"),
+        (clear, "transparent"),
+    ):
+        with pytest.raises(ValueError, match=words):
             load_image(image)
     opaque = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
     assert load_image(opaque).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_sixteen_bits_are_scaled_by_their_full_range(tmp_path, extension):
+    """Pillow's own conversion to RGB makes them white."""
+    deep = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(deep).save(tmp_path / f"x.{extension}")
+    image = load_image(Image.open(tmp_path / f"x.{extension}"))
+    assert image.mode == "RGB" and np.array_equal(np.asarray(image)[..., 0], np.rint(deep / 257))
+
+
+def test_a_sixteen_bit_big_endian_and_a_turned_image():
+    deep = np.full((4, 8), 257 * 9, dtype=np.uint16)
+    deep[0] = 257 * 200
+    swapped = Image.frombytes("I;16B", (8, 4), deep.astype(">u2").tobytes())
+    assert np.array_equal(np.asarray(load_image(swapped))[..., 1], deep // 257)
+    turned = Image.fromarray(deep)
+    turned.getexif()[0x0112] = 6
+    assert load_image(turned).size == (4, 8) and np.array_equal(
+        np.asarray(load_image(turned))[..., 0], np.rot90(deep // 257, -1)
+    )
 
 
 def test_masks_of_unclear_coding_are_refused():
@@ -313,6 +339,10 @@ def test_binarise_reads_both_codings_and_ignores_jpeg_ringing():
     mask[2:4, 2:4] = 1
     for coded in (mask, mask * 255):
         assert binarise(Image.fromarray(coded)).sum() == 4
+        assert binarise(Image.fromarray(coded.astype(np.uint16) * 257 if coded.max() > 1 else coded)).sum() == 4
+    assert binarise(Image.fromarray(mask.astype(np.uint16))).sum() == 4
+    with pytest.raises(ValueError, match="code it as 0 and 65535"):
+        binarise(Image.fromarray(mask.astype(np.uint16) * 255))
     ringing = mask * 250 + 4
     assert binarise(Image.fromarray(ringing)).sum() == 4
     assert binarise(Image.fromarray(mask * 0)).sum() == 0

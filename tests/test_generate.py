@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 import signal
+import struct
+import zlib
 
 import lpips
 import numpy as np
@@ -424,6 +426,19 @@ def test_candidates_without_a_number_never_win_and_a_case_without_any_is_listed(
 # What is refused, before any weight is loaded
 
 
+def write_deep_rgb(path):
+    """A PNG of 16 bits a channel, which Pillow reads as 8."""
+    pixels = np.full((70, 70, 3), 40000, dtype=">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 70, 70, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
 @pytest.mark.parametrize(
     "break_inputs, code",
     [
@@ -436,7 +451,9 @@ def test_candidates_without_a_number_never_win_and_a_case_without_any_is_listed(
         (lambda d: write_image(d / "good/001.png", 20), "DF140"),
         (lambda d: Image.new("L", (70, 70)).save(d / "masks/001_mask.png"), "DF145"),
         (lambda d: Image.new("L", (70, 70), 255).save(d / "masks/001_mask.png"), "DF146"),
-        (lambda d: Image.new("I;16", (70, 70)).save(d / "good/001.png"), "DF103"),
+        (lambda d: Image.new("I;16", (70, 70), 1000).save(d / "good/001.png"), "DF103"),
+        (lambda d: Image.new("I;16", (70, 70), 40000).save(d / "good/001.png"), "DF120 .*001.png: has 16 bits"),
+        (lambda d: write_deep_rgb(d / "good/001.png"), "DF120 .*001.png: has 16 bits"),
         (lambda d: Image.new("L", (70, 70), 3).save(d / "masks/001_mask.png"), "DF103"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

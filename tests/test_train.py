@@ -417,7 +417,7 @@ def no_images(data):
 
 
 def deep_image(data):
-    Image.fromarray(np.full((48, 48), 40000, dtype=np.uint16)).save(data / "test/hole/000.png")
+    Image.fromarray(np.full((48, 48), 4000, dtype=np.uint16)).save(data / "test/hole/000.png")
 
 
 def broken_good_image(data):
@@ -434,7 +434,7 @@ def broken_good_image(data):
         (missing_mask, "DF142", "test/hole/000.png: its mask is missing"),
         (other_size, "DF140", "40x40, its mask 48x48"),
         (no_images, "DF163", "no defect images"),
-        (deep_image, "DF103", "more than 8 bits"),
+        (deep_image, "DF103", "12 bits or fewer"),
         (broken_good_image, "DF103", "train/good/000.png: the image cannot be read"),
     ],
 )
@@ -451,6 +451,8 @@ def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
         (("--object", "nutt"), "DF162", "Did you mean 'nut'?"),
         (("--train_data_dir", "nowhere"), "DF160", "no such folder"),
         (("--dataset_name", "x"), "DF188", "either"),
+        (("--dataset_name", "x", "--layout", "coco"), "DF188", "--layout"),
+        (("--layout", "coco"), "DF161", "no images of the layout coco"),
         (("--pretrained_model_name_or_path", "nowhere"), "DF180", "cannot read unet/config.json"),
         (("--resolution", "33"), "DF184", "multiple of 16"),
         (("--phrase", "very " * 80 + "sks"), "DF174", "77"),

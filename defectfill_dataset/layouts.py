@@ -118,10 +118,18 @@ def _pair_rows(
     return rows, problems
 
 
+class RowsError(InputError):
+    """Problems of a layout, and the rows that could be read all the same."""
+
+    def __init__(self, rows: list[Row], problems: list[str]):
+        super().__init__(*problems)
+        self.rows = rows
+
+
 def rows_or_problems(rows: list[Row], problems: list[str]) -> list[Row]:
-    """The rows, unless there are problems: raises InputError with all of them."""
+    """The rows, unless there are problems: raises RowsError with all of them."""
     if problems:
-        raise InputError(*problems)
+        raise RowsError(rows, problems)
     return rows
 
 
@@ -147,8 +155,8 @@ def _read_types(
     split: str | None = None,
     by_value: bool = False,
     not_types: Iterable[str] = ("good",),
-) -> list[Row]:
-    """Rows of every defect type `images`/<defect> with its masks in `masks`/<defect>, pairs proved by name."""
+) -> tuple[list[Row], list[str]]:
+    """Rows of every defect type `images`/<defect> with its masks in `masks`/<defect>, pairs by name, and problems."""
     rows, problems = [], []
     types = {f.name for part in (images, masks) for f in folders_in(root / part)}
     for defect in sorted(types - set(not_types)):
@@ -157,7 +165,7 @@ def _read_types(
         )
         rows += more
         problems += wrong
-    return rows_or_problems(rows, problems)
+    return rows, problems
 
 
 def _read_good(root: Path, *folders: str) -> list[Row]:
@@ -169,13 +177,14 @@ def read_mvtec(root: Path) -> list[Row]:
 
     Source: Bergmann et al., CVPR 2019.
     """
-    return _read_types(root, "test", "ground_truth") + _read_good(root, "train/good", "test/good")
+    rows, problems = _read_types(root, "test", "ground_truth")
+    return rows_or_problems(rows + _read_good(root, "train/good", "test/good"), problems)
 
 
 def read_seed(root: Path) -> list[Row]:
     """The DefectFill tutorial's layout: train/defective/<defect> with train/defective_masks/<defect>, test/good."""
-    pairs = _read_types(root, "train/defective", "train/defective_masks", "train")
-    return pairs + _read_good(root, "test/good")
+    rows, problems = _read_types(root, "train/defective", "train/defective_masks", "train")
+    return rows_or_problems(rows + _read_good(root, "test/good"), problems)
 
 
 def read_mvtec_ad2(root: Path) -> list[Row]:
@@ -184,8 +193,9 @@ def read_mvtec_ad2(root: Path) -> list[Row]:
     Source: Heckler-Kram et al., arXiv 2503.21622.
     """
     masks = "test_public/ground_truth" if (root / "test_public/ground_truth").is_dir() else "ground_truth"
-    rows = _read_types(root, "test_public", masks, not_types=("good", "ground_truth"))
-    return rows + _read_good(root, "train/good", "validation/good", "test_public/good")
+    rows, problems = _read_types(root, "test_public", masks, not_types=("good", "ground_truth"))
+    good = _read_good(root, "train/good", "validation/good", "test_public/good")
+    return rows_or_problems(rows + good, problems)
 
 
 def has_mask_folders(root: Path) -> bool:
@@ -199,8 +209,8 @@ def read_mvtec_loco(root: Path) -> list[Row]:
 
     Source: Bergmann et al., IJCV 2022.
     """
-    rows = _read_types(root, "test", "ground_truth", by_value=True)
-    return rows + _read_good(root, "train/good", "validation/good", "test/good")
+    rows, problems = _read_types(root, "test", "ground_truth", by_value=True)
+    return rows_or_problems(rows + _read_good(root, "train/good", "validation/good", "test/good"), problems)
 
 
 def read_btad(root: Path) -> list[Row]:
@@ -208,8 +218,8 @@ def read_btad(root: Path) -> list[Row]:
 
     Source: Mishra et al., VT-ADL, ISIE 2021.
     """
-    rows = _read_types(root, "test", "ground_truth", not_types=("ok",))
-    return rows + _read_good(root, "train/ok", "test/ok")
+    rows, problems = _read_types(root, "test", "ground_truth", not_types=("ok",))
+    return rows_or_problems(rows + _read_good(root, "train/ok", "test/ok"), problems)
 
 
 def read_visa(root: Path) -> list[Row]:
@@ -223,8 +233,8 @@ def read_visa(root: Path) -> list[Row]:
     lines = [line for line in read_csv(table) if line.get("object") == root.name] if table.is_file() else []
     if not lines:
         images, masks = image_files(root / "Data/Images/Anomaly"), _masks_in(root / "Data/Masks/Anomaly")
-        pairs = rows_or_problems(*_pair_rows(images, masks, root, "anomaly", by_value=True))
-        return pairs + _read_good(root, "Data/Images/Normal")
+        rows, problems = _pair_rows(images, masks, root, "anomaly", by_value=True)
+        return rows_or_problems(rows + _read_good(root, "Data/Images/Normal"), problems)
     rows, problems = [], []
     for line in lines:
         image, mask = (file_inside(root, table.parents[1], line.get(key)) for key in ("image", "mask"))
@@ -291,4 +301,4 @@ def read_folder(root: Path) -> list[Row]:
         )
         rows += more
         problems += wrong
-    return rows_or_problems(rows, problems) + _read_good(root, "good", "images/good")
+    return rows_or_problems(rows + _read_good(root, "good", "images/good"), problems)

@@ -83,12 +83,15 @@ def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch
     pid = os.fork()
     if not pid:  # dies between the two stages of the UNet
         fit, calls = make_tiny_base.fit, []
-        make_tiny_base.fit = lambda *args: (calls.append(1), fit(*args), len(calls) == 2 and os._exit(9))
+        make_tiny_base.fit = lambda *args: (calls.append(1), fit(*args), len(calls) == 3 and os._exit(9))
         make_base("--output_dir", tmp_path / "killed", *SMALL)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    monkeypatch.setattr(make_tiny_base, "make_scenes", None)  # the pictures are there already
+    monkeypatch.setattr(make_tiny_base, "make_scenes", None)  # pictures and latents are there already
+    monkeypatch.setattr(make_tiny_base, "encode", None)
     make_base("--output_dir", tmp_path / "killed", *SMALL)
+    with pytest.raises(InputError, match="DF320 vae_steps"):
+        make_base("--output_dir", tmp_path / "killed", *SMALL, "--vae_steps", "4")
     for part in ("unet", "vae", "text_encoder"):
         (one,), (other,) = ((tmp_path / run / part).glob("*.safetensors") for run in ("whole", "killed"))
         one, other = load_file(one), load_file(other)

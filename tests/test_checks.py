@@ -1,0 +1,91 @@
+"""scripts/check_data.py: every problem at once, what is suspicious, figures and pictures."""
+
+import json
+import shutil
+
+import check_data
+import numpy as np
+import pytest
+from conftest import ROOT, make_mvtec, write_image
+from PIL import Image
+
+from defectfill_dataset import InputError
+from defectfill_dataset.checks import Look, suspicions
+
+
+SHARED = ROOT.parent / "shared/data"
+
+
+def run(*argv) -> int:
+    """The command's exit status."""
+    try:
+        check_data.main(check_data.parse_args([str(a) for a in argv]))
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_a_good_dataset_is_reported_and_pictured(tmp_path, capsys):
+    make_mvtec(tmp_path / "data/nut", {"hole": 4, "scratch": 3})
+    make_mvtec(tmp_path / "data/bolt", {"stain": 2})
+    assert run(tmp_path / "data", "--resolution", "64", "--output_dir", tmp_path / "report") == 0
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    bolt, nut = report["objects"]
+    assert (nut["references"], nut["held_out"], nut["problems"]) == (3, 4, []) and bolt["object"] == "bolt"
+    hole = nut["defects"]["hole"]
+    assert hole["images"] == 4 and hole["width"] == [48, 48, 48] and 0 < hole["area_percent"][0] < 10
+    assert nut["defects"]["good"] == {"images": 3, "width": [48] * 3, "height": [48] * 3}
+    sheet = np.asarray(Image.open(tmp_path / "report/nut.png"))
+    assert (sheet == (255, 0, 0)).all(axis=-1).sum() > 7 * 20  # an outline on each of the seven
+    assert "nut: 3 references, 4 held out" in capsys.readouterr().out
+    assert run(tmp_path / "data", "--object", "nut") == 0
+    assert "bolt" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="DF162 --object"):
+        run(tmp_path / "data", "--object", "screw")
+
+
+def test_every_problem_is_told_in_one_run(tmp_path, capsys):
+    data = make_mvtec(tmp_path / "nut", {"hole": 7})
+    masks = data / "ground_truth/hole"
+    (masks / "000_mask.png").unlink()
+    write_image(data / "test/hole/001.png", 40)
+    Image.new("L", (48, 48)).save(masks / "002_mask.png")
+    Image.new("L", (48, 48), 255).save(masks / "003_mask.png")
+    (data / "test/hole/004.png").write_text("<html>")
+    Image.new("L", (48, 48), 9).save(masks / "005_mask.png")
+    Image.new("L", (48, 48), 255).save(masks / "stray.png")
+    (data / "train/good/000.png").write_bytes(b"")
+    assert run(data, "--resolution", "64", "--output_dir", tmp_path / "report") == 2
+    told = capsys.readouterr().out
+    for code, name in [
+        ("DF142", "000.png"), ("DF140", "001.png"), ("DF145", "002.png"), ("DF146", "003.png"), ("DF103", "004.png"),
+        ("DF103", "005.png"), ("DF143", "stray.png"), ("DF103", "train/good/000.png"),
+    ]:  # fmt: skip
+        assert any(line.startswith(code) and name in line for line in told.splitlines()), (code, name)
+    assert (tmp_path / "report/nut.png").exists()
+
+
+def test_what_is_suspicious_is_told_and_does_not_stop(tmp_path, capsys):
+    data = make_mvtec(tmp_path / "nut", {"hole": 4})
+    for file in (data / "ground_truth/hole").iterdir():
+        Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    shutil.copy(data / "test/hole/000.png", data / "test/hole/003.png")  # a reference, held out
+    shutil.copy(data / "train/good/000.png", data / "train/good/001.png")
+    assert run(data, "--resolution", "64") == 0
+    told = capsys.readouterr().out
+    assert "DF150 all 4 masks" in told
+    assert "DF154 test/hole/000.png, test/hole/003.png: the same picture, held out and reference" in told
+    assert "DF153 train/good/000.png, train/good/001.png" in told
+
+
+def test_small_defects_are_named_with_what_is_left_of_them():
+    looks = [Look(f"{i}.png", "hole", (), str(i), (512, 512), 0.001, cells) for i, cells in enumerate((1, 3, 4))]
+    assert [note[:15] for note in suspicions(looks, set())] == ["DF151 0.png: it", "DF151 1.png: it"]
+    assert check_data.shortened([str(i) for i in range(25)])[-1] == "and 5 more like these"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real images beside the project")
+def test_real_datasets_need_no_flag_but_the_path(capsys):
+    assert run(SHARED / "mvtec_sample") == 0
+    assert run(SHARED / "magnetic_tile") == 0
+    assert "blowhole: images 115" in capsys.readouterr().out

@@ -149,7 +149,7 @@ def suspicions(looks: Sequence[Look], references: set[str]) -> list[str]:
         if x.pixels:
             same.setdefault(x.pixels, []).append(x)
     for group in (group for group in same.values() if len(group) > 1):
-        names = ", ".join(x.name for x in group)
+        names = ", ".join(x.name for x in group[:4]) + (f" and {len(group) - 4} more" if len(group) > 4 else "")
         kinds = {"good" if not x.area else "reference" if x.name in references else "held out" for x in group}
         if len(kinds) > 1:
             notes.append(f"DF154 {names}: the same picture, {' and '.join(sorted(kinds))}; keep one")

@@ -57,8 +57,8 @@ class Placed(NamedTuple):
 
 # (image, seed, foreground, zone) -> the mask, None where there is no place for it. The areas are (H, W) bool or None.
 MaskSource = Callable[[Image.Image, int, np.ndarray | None, np.ndarray | None], Placed | None]
-# (rng, shorter side in pixels) -> a shape and its name
-ShapeSource = Callable[[np.random.Generator, int], tuple[str, np.ndarray]]
+# (rng, (height, width) of the image) -> a shape and its name
+ShapeSource = Callable[[np.random.Generator, tuple[int, int]], tuple[str, np.ndarray]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,20 +100,20 @@ def masks_digest(masks: Sequence[NamedMask]) -> str:
 def reference_shapes(masks: Sequence[NamedMask], max_rotation: float) -> ShapeSource:
     """Cut-out reference masks, each time transformed anew; some are two in one.
 
-    Sizes keep their ratio to the image's shorter side.
+    Areas keep their share of the image, but for the transform's own scale.
     """
 
-    def draw_one(rng: np.random.Generator, side: int) -> tuple[str, np.ndarray]:
+    def draw_one(rng: np.random.Generator, size: tuple[int, int]) -> tuple[str, np.ndarray]:
         name, pixels = masks[int(rng.integers(len(masks)))]
         change = random_transform(rng, max_rotation)
-        change = dataclasses.replace(change, scale=change.scale * side / min(pixels.shape))
+        change = dataclasses.replace(change, scale=change.scale * math.sqrt(math.prod(size) / pixels.size))
         return name, transform(cut_out(pixels), change, rng)
 
-    def draw(rng: np.random.Generator, side: int) -> tuple[str, np.ndarray]:
-        name, shape = draw_one(rng, side)
+    def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[str, np.ndarray]:
+        name, shape = draw_one(rng, size)
         if rng.random() >= UNION_SHARE:
             return name, shape
-        other, second = draw_one(rng, side)
+        other, second = draw_one(rng, size)
         return f"{name} + {other}", union(shape, second, rng)
 
     return draw
@@ -122,9 +122,9 @@ def reference_shapes(masks: Sequence[NamedMask], max_rotation: float) -> ShapeSo
 def procedural_shapes(kinds: Sequence[str]) -> ShapeSource:
     """Drawn shapes of these kinds of `SHAPES`, each as often."""
 
-    def draw(rng: np.random.Generator, side: int) -> tuple[str, np.ndarray]:
+    def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[str, np.ndarray]:
         kind = kinds[int(rng.integers(len(kinds)))]
-        return kind, SHAPES[kind](rng, side)
+        return kind, SHAPES[kind](rng, min(size))
 
     return draw
 
@@ -198,7 +198,7 @@ class PlacedShapes:
     def _place(self, seed: int, allowed: np.ndarray, taken: np.ndarray) -> Part | None:
         for attempt in range(TRIES):
             rng = np.random.default_rng(derive_seed(seed, attempt))
-            name, shape = self.draw(rng, min(allowed.shape))
+            name, shape = self.draw(rng, (allowed.shape[0], allowed.shape[1]))
             place = find_place(shape, allowed, taken, self.coverage, rng)
             if place:
                 return Part(name, *place, shape)

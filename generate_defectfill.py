@@ -332,19 +332,19 @@ def find_cases(
     twice = [f"DF144 {', '.join(names)}: one name twice; rename one" for names in stems.values() if len(names) > 1]
     if twice:
         raise InputError(*twice)
-    files = {flag: pair_files(images, path, strict=flag == "mask") for flag, path in given.items() if path}
+    files = {flag: pair_files(images, flag, path) for flag, path in given.items() if path}
     return [Case(file, **{flag: pairs[file] for flag, pairs in files.items()}) for file in images]
 
 
-def pair_files(images: list[Path], path: Path, strict: bool) -> dict[Path, Path]:
-    """The file at `path`, or the one of its name in that folder, for each image; `strict`: and none beside them."""
+def pair_files(images: list[Path], flag: str, path: Path) -> dict[Path, Path]:
+    """For each image the file at `path`, or the one of its name in that folder; only masks must all have an image."""
     if path.is_file():
         return dict.fromkeys(images, path)
     root = Path(os.path.commonpath([images[0].absolute(), path.absolute()]))
     pairs, problems = pair_by_name([f.absolute() for f in images], [f.absolute() for f in image_files(path)], root)
-    problems = [problem for problem in problems if strict or not problem.startswith("DF143")]
+    problems = [problem for problem in problems if flag == "mask" or not problem.startswith("DF143")]
     if problems:
-        raise InputError(*problems)
+        raise InputError(*(f"{problem} (--{flag} {path})" for problem in problems))
     return {file: pairs[file.absolute()] for file in images}
 
 

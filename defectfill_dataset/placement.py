@@ -146,10 +146,10 @@ def find_place(
         taken: (H, W) bool.
         coverage: in (0, 1].
     """
-    if shape.shape[0] > allowed.shape[0] or shape.shape[1] > allowed.shape[1]:
-        return None
     area = int(shape.sum())
     needed = math.ceil(coverage * area - 1e-9)
+    if shape.shape[0] > allowed.shape[0] or shape.shape[1] > allowed.shape[1] or allowed.sum() < needed:
+        return None
     value = np.where(taken, -area, allowed.astype(float))  # one taken pixel outweighs all allowed ones
     covered = np.rint(signal.fftconvolve(value, shape[::-1, ::-1].astype(float), mode="valid"))  # at each (top, left)
     good = np.flatnonzero(covered >= needed)

@@ -99,11 +99,12 @@ def main(args: argparse.Namespace) -> None:
             without.append(f"DF340 {case.image.name}, --seed {seed}: no place for its mask")
             continue
         areas = case.load()[1]
-        part = areas["foreground"] if "foreground" in areas else find_foreground(image)
         if args.foreground == "none":
-            part = np.ones_like(part)
+            part = np.ones_like(placed.mask)
+        else:
+            part = areas["foreground"] if "foreground" in areas else find_foreground(image)
         shares.append((part & placed.mask).sum() / placed.mask.sum())
-        shapes = [part.shape for part in placed.parts] or [placed.mask]
+        shapes = [defect.shape for defect in placed.parts] or [placed.mask]
         drawn += [(shape, placed.mask.size) for shape in shapes]
         if len(pictures) < args.shown:
             zone = [(areas["zone"], YELLOW)] if "zone" in areas else []

@@ -378,7 +378,7 @@ def test_bad_areas_are_refused(trained, folder, monkeypatch, flag):
     with pytest.raises(InputError, match=f"DF103 000.png: the image or its {flag[2:]} cannot be read"):
         generate(*argv)
     (folder / "zones/000.png").rename(folder / "zones/009.png")
-    with pytest.raises(InputError, match="DF142") as caught:
+    with pytest.raises(InputError, match=rf"DF142 .*000.png.* \({flag} ") as caught:
         generate(*argv)
     assert "DF143" not in str(caught.value)  # an area without an image does no harm
     with pytest.raises(InputError, match=f"DF160 {flag}"):

@@ -39,14 +39,24 @@ from defectfill.checkpoint import check_identity
 from defectfill.files import clear_leftovers, replacing, sole_writer, write_json
 from defectfill.lora_file import LoraFile, check_fits, load_lora, read_lora
 from defectfill_dataset import (
+    SHAPES,
     InputError,
+    MaskSource,
+    Placed,
+    PlacedShapes,
     binarise,
     cover,
     derive_seed,
     exit_on_input_error,
+    find_foreground,
+    held_out_source,
     image_tensor,
     load_image,
-    random_mask,
+    load_masks,
+    masks_digest,
+    procedural_shapes,
+    random_source,
+    reference_shapes,
     tensor_image,
     to_grid,
 )
@@ -252,94 +262,117 @@ KINDS = ("images", "masks", "contact")  # folders of the output
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One good image and where its mask comes from; `mask` is None for a seeded random one.
+    """One good image and the files given for it: its mask (None: from a source), its foreground, its zone.
 
     Everything random is drawn from the image's name and content, so that no two images share a number, in one run or
     in several.
     """
 
     image: Path
-    mask: Path | None
+    mask: Path | None = None
+    foreground: Path | None = None
+    zone: Path | None = None
 
     @property
     def name(self) -> str:
         return self.image.stem
 
+    @property
+    def areas(self) -> dict[str, Path]:
+        """What is given beside the image, by its flag."""
+        files = {"mask": self.mask, "foreground": self.foreground, "zone": self.zone}
+        return {flag: file for flag, file in files.items() if file}
+
     @functools.cached_property
     def digests(self) -> dict[str, str | None]:
-        """sha256 of both files: what a finished image was made from."""
-        files = {"good_image_sha256": self.image, "given_mask_sha256": self.mask}
-        return {k: hashlib.sha256(file.read_bytes()).hexdigest() if file else None for k, file in files.items()}
+        """sha256 of its files: what a finished image was made from."""
+        files = {"good_image": self.image, "given_mask": None} | {f"given_{k}": f for k, f in self.areas.items()}
+        return {f"{k}_sha256": hashlib.sha256(f.read_bytes()).hexdigest() if f else None for k, f in files.items()}
 
     def derive_seed(self, seed: int, *parts: int | str) -> int:
         return derive_seed(seed, self.name, self.digests["good_image_sha256"] or "", *parts)
 
-    def load(self, seed: int) -> tuple[Image.Image, np.ndarray]:
-        """The image as RGB and its (H, W) bool mask."""
+    def load(self) -> tuple[Image.Image, dict[str, np.ndarray]]:
+        """The image as RGB and its (H, W) bool areas, by their flags."""
         image = load_image(Image.open(self.image))
-        if self.mask is None:
-            rng = np.random.default_rng(self.derive_seed(seed, "mask"))
-            return image, random_mask(rng, image.height, image.width)
-        return image, binarise(Image.open(self.mask))
+        return image, {flag: binarise(Image.open(file)) for flag, file in self.areas.items()}
+
+    def draw(self, seed: int, source: MaskSource | None) -> tuple[Image.Image, Placed | None]:
+        """The image and its mask, given or from `source`; None where that finds no place."""
+        image, areas = self.load()
+        if source is None:
+            return image, Placed(areas["mask"], [])
+        return image, source(image, self.derive_seed(seed, "mask"), areas.get("foreground"), areas.get("zone"))
 
 
-def find_cases(image: Path, mask: Path | None) -> list[Case]:
-    """The cases of one image and mask, or of two folders paired by name; random masks where `mask` is None.
+def find_cases(
+    image: Path, mask: Path | None = None, foreground: Path | None = None, zone: Path | None = None
+) -> list[Case]:
+    """The cases of one image or a folder of them, with their masks and areas: a file each, or folders paired by name.
+
+    One foreground or zone file may also serve a folder of images.
 
     Raises:
-        InputError: nothing there (DF160, DF161), or pairs that do not fit (DF142-DF144).
+        InputError: nothing there (DF160, DF161), or files that do not pair (DF142-DF144).
     """
-    for path, flag in ((image, "--image"), (mask, "--mask")):
+    given = {"mask": mask, "foreground": foreground, "zone": zone}
+    for flag, path in {"image": image, **given}.items():
         if path is not None and not path.exists():
-            raise InputError(f"DF160 {flag} {path}: no such file or folder")
+            raise InputError(f"DF160 --{flag} {path}: no such file or folder")
     if mask is not None and image.is_dir() != mask.is_dir():
         raise InputError(f"DF161 --image {image}, --mask {mask}: give two files or two folders")
     if mask is not None and image.samefile(mask):
         raise InputError(f"DF161 --image {image}, --mask {mask}: are the same; give masks of their own")
-    if image.is_file():
-        return [Case(image, mask)]
-    images = image_files(image)
+    images = image_files(image) if image.is_dir() else [image]
     if not images:
         raise InputError(f"DF161 --image {image}: no images in it")
-    if mask is None:
-        stems = {}
-        for file in images:
-            stems.setdefault(file.stem, []).append(file.name)
-        twice = [f"DF144 {', '.join(names)}: one name twice; rename one" for names in stems.values() if len(names) > 1]
-        if twice:
-            raise InputError(*twice)
-        return [Case(file, None) for file in images]
-    root = Path(os.path.commonpath([image.absolute(), mask.absolute()]))
-    pairs, problems = pair_by_name([f.absolute() for f in images], [f.absolute() for f in image_files(mask)], root)
+    stems: dict[str, list[str]] = {}
+    for file in images:
+        stems.setdefault(file.stem, []).append(file.name)
+    twice = [f"DF144 {', '.join(names)}: one name twice; rename one" for names in stems.values() if len(names) > 1]
+    if twice:
+        raise InputError(*twice)
+    files = {flag: pair_files(images, flag, path) for flag, path in given.items() if path}
+    return [Case(file, **{flag: pairs[file] for flag, pairs in files.items()}) for file in images]
+
+
+def pair_files(images: list[Path], flag: str, path: Path) -> dict[Path, Path]:
+    """For each image the file at `path`, or the one of its name in that folder; only masks must all have an image."""
+    if path.is_file():
+        return dict.fromkeys(images, path)
+    root = Path(os.path.commonpath([images[0].absolute(), path.absolute()]))
+    pairs, problems = pair_by_name([f.absolute() for f in images], [f.absolute() for f in image_files(path)], root)
+    problems = [problem for problem in problems if flag == "mask" or not problem.startswith("DF143")]
     if problems:
-        raise InputError(*problems)
-    return [Case(*pair) for pair in pairs.items()]
+        raise InputError(*(f"{problem} (--{flag} {path})" for problem in problems))
+    return {file: pairs[file.absolute()] for file in images}
 
 
-def check_cases(cases: list[Case], seed: int) -> None:
-    """Opens every image and mask; raises InputError with all problems (DF103, DF120, DF140, DF145, DF146)."""
+def check_cases(cases: list[Case]) -> None:
+    """Opens every file; raises InputError with all problems (DF103, DF120, DF140, DF145, DF146)."""
     problems = []
     for case in cases:
         try:
             deep = has_16_bits(Image.open(case.image))
-            image, mask = case.load(seed)
+            image, areas = case.load()
         except UNREADABLE as error:
-            problems.append(f"DF103 {case.image.name}: the image or its mask cannot be read: {error}")
+            files = " or its ".join(["the image", *case.areas])
+            problems.append(f"DF103 {case.image.name}: {files} cannot be read: {error}")
             continue
         if deep:
             problems.append(
                 f"DF120 {case.image}: has 16 bits a channel, and the result would have 8 everywhere, not only inside "
                 "the mask; convert it to 8 bits"
             )
-        elif image.size != mask.shape[::-1]:
-            size, mask_size = image.size, mask.shape[::-1]
-            problems.append(
-                f"DF140 {case.image}: {size[0]}x{size[1]}, its mask {mask_size[0]}x{mask_size[1]}; they must match"
-            )
-        elif not mask.any():
-            problems.append(f"DF145 {case.mask}: the mask is empty; mark where the defect goes")
-        elif mask.all():
-            problems.append(f"DF146 {case.mask}: the mask covers the whole image; mark where the defect goes")
+        for flag, area in areas.items():
+            file, size = case.areas[flag], area.shape[::-1]
+            if image.size != size:
+                sides = f"{image.width}x{image.height}, its {flag} {size[0]}x{size[1]}"
+                problems.append(f"DF140 {case.image}: {sides}; they must match")
+            elif not area.any():
+                problems.append(f"DF145 {file}: the {flag} is empty; mark where the defect goes")
+            elif area.all() and flag == "mask":
+                problems.append(f"DF146 {file}: the mask covers the whole image; mark where the defect goes")
     if problems:
         raise InputError(*problems)
 
@@ -347,6 +380,7 @@ def check_cases(cases: list[Case], seed: int) -> None:
 def generate(
     pipe: StableDiffusionInpaintPipeline,
     case: Case,
+    source: MaskSource | None,
     scorer: Scorer | None,
     output_dir: Path,
     prompt: str,
@@ -354,10 +388,16 @@ def generate(
     num_candidates: int,
     seed: int,
     **sampling,
-) -> dict:
-    """Paints one case, writes its image, mask and contact row, and returns its line of the manifest."""
+) -> dict | None:
+    """Paints one case, writes its image, mask and contact row, and returns its line of the manifest.
+
+    None, and nothing written, where its mask finds no place.
+    """
     began = time.monotonic()
-    image, mask = case.load(seed)
+    image, placed = case.draw(seed, source)
+    if placed is None:
+        return None
+    mask = placed.mask
     grid = to_grid(mask, resolution // pipe.vae_scale_factor)
     normal = image_tensor(image, resolution)
     seeds = [case.derive_seed(seed, i) for i in range(num_candidates)]
@@ -384,6 +424,7 @@ def generate(
         "good_image": case.image.name,
         "given_mask": case.mask.name if case.mask else None,
         **case.digests,
+        "mask_parts": [{"from": part.name, "top": part.top, "left": part.left} for part in placed.parts],
         "prompt": prompt,
         "candidate_seeds": seeds,
         "scores": shown,
@@ -410,10 +451,11 @@ def finished_lines(cases: list[Case], output_dir: Path) -> list[dict]:
     for number, text in enumerate(manifest.read_text().rpartition("\n")[0].splitlines(), 1):
         try:
             line = json.loads(text)
-            name, digests = line["name"], {k: line[k] for k in ("good_image_sha256", "given_mask_sha256")}
+            name = line["name"]
+            changed = name in known and known[name].digests != {k: line[k] for k in known[name].digests}
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"DF310 {manifest}, line {number}: cannot be read ({error!r}); remove it") from error
-        if name in known and digests != known[name].digests:
+        if changed:
             problems.append(f"DF320 {name}: was painted from another image or mask; choose another --output_dir")
         if all((output_dir / kind / f"{name}.png").exists() for kind in KINDS):
             lines.append(line)
@@ -425,7 +467,7 @@ def finished_lines(cases: list[Case], output_dir: Path) -> list[dict]:
 def check_places(cases: list[Case], output_dir: Path) -> None:
     """Raises InputError (DF192) if results would be written among the inputs, over them."""
     written = {(output_dir / kind).resolve() for kind in KINDS}
-    for file in [f for case in cases for f in (case.image, case.mask) if f]:
+    for file in [f for case in cases for f in (case.image, *case.areas.values())]:
         if file.resolve().parent in written:
             raise InputError(f"DF192 --output_dir {output_dir}: would overwrite {file}; choose another folder")
 
@@ -460,6 +502,96 @@ def check_prompt(prompt: str, base: Base, cache_dir: str | None) -> None:
         )
 
 
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that decide which images are taken and which masks they get."""
+    add = parser.add_argument_group("images and masks").add_argument
+    add("--image", required=True, type=Path, metavar="PATH", help="Good image, or a folder of them.")
+    add("--defect", help="Defect type to paint, where the LoRA knows several.")
+    add(
+        "--mask_source",
+        choices=["given", "random", "references", "procedural", "held_out"],
+        default="given",
+        help="given: --mask. random: a seeded irregular blob for each image. references: masks of the dataset's "
+        "reference images, transformed and placed on the part. procedural: drawn shapes placed on the part. held_out: "
+        "the dataset's held-out masks as they are (the paper's protocol, which leaks them). Default: %(default)s.",
+    )
+    add("--mask", type=Path, metavar="PATH", help="Mask of given, white inside, or a folder of the same names.")
+    add("--reference_data", metavar="DIR", help="Dataset folder of references and held_out.")
+    add("--object", help="Object in it, where there are several.")
+    add("--split", default="auto", metavar="RULE|FILE", help="As in training. Default: %(default)s.")
+    rotation_help = "Of references, to either side. Default: %(default)s."
+    add("--max_rotation", type=float, default=180.0, metavar="DEG", help=rotation_help)
+    add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="Of procedural. Default: all.")
+    add("--seed", type=int, default=0, help="Of masks and candidates. Default: %(default)s.")
+    add = parser.add_argument_group("places, of references and procedural").add_argument
+    add(
+        "--foreground",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="Where the part is. auto: what stands out from the rim's colour; a surface that fills the picture is all "
+        "part. none: everywhere. PATH: a mask, or a folder of masks of the images' names. Default: %(default)s.",
+    )
+    add("--zone", type=Path, metavar="PATH", help="Mask of where defects may go, or a folder of them.")
+    coverage_help = "Least share of a defect's pixels on the part and in the zone. Default: %(default)s."
+    add("--coverage", type=float, default=0.99, metavar="X", help=coverage_help)
+    add("--masks_per_image", type=int, default=1, metavar="N", help="Defects in an image. Default: %(default)s.")
+
+
+def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with a message where flags of images and masks contradict each other."""
+    source = args.mask_source
+    if (source == "given") != (args.mask is not None):
+        parser.error("give --mask, or another --mask_source without it")
+    if (source in ("references", "held_out")) != (args.reference_data is not None):
+        parser.error("give --reference_data with --mask_source references or held_out, and only there")
+    users = {"max_rotation": ["references"], "shapes": ["procedural"]}
+    users |= dict.fromkeys(("object", "split"), ["references", "held_out"])
+    users |= dict.fromkeys(("foreground", "zone", "coverage", "masks_per_image"), ["references", "procedural"])
+    for flag, sources in users.items():
+        if source not in sources and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag}: only with --mask_source {' or '.join(sources)}")
+    if not 0 < args.coverage <= 1:
+        parser.error(f"--coverage {args.coverage}: must be above 0 and at most 1")
+    if not 0 <= args.max_rotation <= 180:
+        parser.error(f"--max_rotation {args.max_rotation}: must be from 0 to 180")
+    if args.masks_per_image < 1:
+        parser.error(f"--masks_per_image {args.masks_per_image}: must be at least 1")
+
+
+def read_cases(args: argparse.Namespace) -> list[Case]:
+    """The cases of the flags, every file opened and checked."""
+    foreground = Path(args.foreground) if args.foreground not in ("auto", "none") else None
+    cases = find_cases(args.image, args.mask, foreground, args.zone)
+    check_cases(cases)
+    return cases
+
+
+def read_source(
+    args: argparse.Namespace, defect: str | None, cache_dir: str | None = None
+) -> tuple[MaskSource | None, dict]:
+    """The mask source of the flags, None for given masks, and the settings that decide its masks."""
+    if args.mask_source in ("given", "random"):
+        return (random_source if args.mask_source == "random" else None), {}
+    if args.mask_source == "procedural":
+        shapes, settings = procedural_shapes(args.shapes), {"shapes": args.shapes}
+    else:
+        held_out = args.mask_source == "held_out"
+        masks = load_masks(args.reference_data, args.object, args.split, defect, held_out, cache_dir)
+        settings = {"reference_masks_sha256": masks_digest(masks)}
+        if held_out:
+            return held_out_source(masks), settings
+        shapes, settings["max_rotation"] = reference_shapes(masks, args.max_rotation), args.max_rotation
+    foreground = args.foreground if args.foreground in ("auto", "none") else "given"
+    settings |= {
+        "foreground": foreground,
+        "zone": args.zone is not None,
+        "coverage": args.coverage,
+        "masks_per_image": args.masks_per_image,
+    }
+    finder = find_foreground if foreground == "auto" else None
+    return PlacedShapes(shapes, finder, args.coverage, args.masks_per_image), settings
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("model")
@@ -477,22 +609,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         choices=["no", "fp16", "bf16"],
         help="Precision of the whole model. Default: fp16 on a GPU, no on a CPU.",
     )
-    group = parser.add_argument_group("input")
-    group.add_argument("--image", required=True, type=Path, metavar="PATH", help="Good image, or a folder of them.")
-    group.add_argument(
-        "--mask",
-        type=Path,
-        metavar="PATH",
-        help="Its mask, white where the defect goes, or a folder of masks of the same names.",
-    )
-    group.add_argument(
-        "--mask_source",
-        choices=["given", "random"],
-        default="given",
-        help="given: --mask. random: a seeded irregular blob for each image. Default: %(default)s.",
-    )
-    group.add_argument("--defect", help="Defect type to paint, where the LoRA knows several.")
     group.add_argument("--prompt", help="Prompt in place of the LoRA's own.")
+    add_input_flags(parser)
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--num_candidates", type=int, default=8, metavar="N", help="Candidates an image. Default: %(default)s."
@@ -505,7 +623,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--resolution", type=int, metavar="PX", help="Side of the model's square. Default: the LoRA's own."
     )
-    group.add_argument("--seed", type=int, default=0, help="Default: %(default)s.")
     group = parser.add_argument_group("selection")
     group.add_argument(
         "--selection",
@@ -525,8 +642,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if not math.isfinite(args.guidance_scale):
         parser.error(f"--guidance_scale {args.guidance_scale}: must be a finite number")
-    if (args.mask_source == "given") != (args.mask is not None):
-        parser.error("give --mask, or --mask_source random without it")
+    check_input_flags(parser, args)
     return args
 
 
@@ -534,6 +650,7 @@ class Run(NamedTuple):
     """What to paint and with what, checked, before any weight is loaded."""
 
     cases: list[Case]
+    source: MaskSource | None
     lora: LoraFile
     base: Base
     scorer: Scorer | None
@@ -543,11 +660,11 @@ class Run(NamedTuple):
 
 def prepare(args: argparse.Namespace) -> Run:
     """Checks and reads everything that can be wrong."""
-    cases = find_cases(args.image, args.mask)
+    cases = read_cases(args)
     check_places(cases, args.output_dir)
-    check_cases(cases, args.seed)
     lora = read_lora(args.lora)
     prompt, defect = choose_prompt(lora, args.defect, args.prompt)
+    source, mask_settings = read_source(args, defect, args.cache_dir)
     name = args.pretrained_model_name_or_path or lora.record.get("base")
     resolution = lora.record.get("resolution") if args.resolution is None else args.resolution
     if not name or resolution is None:
@@ -573,31 +690,37 @@ def prepare(args: argparse.Namespace) -> Run:
         "guidance_scale": args.guidance_scale,
         "seed": args.seed,
         "mask_source": args.mask_source,
+        **mask_settings,
         "selection": args.selection if args.selection != "lpips" else f"lpips-{args.lpips_net}",
         "mixed_precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
     }
-    return Run(cases, lora, base, make_scorer(args.selection, args.lpips_net, device), device, settings)
+    return Run(cases, source, lora, base, make_scorer(args.selection, args.lpips_net, device), device, settings)
 
 
-def paint_all(args: argparse.Namespace, run: Run, done: set[str]) -> list[str]:
-    """Paints every case that is not done, a line of the manifest each; returns what failed, and why."""
+def paint_all(args: argparse.Namespace, run: Run, done: set[str]) -> dict[str, str]:
+    """Paints every case that is not done, a line of the manifest each; returns why for those that cannot be."""
     pipe = load_pipeline(run.base, args.variant, args.cache_dir, run.settings["mixed_precision"], run.device)
     load_lora(pipe, run.lora)
     names = ("prompt", "resolution", "num_candidates", "seed", "num_inference_steps", "guidance_scale")
     settings = {name: run.settings[name] for name in names}
     todo = [case for case in run.cases if case.name not in done]
-    failed = []
+    skipped = {}
     with (args.output_dir / "manifest.jsonl").open("a") as lines:
         for case in tqdm(todo, desc="Images", initial=len(done), total=len(run.cases)):
             try:
-                line = generate(pipe, case, run.scorer, args.output_dir, batch_size=args.batch_size, **settings)
+                line = generate(
+                    pipe, case, run.source, run.scorer, args.output_dir, batch_size=args.batch_size, **settings
+                )
             except FloatingPointError as error:
-                failed.append(f"{case.image.name}: {error}")
+                skipped[case.name] = f"{case.image.name}: {error}"
+                continue
+            if line is None:
+                skipped[case.name] = f"DF340 {case.image.name}: no place for its mask"
                 continue
             lines.write(json.dumps(line) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
-    return failed
+    return skipped
 
 
 def main(args: argparse.Namespace) -> None:
@@ -614,12 +737,14 @@ def main(args: argparse.Namespace) -> None:
         with replacing(args.output_dir / "manifest.jsonl") as manifest:
             manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
         done = {line["name"] for line in lines}
-        failed = paint_all(args, run, done) if {case.name for case in run.cases} - done else []
-        if failed:
-            raise SystemExit("No usable candidate for:\n" + "\n".join(failed))
-        rows = [args.output_dir / "contact" / f"{case.name}.png" for case in run.cases]
-        write_contact_sheet(rows, args.output_dir / "contact_sheet.png")
-    print(f"{len(run.cases)} images in {args.output_dir}: images/, masks/, manifest.jsonl, contact_sheet.png")
+        skipped = paint_all(args, run, done) if {case.name for case in run.cases} - done else {}
+        painted = [case.name for case in run.cases if case.name not in skipped]
+        if painted:
+            rows = [args.output_dir / "contact" / f"{name}.png" for name in painted]
+            write_contact_sheet(rows, args.output_dir / "contact_sheet.png")
+    print(f"{len(painted)} images in {args.output_dir}: images/, masks/, manifest.jsonl, contact_sheet.png")
+    if skipped:
+        raise SystemExit("Not painted:\n" + "\n".join(skipped.values()))
 
 
 def load_pipeline(

@@ -11,10 +11,23 @@ from .builder import DefectPairs, data_digest, load_defect_pairs, load_prepared,
 from .checks import check_good, check_pairs
 from .discovery import LAYOUTS, find_objects
 from .errors import InputError, exit_on_input_error
+from .foreground import find_foreground
 from .images import heat_overlay, image_tensor, load_image, tensor_image
 from .masks import binarise, boxes_mask, cover, random_boxes, random_mask, to_grid
+from .placement import (
+    MaskSource,
+    Placed,
+    PlacedShapes,
+    held_out_source,
+    load_masks,
+    masks_digest,
+    procedural_shapes,
+    random_source,
+    reference_shapes,
+)
 from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_words, tokenize_prompts
 from .seeds import derive_seed
+from .shapes import SHAPES, principal_axis
 from .splits import split_names
 from .training import TrainingSamples, sampling_schedule
 
@@ -23,8 +36,12 @@ __all__ = [
     "LAYOUTS",
     "DefectPairs",
     "InputError",
+    "MaskSource",
+    "Placed",
+    "PlacedShapes",
     "Prompt",
     "PromptPair",
+    "SHAPES",
     "TokenizedPrompts",
     "TrainingSamples",
     "binarise",
@@ -36,14 +53,22 @@ __all__ = [
     "data_digest",
     "derive_seed",
     "exit_on_input_error",
+    "find_foreground",
     "find_objects",
     "heat_overlay",
+    "held_out_source",
     "image_tensor",
     "load_defect_pairs",
     "load_image",
+    "load_masks",
     "load_prepared",
+    "masks_digest",
+    "principal_axis",
+    "procedural_shapes",
     "random_boxes",
     "random_mask",
+    "random_source",
+    "reference_shapes",
     "sampling_schedule",
     "select_defects",
     "tensor_image",

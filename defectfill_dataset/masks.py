@@ -167,15 +167,19 @@ def boxes_mask(boxes: np.ndarray, size: int) -> np.ndarray:
     return mask
 
 
-def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(height, width) bool mask of one irregular blob, 6-20 % of the shorter side across, inside the image."""
-    radius = rng.uniform(0.03, 0.10) * min(height, width)
+def blob_outline(rng: np.random.Generator, radius: float) -> np.ndarray:
+    """(48, 2) corners (x, y) of an irregular blob around (0, 0)."""
     angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     waves = sum(rng.uniform(0, 0.3) / k * np.cos(k * angles + rng.uniform(0, 2 * np.pi)) for k in (1, 2, 3, 5))
     reach = radius * np.clip(1 + waves, 0.3, 1.6)
-    margin = reach.max() + 1
-    x, y = (rng.uniform(margin, max(side - margin, margin)) for side in (width, height))
-    outline = np.stack([x + reach * np.cos(angles), y + reach * np.sin(angles)], axis=1)
+    return np.stack([reach * np.cos(angles), reach * np.sin(angles)], axis=1)
+
+
+def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(height, width) bool mask of one irregular blob, 6-20 % of the shorter side across, inside the image."""
+    outline = blob_outline(rng, rng.uniform(0.03, 0.10) * min(height, width))
+    margin = np.hypot(*outline.T).max() + 1
+    centre = [rng.uniform(margin, max(side - margin, margin)) for side in (width, height)]
     canvas = Image.new("1", (width, height))
-    ImageDraw.Draw(canvas).polygon([tuple(point) for point in outline], fill=1)
+    ImageDraw.Draw(canvas).polygon([tuple(point) for point in outline + centre], fill=1)
     return np.asarray(canvas)

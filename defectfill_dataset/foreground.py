@@ -1,0 +1,46 @@
+"""Where the part is in a picture."""
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+
+
+WORKING_SIDE = 256  # the longer side of what is looked at, in pixels
+RIM = 0.02  # breadth of the picture's rim, in fractions of its shorter side
+CONTRAST = 3  # how many times farther from the rim's colour than the rim itself a part must be
+LEAST_AREA = 0.03  # of the picture; what is smaller is a mark on a surface
+
+
+def find_foreground(image: Image.Image) -> np.ndarray:
+    """(H, W) bool, True on the part that lies on a plain ground; all True where a surface fills the picture.
+
+    There is a part if the largest piece of what Otsu's threshold calls far from the rim's median colour covers at
+    least `LEAST_AREA` of the picture, and lies, in the median, at least `CONTRAST` times as far from that colour as
+    nine tenths of the rim: on a surface without a ground rim and inside are alike, and the ratio is about 1. The part
+    then is the largest piece of all that is so far, its shaded sides with it, holes filled.
+
+    Args:
+        image: RGB.
+    """
+    small = image.copy()
+    small.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
+    pixels = ndimage.gaussian_filter(np.asarray(small, dtype=np.float64), (1, 1, 0))
+    rim = np.ones(pixels.shape[:2], dtype=bool)
+    edge = max(1, round(RIM * min(rim.shape)))
+    rim[edge:-edge, edge:-edge] = False
+    distance = np.linalg.norm(pixels - np.median(pixels[rim], axis=0), axis=-1)
+    otsu, ground = threshold_otsu(distance), CONTRAST * np.quantile(distance[rim], 0.9)
+    part = _largest_piece(distance > otsu)
+    if part.mean() < LEAST_AREA or np.median(distance[part]) < ground:
+        return np.ones((image.height, image.width), dtype=bool)
+    part = _largest_piece(distance > min(otsu, max(ground, otsu / 4)))  # a flat ground is at no distance at all
+    whole = Image.fromarray(part).convert("L").resize(image.size, Image.Resampling.BILINEAR)
+    return np.asarray(whole) >= 128
+
+
+def _largest_piece(mask: np.ndarray) -> np.ndarray:
+    pieces, number = ndimage.label(mask)
+    if not number:
+        return mask
+    return ndimage.binary_fill_holes(pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:]))

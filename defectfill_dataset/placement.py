@@ -1,0 +1,239 @@
+"""Masks to generate with: where they come from, and a place for each on the part.
+
+A mask source is a function of the image, a seed and the areas given for that image. Shapes: H x W the image's pixels,
+h x w a shape's bounding box.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage, signal
+
+from .builder import load_defect_pairs, select_defects
+from .checks import check_pairs
+from .errors import InputError
+from .foreground import find_foreground
+from .masks import binarise, random_mask
+from .seeds import derive_seed
+from .shapes import SHAPES, cut_out, random_transform, transform, union
+
+
+logger = logging.getLogger(__name__)
+
+TRIES = 20  # shapes drawn before an image counts as without a place
+GAP = 1 / 64  # between two masks, of the shorter side: a cell of the latent grid at 512 px
+UNION_SHARE = 0.1  # of the masks from references that are two of them in one
+
+
+class NamedMask(NamedTuple):
+    """A mask of the dataset: its (H, W) bool pixels and its image's name."""
+
+    name: str
+    pixels: np.ndarray
+
+
+class Part(NamedTuple):
+    """One defect of a mask: what it was made from, and its (h, w) shape with its upper left corner in the image."""
+
+    name: str
+    top: int
+    left: int
+    shape: np.ndarray
+
+
+class Placed(NamedTuple):
+    """A mask, (H, W) bool, and the defects it consists of, as far as they are known."""
+
+    mask: np.ndarray
+    parts: list[Part]
+
+
+# (image, seed, foreground, zone) -> the mask, None where there is no place for it. The areas are (H, W) bool or None.
+MaskSource = Callable[[Image.Image, int, np.ndarray | None, np.ndarray | None], Placed | None]
+# (rng, (height, width) of the image) -> a shape and its name
+ShapeSource = Callable[[np.random.Generator, tuple[int, int]], tuple[str, np.ndarray]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes from a dataset
+
+
+def load_masks(
+    data_dir: str | Path,
+    object_name: str | None,
+    split: str,
+    defect: str | None,
+    held_out: bool,
+    cache_dir: str | None = None,
+) -> list[NamedMask]:
+    """The masks of one defect type (all for None): of its references, or of the held-out images.
+
+    Raises:
+        InputError: no such masks (DF341), or what `load_defect_pairs`, `select_defects` and `check_pairs` find.
+    """
+    data = load_defect_pairs(data_dir, object_name, split, cache_dir)
+    rows = select_defects(data, [defect] if defect else None).get("test" if held_out else "train")
+    if not rows:
+        kind, of = "held-out" if held_out else "reference", f"of '{defect}' " if defect else ""
+        raise InputError(
+            f"DF341 --reference_data {data_dir}: no {kind} mask {of}with --split {split}; change the split"
+        )
+    check_pairs(rows)
+    return [NamedMask(row["source_file"], binarise(row["mask"])) for row in rows]
+
+
+def masks_digest(masks: Sequence[NamedMask]) -> str:
+    """sha256 over names and pixels: says which masks a run drew from."""
+    digest = hashlib.sha256()
+    for name, pixels in masks:
+        digest.update(f"{name} {pixels.shape}\n".encode() + np.packbits(pixels).tobytes())
+    return digest.hexdigest()
+
+
+def reference_shapes(masks: Sequence[NamedMask], max_rotation: float) -> ShapeSource:
+    """Cut-out reference masks, each time transformed anew; some are two in one.
+
+    Areas keep their share of the image, but for the transform's own scale.
+    """
+
+    def draw_one(rng: np.random.Generator, size: tuple[int, int]) -> tuple[str, np.ndarray]:
+        name, pixels = masks[int(rng.integers(len(masks)))]
+        change = random_transform(rng, max_rotation)
+        change = dataclasses.replace(change, scale=change.scale * math.sqrt(math.prod(size) / pixels.size))
+        return name, transform(cut_out(pixels), change, rng)
+
+    def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[str, np.ndarray]:
+        name, shape = draw_one(rng, size)
+        if rng.random() >= UNION_SHARE:
+            return name, shape
+        other, second = draw_one(rng, size)
+        return f"{name} + {other}", union(shape, second, rng)
+
+    return draw
+
+
+def procedural_shapes(kinds: Sequence[str]) -> ShapeSource:
+    """Drawn shapes of these kinds of `SHAPES`, each as often."""
+
+    def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[str, np.ndarray]:
+        kind = kinds[int(rng.integers(len(kinds)))]
+        return kind, SHAPES[kind](rng, min(size))
+
+    return draw
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places
+
+
+def find_place(
+    shape: np.ndarray, allowed: np.ndarray, taken: np.ndarray, coverage: float, rng: np.random.Generator
+) -> tuple[int, int] | None:
+    """(top, left), drawn from all places of a shape that are good; None if there is none.
+
+    A place is good if the shape lies whole inside the image, at least `coverage` of its pixels on allowed ones, and
+    none on a taken one.
+
+    Args:
+        allowed: (H, W) bool.
+        taken: (H, W) bool.
+        coverage: in (0, 1].
+    """
+    area = int(shape.sum())
+    needed = math.ceil(coverage * area - 1e-9)
+    if shape.shape[0] > allowed.shape[0] or shape.shape[1] > allowed.shape[1] or allowed.sum() < needed:
+        return None
+    value = np.where(taken, -area, allowed.astype(float))  # one taken pixel outweighs all allowed ones
+    covered = np.rint(signal.fftconvolve(value, shape[::-1, ::-1].astype(float), mode="valid"))  # at each (top, left)
+    good = np.flatnonzero(covered >= needed)
+    if not len(good):
+        return None
+    top, left = divmod(int(good[rng.integers(len(good))]), covered.shape[1])
+    return top, left
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedShapes:
+    """A mask source: shapes on the part, inside the zone, none over another.
+
+    Args:
+        draw: where shapes come from.
+        foreground: finds the part, (H, W) bool, in an RGB image for which none is given; None: it fills the image.
+        coverage: least share of each shape's pixels on the part and in the zone, in (0, 1].
+        number: of shapes in an image.
+    """
+
+    draw: ShapeSource
+    foreground: Callable[[Image.Image], np.ndarray] | None = find_foreground
+    coverage: float = 0.99
+    number: int = 1
+
+    def __call__(
+        self, image: Image.Image, seed: int, foreground: np.ndarray | None, zone: np.ndarray | None
+    ) -> Placed | None:
+        """The mask of `number` shapes; None if for one of them `TRIES` shapes found no place."""
+        if foreground is None and self.foreground:
+            foreground = self.foreground(image)
+        allowed = np.ones((image.height, image.width), dtype=bool)
+        for area in (foreground, zone):
+            allowed = allowed & area if area is not None else allowed
+        mask, parts = np.zeros_like(allowed), []
+        for index in range(self.number):
+            near = ndimage.distance_transform_edt(~mask) <= 1 + GAP * min(allowed.shape) if index else mask
+            part = self._place(derive_seed(seed, index), allowed, near)
+            if part is None:
+                return None
+            parts.append(part)
+            height, width = part.shape.shape
+            mask[part.top : part.top + height, part.left : part.left + width] |= part.shape
+        return Placed(mask, parts)
+
+    def _place(self, seed: int, allowed: np.ndarray, taken: np.ndarray) -> Part | None:
+        for attempt in range(TRIES):
+            rng = np.random.default_rng(derive_seed(seed, attempt))
+            name, shape = self.draw(rng, (allowed.shape[0], allowed.shape[1]))
+            place = find_place(shape, allowed, taken, self.coverage, rng)
+            if place:
+                return Part(name, *place, shape)
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources without placing
+
+
+def random_source(
+    image: Image.Image, seed: int, foreground: np.ndarray | None = None, zone: np.ndarray | None = None
+) -> Placed:
+    """`random_mask` anywhere in the image."""
+    return Placed(random_mask(np.random.default_rng(seed), image.height, image.width), [])
+
+
+def held_out_source(masks: Sequence[NamedMask]) -> MaskSource:
+    """The held-out masks as they are, the paper's protocol: to each image one of its own size; None if there is none.
+
+    Says in the log what that means for figures.
+    """
+    logger.warning(
+        f"--mask_source held_out: {len(masks)} held-out masks as they are, the paper's protocol. A model trained on "
+        "these images has seen the shapes and places of the defects it is tested on; do not compare its figures with "
+        "those of masks from references."
+    )
+
+    def source(
+        image: Image.Image, seed: int, foreground: np.ndarray | None = None, zone: np.ndarray | None = None
+    ) -> Placed | None:
+        fitting = [mask for mask in masks if mask.pixels.shape == (image.height, image.width)]
+        if not fitting:
+            return None
+        name, pixels = fitting[int(np.random.default_rng(seed).integers(len(fitting)))]
+        return Placed(pixels, [Part(name, 0, 0, pixels)])
+
+    return source

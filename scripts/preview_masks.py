@@ -1,0 +1,125 @@
+"""Show the masks that generate_defectfill.py would use, without a model.
+
+    python scripts/preview_masks.py --image good_images --mask_source references --reference_data mvtec/hazelnut \\
+        --defect hole --number 200 --output masks.png
+
+The flags of images and masks are the same. With more masks than images, round r shows the masks of --seed plus r.
+Writes a grid of good images, the part's outline in blue, the zone's in yellow, the mask's in red; prints how much of
+the masks lies on the part, and their areas and angles beside those of the references.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from tqdm.auto import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from defectfill_dataset import (  # noqa: E402
+    exit_on_input_error,
+    find_foreground,
+    load_masks,
+    principal_axis,
+)
+from generate_defectfill import (  # noqa: E402
+    add_input_flags,
+    check_input_flags,
+    read_cases,
+    read_source,
+    save_picture,
+)
+
+
+CELL = 192  # pixels a side of the grid's pictures
+COLUMNS = 8
+LONG = 1.5  # how many times longer than across a mask must be for its angle to mean something
+BLUE, YELLOW, RED = (60, 120, 255), (255, 220, 0), (255, 0, 0)
+
+
+def outlined(image: Image.Image, outlines: list[tuple[np.ndarray, tuple]]) -> Image.Image:
+    """The image, CELL pixels at most a side, with the outlines of (H, W) bool areas, however thin."""
+    step = max(image.size) / CELL
+    size = tuple(max(1, round(side / step)) for side in image.size)
+    pixels = np.array(image.resize(size, Image.Resampling.LANCZOS))
+    for area, colour in outlines:
+        small = np.asarray(Image.fromarray(area).convert("L").resize(size, Image.Resampling.BOX)) > 0
+        pixels[small & ~ndimage.binary_erosion(small, border_value=0)] = colour
+    return Image.fromarray(pixels)
+
+
+def grid_of(pictures: list[Image.Image]) -> Image.Image:
+    rows = math.ceil(len(pictures) / COLUMNS)
+    sheet = Image.new("RGB", (min(len(pictures), COLUMNS) * (CELL + 4) + 4, rows * (CELL + 4) + 4), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (4 + i % COLUMNS * (CELL + 4), 4 + i // COLUMNS * (CELL + 4)))
+    return sheet
+
+
+def figures_of(masks: list[tuple[np.ndarray, int]]) -> str:
+    """Quartiles of the areas, in % of the image, and of the long ones' angles; `masks` are (pixels, image's area)."""
+    areas = [100 * mask.sum() / area for mask, area in masks]
+    angles = [angle for angle, length in (principal_axis(mask) for mask, _ in masks) if length >= LONG]
+    text = f"{len(masks)} masks, area {quartiles(areas, '.3f')} % of the image"
+    return f"{text}; {len(angles)} long ones, angle {quartiles(angles, '.0f')} degrees" if angles else text
+
+
+def quartiles(values: list[float], form: str) -> str:
+    return " | ".join(f"{value:{form}}" for value in np.quantile(values, [0.25, 0.5, 0.75]))
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_input_flags(parser)
+    parser.add_argument("--number", type=int, metavar="N", help="Masks to draw. Default: one an image.")
+    parser.add_argument("--shown", type=int, default=48, metavar="N", help="Of them, in the picture. Default: 48.")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="The picture, PNG.")
+    args = parser.parse_args(input_args)
+    check_input_flags(parser, args)
+    for flag in ("number", "shown"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    cases = read_cases(args)
+    source, _ = read_source(args, args.defect)
+    pictures, shares, drawn, without = [], [], [], []
+    number = args.number or len(cases)
+    for index in tqdm(range(number), desc="Masks"):
+        case, seed = cases[index % len(cases)], args.seed + index // len(cases)
+        image, placed = case.draw(seed, source)
+        if placed is None:
+            without.append(f"DF340 {case.image.name}, --seed {seed}: no place for its mask")
+            continue
+        areas = case.load()[1]
+        if args.foreground == "none":
+            part = np.ones_like(placed.mask)
+        else:
+            part = areas["foreground"] if "foreground" in areas else find_foreground(image)
+        shares.append((part & placed.mask).sum() / placed.mask.sum())
+        shapes = [defect.shape for defect in placed.parts] or [placed.mask]
+        drawn += [(shape, placed.mask.size) for shape in shapes]
+        if len(pictures) < args.shown:
+            zone = [(areas["zone"], YELLOW)] if "zone" in areas else []
+            pictures.append(outlined(image, [(part, BLUE), *zone, (placed.mask, RED)]))
+    if drawn:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(grid_of(pictures), args.output)
+        print(f"drawn: {figures_of(drawn)}")
+        print(f"on the part: {100 * np.mean(shares):.2f} % of a mask's pixels, {100 * min(shares):.2f} % at least")
+    if args.reference_data:
+        references = load_masks(args.reference_data, args.object, args.split, args.defect, held_out=False)
+        print(f"references: {figures_of([(mask.pixels, mask.pixels.size) for mask in references])}")
+    if without:
+        raise SystemExit(f"Without a mask, {len(without)} of {number}:\n" + "\n".join(without))
+
+
+if __name__ == "__main__":
+    exit_on_input_error(lambda: main(parse_args()))

@@ -1,0 +1,484 @@
+"""Shapes, the part in a picture, places, and every mask source through the real commands."""
+
+import json
+
+import make_demo_data
+import numpy as np
+import preview_masks
+import pytest
+from conftest import generate, make_mvtec, read_lines, write_image
+from PIL import Image
+from scipy import ndimage
+
+import generate_defectfill as g
+from defectfill_dataset import (
+    SHAPES,
+    InputError,
+    PlacedShapes,
+    find_foreground,
+    held_out_source,
+    load_masks,
+    principal_axis,
+    procedural_shapes,
+    random_source,
+    reference_shapes,
+)
+from defectfill_dataset.placement import GAP, NamedMask, find_place
+from defectfill_dataset.shapes import SCALES, Transform, cut_out, random_transform, transform, union
+
+
+def rng(*seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def pieces(mask: np.ndarray) -> int:
+    return ndimage.label(mask, np.ones((3, 3)))[1]
+
+
+def is_cut(shape: np.ndarray) -> bool:
+    return (
+        shape.any() and shape.dtype == bool and all(e.any() for e in (shape[0], shape[-1], shape[:, 0], shape[:, -1]))
+    )
+
+
+@pytest.fixture
+def some_shapes() -> list[np.ndarray]:
+    """A spot, a diagonal hair of one pixel, and an L with a grain beside it."""
+    ell = np.zeros((40, 30), dtype=bool)
+    ell[:, :6], ell[34:], ell[4:8, 20:24] = True, True, True
+    return [np.hypot(*np.mgrid[-9:10, -9:10]) < 9.5, np.eye(60, dtype=bool), ell]
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize("angle", [0, 33, 90, -120])
+def test_a_transform_keeps_the_area_within_the_scale_and_tears_nothing(some_shapes, scale, angle):
+    for i, shape in enumerate(some_shapes):
+        changed = transform(shape, Transform(angle, scale, bool(i % 2), 0.02), rng(i))
+        assert is_cut(changed) and pieces(changed) <= pieces(shape)
+        ratio = changed.sum() / shape.sum() / scale**2
+        assert 0.97 < ratio < (1.1 if i != 1 else 3 / min(scale, 1))  # a hair gets no thinner than a pixel
+
+
+def test_a_transform_that_changes_nothing_is_exact(some_shapes):
+    for shape in some_shapes:
+        assert np.array_equal(transform(shape, Transform(), rng()), shape)
+        assert np.array_equal(transform(shape, Transform(flip=True), rng()), shape[:, ::-1])
+        assert np.array_equal(transform(shape, Transform(angle=90), rng()), np.rot90(shape))
+
+
+def test_a_rotation_turns_the_principal_axis_counter_clockwise():
+    bar = np.ones((8, 60), dtype=bool)
+    assert principal_axis(bar) == (pytest.approx(0, abs=1e-6), pytest.approx(7.5, rel=0.01))
+    for angle in (25, 90, 140):
+        turned, length = principal_axis(transform(bar, Transform(angle), rng()))
+        assert turned == pytest.approx(angle, abs=1) and length == pytest.approx(7.5, rel=0.1)
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3])
+def test_a_tiny_shape_never_vanishes(scale):
+    for shape in (np.ones((1, 1), dtype=bool), np.ones((3, 2), dtype=bool)):
+        assert transform(shape, Transform(45, scale), rng()).sum() >= 1
+
+
+def test_a_drawn_transform_keeps_to_its_limits():
+    drawn = [random_transform(rng(i), 10) for i in range(100)]
+    assert all(abs(t.angle) <= 10 and SCALES[0] <= t.scale <= SCALES[1] for t in drawn)
+    assert len({t.angle for t in drawn}) == 100 and {t.flip for t in drawn} == {True, False}
+
+
+def test_a_union_joins_both(some_shapes):
+    spot, hair, _ = some_shapes
+    for i in range(20):
+        both = union(spot, hair, rng(i))
+        assert is_cut(both) and pieces(both) == 1
+        assert max(spot.sum(), hair.sum()) <= both.sum() < spot.sum() + hair.sum()  # a pixel at least is shared
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("side", [24, 200])
+def test_drawn_shapes_are_whole_of_the_size_said_and_seeded(kind, side):
+    drawn = [SHAPES[kind](rng(i), side) for i in range(30)]
+    for shape in drawn:
+        assert is_cut(shape) and pieces(shape) == 1 and max(shape.shape) <= 0.65 * side + 3
+    assert all(np.array_equal(shape, SHAPES[kind](rng(i), side)) for i, shape in enumerate(drawn))
+    assert len({shape.tobytes() for shape in drawn}) >= 20
+    if side == 200:
+        share = np.mean([shape.sum() for shape in drawn]) / side**2
+        low, high = {"stroke": (4, 14), "scratch": (1.5, 6), "blob": (10, 25), "crack": (1.5, 7), "box": (10, 30)}[
+            kind
+        ]
+        assert low < 1000 * share < high
+
+
+# The part
+
+
+@pytest.mark.parametrize("size", [48, 160, 300])
+def test_the_nut_is_found_on_its_ground(size):
+    for i in range(3):
+        surface = make_demo_data.nut(rng(i), size)
+        image = Image.fromarray((make_demo_data.light(rng(i), surface, 1.0) * 255).astype(np.uint8))
+        found = find_foreground(image)
+        assert found.shape == (size, size) and not found.all() and pieces(found) == 1
+        nut = ndimage.binary_dilation(surface.part, iterations=max(2, size // 12))  # `part` leaves its edge out
+        assert (found & nut).sum() > 0.95 * found.sum() and (found & surface.part).sum() > 0.85 * surface.part.sum()
+
+
+@pytest.mark.parametrize("part", ["plate", "cloth"])
+@pytest.mark.parametrize("size", [48, 160])
+def test_a_surface_that_fills_the_picture_is_all_part(part, size):
+    assert all(find_foreground(make_demo_data.draw(part, None, size, (7, i))[0]).all() for i in range(4))
+
+
+def test_flat_pictures_and_small_marks_have_no_ground():
+    plain = Image.new("RGB", (90, 60), (120, 130, 140))
+    assert find_foreground(plain).all() and find_foreground(plain).shape == (60, 90)
+    plain.paste((0, 0, 0), (40, 30, 48, 38))
+    assert find_foreground(plain).all()  # 1 % of the picture: a mark on the surface
+    plain.paste((0, 0, 0), (20, 10, 60, 50))
+    plain.paste((120, 130, 140), (35, 25, 45, 35))
+    found = find_foreground(plain)
+    assert found[12:48, 22:58].all() and found[:, :18].sum() == 0  # the hole in it is filled
+
+
+# Places
+
+
+def test_a_place_is_any_that_is_good_and_no_other():
+    allowed, taken, shape = np.zeros((20, 30), dtype=bool), np.zeros((20, 30), dtype=bool), np.ones((4, 5), dtype=bool)
+    allowed[3:12, 2:20], taken[5, 10] = True, True
+    shape[0, 0] = False
+
+    def good(top: int, left: int, coverage: float) -> bool:
+        window = np.s_[top : top + 4, left : left + 5]
+        return (allowed[window] & shape).sum() >= coverage * shape.sum() and not (taken[window] & shape).any()
+
+    for coverage in (1.0, 0.8, 0.05):
+        expected = {(y, x) for y in range(17) for x in range(26) if good(y, x, coverage)}
+        assert {find_place(shape, allowed, taken, coverage, rng(i)) for i in range(3000)} == expected
+    assert find_place(shape, ~allowed & False, taken, 0.99, rng()) is None
+    assert find_place(np.ones((21, 2), dtype=bool), ~taken, taken, 0.99, rng()) is None  # larger than the image
+    assert find_place(np.ones((20, 30), dtype=bool), allowed | True, taken & False, 1.0, rng()) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def nut() -> Image.Image:
+    return make_demo_data.draw("nut", None, 160, (0, 0))[0]
+
+
+@pytest.fixture(scope="module")
+def references() -> list[NamedMask]:
+    masks = [make_demo_data.draw("nut", defect, 120, (0, 5))[1] for defect in ("hole", "crack")]
+    return [NamedMask(name, np.asarray(mask) > 0) for name, mask in zip(("hole", "crack"), masks)]
+
+
+@pytest.fixture(params=["references", "procedural"])
+def shapes(request, references):
+    return reference_shapes(references, 180) if request.param == "references" else procedural_shapes(list(SHAPES))
+
+
+@pytest.mark.parametrize("coverage", [1.0, 0.8])
+def test_masks_lie_on_the_part_and_in_the_zone_and_apart(shapes, nut, coverage):
+    part, zone = find_foreground(nut), np.zeros((160, 160), dtype=bool)
+    zone[:, 70:] = True
+    placed = 0
+    for seed in range(12):
+        result = PlacedShapes(shapes, coverage=coverage, number=2)(nut, seed, None, zone)
+        if result is None:
+            continue
+        placed += 1
+        union = np.zeros((160, 160), dtype=int)
+        for name, top, left, shape in result.parts:
+            window = np.s_[top : top + shape.shape[0], left : left + shape.shape[1]]
+            assert name and (shape & part[window] & zone[window]).sum() >= coverage * shape.sum() > 0
+            union[window] += shape
+        assert union.max() == 1 and np.array_equal(union > 0, result.mask)
+        one, other = (np.zeros((160, 160), dtype=bool) for _ in range(2))
+        for whole, (_, top, left, shape) in zip((one, other), result.parts):
+            whole[top : top + shape.shape[0], left : left + shape.shape[1]] = shape
+        assert ndimage.distance_transform_edt(~one)[other].min() > GAP * 160
+    assert placed >= 6
+
+
+def test_a_mask_is_a_function_of_the_seed(shapes, nut):
+    source = PlacedShapes(shapes)
+    first, again, other = (source(nut, seed, None, None).mask for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_given_areas_go_before_what_is_found(references, nut):
+    corner = np.zeros((160, 160), dtype=bool)
+    corner[:60, :60] = True
+    source = PlacedShapes(procedural_shapes(["blob"]), coverage=1.0)
+    assert not (source(nut, 3, corner, None).mask & ~corner).any()
+    everywhere = PlacedShapes(procedural_shapes(["blob"]), None)
+    off = [(everywhere(nut, seed, None, None).mask & ~find_foreground(nut)).any() for seed in range(8)]
+    assert any(off)
+    mine = PlacedShapes(procedural_shapes(["blob"]), lambda image: corner, coverage=1.0)
+    assert not (mine(nut, 3, None, None).mask & ~corner).any()
+
+
+def test_no_place_is_a_value(nut):
+    tiny = np.zeros((160, 160), dtype=bool)
+    tiny[80:82, 80:82] = True
+    assert PlacedShapes(procedural_shapes(["box"]))(nut, 0, None, tiny) is None
+    assert PlacedShapes(procedural_shapes(["box"]))(nut, 0, None, tiny & False) is None
+    assert PlacedShapes(procedural_shapes(["blob"]), number=60)(nut, 0, None, None) is None  # not so many fit
+
+
+def test_references_keep_their_share_of_the_image(references):
+    draw = reference_shapes(references[:1], 180)
+    for size in ((60, 60), (120, 120), (480, 240)):
+        areas = [shape.sum() for name, shape in (draw(rng(i), size) for i in range(60)) if "+" not in name]
+        relative = np.array(areas) / np.prod(size) / references[0].pixels.mean()
+        assert SCALES[0] ** 2 * 0.9 < relative.min() and relative.max() < SCALES[1] ** 2 * 1.15
+    names = [draw(rng(i), (60, 60))[0] for i in range(100)]
+    assert set(names) == {"hole", "hole + hole"} and names.count("hole") > 70
+
+
+def test_held_out_masks_are_taken_as_they_are_and_the_leak_is_named(references, nut, caplog):
+    source = held_out_source(references)
+    assert "has seen the shapes and places of the defects it is tested on" in caplog.text
+    assert source(nut, 0) is None  # none of its size
+    image = nut.resize((120, 120))
+    taken = [source(image, seed) for seed in range(10)]
+    assert {placed.parts[0].name for placed in taken} == {"hole", "crack"}
+    pixels = {mask.name: mask.pixels for mask in references}
+    assert all(np.array_equal(placed.mask, pixels[placed.parts[0].name]) for placed in taken)
+
+
+def test_masks_of_a_dataset(tmp_path):
+    data = make_mvtec(tmp_path / "nut", {"hole": 4, "scratch": 2})
+    names = [mask.name for mask in load_masks(data, None, "auto", "hole", held_out=False)]
+    assert names == ["test/hole/000.png", "test/hole/001.png"]
+    assert len(load_masks(data, None, "auto", None, held_out=False)) == 3
+    held_out = load_masks(data, None, "auto", "hole", held_out=True)
+    assert [mask.name for mask in held_out] == ["test/hole/002.png", "test/hole/003.png"]
+    written = Image.open(data / "ground_truth/hole/002_mask.png")
+    assert np.array_equal(held_out[0].pixels, np.asarray(written) > 0)
+    with pytest.raises(InputError, match="DF341 .*no held-out mask of 'hole' with --split all"):
+        load_masks(data, None, "all", "hole", held_out=True)
+    with pytest.raises(InputError, match="DF162 .*Did you mean 'hole'"):
+        load_masks(data, None, "auto", "hle", held_out=False)
+    Image.new("L", (48, 48)).save(data / "ground_truth/hole/000_mask.png")
+    with pytest.raises(InputError, match="DF145"):
+        load_masks(data, None, "auto", "hole", held_out=False)
+
+
+# The commands
+
+FAST = ["--num_inference_steps", 1, "--num_candidates", 1, "--selection", "none"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Good images of two sizes, each a plain ground with a part; a dataset of 48 px; a zone for each image."""
+    for i, size in enumerate((48, 70, 48)):
+        part = np.zeros((size, size), dtype=bool)
+        part[size // 6 : -size // 6, size // 6 : -size // 6] = True
+        write_image(tmp_path / "good" / f"{i:03d}.png", size, (250, 220, 90), part, seed=3)
+        zone = np.zeros((size, size), dtype=bool)
+        zone[:, size // 2 :] = True
+        (tmp_path / "zones").mkdir(exist_ok=True)
+        Image.fromarray(zone).convert("L").save(tmp_path / "zones" / f"{i:03d}.png")
+    make_mvtec(tmp_path / "data/nut", {"hole": 4})
+    make_mvtec(tmp_path / "data/bolt", {"hole": 4})
+    return tmp_path
+
+
+def masks_of(out) -> dict[str, np.ndarray]:
+    return {file.stem: np.asarray(Image.open(file)) > 0 for file in sorted((out / "masks").glob("*.png"))}
+
+
+@pytest.mark.parametrize("source", ["references", "procedural"])
+def test_placed_masks_through_the_command(trained, folder, source):
+    argv = ["--lora", trained, "--image", folder / "good", "--mask_source", source, *FAST, "--masks_per_image", 2]
+    argv += ["--zone", folder / "zones", "--coverage", 1]
+    argv += ["--reference_data", folder / "data/nut"] if source == "references" else ["--shapes", "blob", "scratch"]
+    for run, seed in (("a", 0), ("again", 0), ("other", 1)):
+        generate(*argv, "--output_dir", folder / run, "--seed", seed)
+    lines, masks = read_lines(folder / "a/manifest.jsonl"), masks_of(folder / "a")
+    assert list(masks) == ["000", "001", "002"]
+    for line in lines:
+        good, mask = Image.open(folder / "good" / line["good_image"]), masks[line["name"]]
+        zone = np.asarray(Image.open(folder / "zones" / line["good_image"])) > 0
+        assert mask.any() and not (mask & ~(find_foreground(good) & zone)).any()
+        kinds = {"blob", "scratch"} if source == "procedural" else {"test/hole/000.png", "test/hole/001.png"}
+        assert len(line["mask_parts"]) == 2 and pieces(mask) == 2
+        assert {name for part in line["mask_parts"] for name in part["from"].split(" + ")} <= kinds
+        painted = np.asarray(Image.open(folder / "a" / line["image"]))
+        assert np.array_equal(painted[~mask], np.asarray(good)[~mask])
+    again, other = masks_of(folder / "again"), masks_of(folder / "other")
+    assert all(np.array_equal(masks[k], again[k]) and not np.array_equal(masks[k], other[k]) for k in masks)
+    assert not np.array_equal(masks["000"], masks["002"])  # another image, another mask
+    settings = json.loads((folder / "a/settings.json").read_text())
+    assert settings["coverage"] == 1 and settings["foreground"] == "auto" and settings["masks_per_image"] == 2
+
+
+def test_held_out_masks_through_the_command(trained, folder, caplog):
+    """The image of another size than the masks' gets none."""
+    argv = ["--image", folder / "good", "--mask_source", "held_out", "--reference_data", folder / "data"]
+    with pytest.raises(SystemExit) as ended:
+        generate("--lora", trained, *argv, "--object", "nut", "--output_dir", folder / "out", *FAST)
+    assert ended.value.code == "Not painted:\nDF340 001.png: no place for its mask"
+    assert "has seen the shapes and places" in caplog.text
+    held_out = [np.asarray(Image.open(folder / f"data/nut/ground_truth/hole/{i:03d}_mask.png")) > 0 for i in (2, 3)]
+    masks = masks_of(folder / "out")
+    assert list(masks) == ["000", "002"] and all(any(np.array_equal(m, h) for h in held_out) for m in masks.values())
+    assert Image.open(folder / "out/contact_sheet.png").height == 2 * (g.CELL + 24)
+
+
+def test_images_without_a_place_are_listed_and_the_rest_goes_on(trained, folder, capsys):
+    zone = np.zeros((48, 48), dtype=np.uint8)
+    zone[20, 20] = 255
+    Image.fromarray(zone).save(folder / "zones/000.png")
+    argv = ["--lora", trained, "--image", folder / "good", "--mask_source", "procedural", "--zone", folder / "zones"]
+    argv += ["--shapes", "box", *FAST]
+    for _ in range(2):  # the second run does it no differently
+        with pytest.raises(SystemExit) as ended:
+            generate(*argv, "--output_dir", folder / "out")
+        assert ended.value.code == "Not painted:\nDF340 000.png: no place for its mask"
+        assert [line["name"] for line in read_lines(folder / "out/manifest.jsonl")] == ["001", "002"]
+        assert capsys.readouterr().out.startswith("2 images in ")
+    with pytest.raises(SystemExit, match="DF340 000.png"):
+        generate(*argv[:2], "--image", folder / "good/000.png", *argv[4:], "--output_dir", folder / "none")
+    assert not (folder / "none/contact_sheet.png").exists()
+
+
+def test_other_masks_or_areas_are_noticed(trained, folder):
+    argv = ["--lora", trained, "--image", folder / "good", "--mask_source", "references", *FAST]
+    argv += ["--reference_data", folder / "data/nut", "--foreground", folder / "zones", "--output_dir", folder / "out"]
+    generate(*argv)
+    with pytest.raises(InputError, match="DF320 max_rotation"):
+        generate(*argv, "--max_rotation", 10)
+    Image.new("L", (48, 48), 255).save(folder / "zones/002.png")
+    with pytest.raises(InputError, match="DF320 002: was painted from another image or mask"):
+        generate(*argv)
+    write_mask = Image.open(folder / "data/nut/ground_truth/hole/002_mask.png")
+    write_mask.save(folder / "data/nut/ground_truth/hole/001_mask.png")
+    with pytest.raises(InputError, match="DF320 reference_masks_sha256"):
+        generate(*argv)
+
+
+@pytest.mark.parametrize("flag", ["--foreground", "--zone"])
+def test_bad_areas_are_refused(trained, folder, monkeypatch, flag):
+    monkeypatch.setattr(g, "load_pipeline", None)
+    argv = ["--lora", trained, "--image", folder / "good", "--mask_source", "procedural", *FAST]
+    argv += [flag, folder / "zones", "--output_dir", folder / "out"]
+    Image.new("L", (48, 48)).save(folder / "zones/000.png")
+    with pytest.raises(InputError, match=f"DF145 .*zones/000.png: the {flag[2:]} is empty"):
+        generate(*argv)
+    Image.new("L", (20, 48), 255).save(folder / "zones/000.png")
+    with pytest.raises(InputError, match=f"DF140 .*48x48, its {flag[2:]} 20x48"):
+        generate(*argv)
+    (folder / "zones/000.png").write_text("no image")
+    with pytest.raises(InputError, match=f"DF103 000.png: the image or its {flag[2:]} cannot be read"):
+        generate(*argv)
+    (folder / "zones/000.png").rename(folder / "zones/009.png")
+    with pytest.raises(InputError, match=rf"DF142 .*000.png.* \({flag} ") as caught:
+        generate(*argv)
+    assert "DF143" not in str(caught.value)  # an area without an image does no harm
+    with pytest.raises(InputError, match=f"DF160 {flag}"):
+        generate(*argv, flag, folder / "nowhere")
+    with pytest.raises(InputError, match="DF192"):
+        (folder / "out/masks").mkdir(parents=True)
+        Image.new("L", (48, 48), 255).save(folder / "out/masks/zone.png")
+        generate(*argv, "--image", folder / "good/000.png", flag, folder / "out/masks/zone.png")
+
+
+def test_one_zone_serves_images_of_its_size(trained, folder):
+    (folder / "good/001.png").unlink()
+    argv = ["--image", folder / "good", "--mask_source", "procedural", "--zone", folder / "zones/000.png"]
+    generate("--lora", trained, *argv, "--foreground", "none", "--output_dir", folder / "out", *FAST)
+    assert all((mask[:, 24:].sum() >= 0.99 * mask.sum() > 0) for mask in masks_of(folder / "out").values())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--mask_source references",
+        "--mask_source held_out",
+        "--mask_source procedural --reference_data d",
+        "--mask_source procedural --mask m",
+        "--mask m --zone z",
+        "--mask_source random --masks_per_image 2",
+        "--mask_source held_out --reference_data d --coverage 0.5",
+        "--mask_source held_out --reference_data d --foreground none",
+        "--mask_source procedural --split all",
+        "--mask_source procedural --object nut",
+        "--mask_source procedural --max_rotation 5",
+        "--mask_source references --reference_data d --shapes box",
+        "--mask_source procedural --coverage 0",
+        "--mask_source procedural --coverage nan",
+        "--mask_source procedural --masks_per_image 0",
+        "--mask_source references --reference_data d --max_rotation 200",
+    ],
+)
+def test_flags_that_contradict(wrong):
+    for parse, argv in ((g.parse_args, "--lora l --output_dir o"), (preview_masks.parse_args, "--output p")):
+        with pytest.raises(SystemExit) as ended:
+            parse([*argv.split(), "--image", "i", *wrong.split()])
+        assert ended.value.code == 2
+
+
+def preview(*argv) -> None:
+    preview_masks.main(preview_masks.parse_args([str(a) for a in argv]))
+
+
+def test_the_preview_shows_the_masks_of_the_command(trained, folder, capsys, monkeypatch):
+    common = ["--image", folder / "good", "--mask_source", "references", "--reference_data", folder / "data/nut"]
+    common += ["--max_rotation", 20]
+    for seed in (0, 1):
+        generate("--lora", trained, *common, "--seed", seed, "--output_dir", folder / f"out-{seed}", *FAST)
+    shown, outlined = [], preview_masks.outlined
+    monkeypatch.setattr(
+        preview_masks, "outlined", lambda i, areas: (shown.append(areas[-1][0]), outlined(i, areas))[1]
+    )
+    capsys.readouterr()
+    preview(*common, "--defect", "hole", "--number", 6, "--output", folder / "new/masks.png")
+    expected = [*masks_of(folder / "out-0").values(), *masks_of(folder / "out-1").values()]
+    assert len(shown) == 6 and all(np.array_equal(a, b) for a, b in zip(shown, expected))
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("drawn: 6 masks, area ") and told[2].startswith("references: 2 masks, area ")
+    shares = [(find_foreground(Image.open(folder / f"good/{i % 3:03d}.png")) & m).sum() / m.sum() for i, m in
+              enumerate(expected)]  # fmt: skip
+    assert (
+        told[1] == f"on the part: {100 * np.mean(shares):.2f} % of a mask's pixels, {100 * min(shares):.2f} % at least"
+    )
+    picture = np.asarray(Image.open(folder / "new/masks.png"))
+    assert picture.shape == (preview_masks.CELL + 8, 6 * (preview_masks.CELL + 4) + 4, 3)
+    for i in range(6):
+        cell = picture[:, i * (preview_masks.CELL + 4) : (i + 1) * (preview_masks.CELL + 4)]
+        assert (cell == preview_masks.RED).all(-1).any() and (cell == preview_masks.BLUE).all(-1).any()
+
+
+def test_the_preview_of_given_and_random_masks_and_without_a_place(folder, capsys):
+    preview("--image", folder / "good", "--mask", folder / "zones", "--output", folder / "given.png")
+    preview("--image", folder / "good", "--mask_source", "random", "--output", folder / "random.png", "--shown", 2)
+    assert Image.open(folder / "random.png").width == 2 * (preview_masks.CELL + 4) + 4
+    told = capsys.readouterr().out
+    assert told.count("drawn: 3 masks, area") == 2 and "area 50.000 | 50.000 | 50.000 %" in told
+    argv = ["--image", folder / "good", "--mask_source", "held_out", "--reference_data", folder / "data/bolt"]
+    with pytest.raises(
+        SystemExit, match="Without a mask, 2 of 6:\nDF340 001.png, --seed 0.*\nDF340 001.png, --seed 1"
+    ):
+        preview(*argv, "--number", 6, "--output", folder / "held_out.png")
+    with pytest.raises(SystemExit) as ended:
+        preview(*argv, "--number", 0, "--output", folder / "held_out.png")
+    assert ended.value.code == 2
+
+
+def test_the_random_source_is_random_mask_as_it_was():
+    placed = random_source(Image.new("RGB", (50, 40)), 5)
+    assert placed.mask.shape == (40, 50) and placed.parts == []
+    rows, columns = np.nonzero(placed.mask)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (21, 27, 39, 47)
+
+
+def test_cut_out_is_the_bounding_box():
+    mask = np.zeros((9, 12), dtype=bool)
+    mask[3, 4] = mask[6, 2] = True
+    assert cut_out(mask).shape == (4, 3) and cut_out(mask).sum() == 2

@@ -11,12 +11,19 @@ venv="${VENV:-.venv}"
 export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 
 [ -e "$out/data" ] || "$venv/bin/python" scripts/make_demo_data.py --output_dir "$out/data" --parts nut --good 6
-[ -e "$out/base" ] || "$venv/bin/python" scripts/make_tiny_base.py --output_dir "$out/base" --random_weights
 "$venv/bin/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    train_defectfill.py --pretrained_model_name_or_path "$out/base" --train_data_dir "$out/data/nut" --defect hole \
-    --output_dir "$out/lora" --resolution 128 --max_train_steps 30 --lr_warmup_steps 5 --train_batch_size 2 \
-    --validation_steps 30 --num_validation_images 2 --validation_inference_steps 10 --checkpointing_steps 10 \
-    --resume_from_checkpoint latest
-"$venv/bin/python" generate_defectfill.py --lora "$out/lora" --image "$out/data/nut/train/good" --mask_source random \
-    --output_dir "$out/generated" --num_candidates 4 --num_inference_steps 10 --selection ssim
+    train_defectfill.py --pretrained_model_name_or_path scripts/tiny_base --train_data_dir "$out/data/nut" \
+    --defect hole --output_dir "$out/lora" --resolution 128 --max_train_steps 120 --lr_warmup_steps 10 \
+    --learning_rate 1e-3 --text_encoder_lr 1e-3 --validation_steps 120 --num_validation_images 2 \
+    --validation_inference_steps 15 --checkpointing_steps 40 --resume_from_checkpoint latest
+"$venv/bin/python" generate_defectfill.py --lora "$out/lora" --image "$out/data/nut/train/good" \
+    --mask_source references --reference_data "$out/data/nut" --output_dir "$out/generated" \
+    --num_candidates 4 --num_inference_steps 20 --selection ssim
+"$venv/bin/python" - "$out" <<'END'
+import json, sys
+record = json.load(open(f"{sys.argv[1]}/lora/run_record.json"))
+before, after = record["before"], record["after"]
+print(f"loss {before['loss']:.4f} -> {after['loss']:.4f}, "
+      f"attention map's IoU with the mask {before['attention_iou']:.2f} -> {after['attention_iou']:.2f}")
+END
 echo "Look at $out/generated/contact_sheet.png"

@@ -14,10 +14,15 @@ import pytest
 import torch
 import train_segmenter
 from conftest import ROOT, in_clean_process, read_lines, reset_accelerate, write_image
+from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from defectfill_dataset import InputError, binarise, check_pairs, load_defect_pairs
+from defectfill_dataset import InputError, binarise, check_pairs, cover, image_tensor, load_defect_pairs
+from generate_defectfill import ddim, paint
+
+
+TINY_BASE = ROOT / "scripts/tiny_base"
 
 
 def test_demo_data_is_a_dataset_with_exact_masks(tmp_path):
@@ -99,6 +104,30 @@ def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch
     figures = json.loads((tmp_path / "whole/figures.json").read_text())
     assert figures["reconstruction_psnr"] > 0 and figures["inpainting_psnr"] > 0
     assert Image.open(tmp_path / "whole/samples.png").height == 4 * 32
+
+
+def test_the_base_that_ships_is_small_whole_and_made_by_the_defaults():
+    files = [file for file in TINY_BASE.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 12e6
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".md", ".png"}
+    figures = json.loads((TINY_BASE / "figures.json").read_text())
+    defaults = make_tiny_base.parse_args(["--output_dir", "x"])
+    assert figures["options"] == {k: v for k, v in vars(defaults).items() if k != "output_dir"}
+    readme = (TINY_BASE / "README.md").read_text()
+    assert f"{figures['reconstruction_psnr']} dB" in readme and f"{figures['inpainting_psnr']} dB" in readme
+
+
+def test_the_base_that_ships_fills_a_hole_with_the_parts_own_texture():
+    """Without a LoRA a good part comes back about as it was, and better than grey."""
+    pipe = StableDiffusionInpaintPipeline.from_pretrained(TINY_BASE, dtype=torch.float32)
+    pipe.scheduler = ddim(pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    image, _ = make_demo_data.draw("nut", None, 128, (5, 5))
+    x, grid = image_tensor(image, 128), torch.zeros(1, 32, 32)
+    grid[:, 13:18, 13:18] = 1
+    painted = paint(pipe, x, grid, "A photo of a nut", [0], num_inference_steps=10, guidance_scale=1.0)[0] * 2 - 1
+    inside = cover(grid, 4)[0] > 0.5
+    assert (painted - x)[:, inside].square().mean() < 0.25 * x[:, inside].square().mean()
 
 
 def test_a_base_of_ones_own_images(tmp_path):

@@ -114,7 +114,8 @@ def paint_parts(
     painted = []
     for i, (image, mask) in enumerate(zip(good, masks)):
         grid = to_grid(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor)
-        [candidate] = paint(pipe, image, grid, prompt, [derive_seed(seed, "ablation", i)], args.num_inference_steps)
+        seeds = [derive_seed(seed, "ablation", i)]
+        [candidate] = paint(pipe, image, grid, prompt, seeds, args.num_inference_steps, args.guidance_scale)
         painted.append(torch.where(mask > 0.5, candidate * 2 - 1, image))
     return torch.stack(painted)
 
@@ -194,6 +195,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--train_batch_size", type=int, default=4, metavar="N", help="Default: %(default)s.")
     add("--learning_rate", type=float, default=1e-3, metavar="X", help="Of both models. Default: %(default)s.")
     add("--num_inference_steps", type=int, default=20, metavar="N", help="DDIM steps. Default: %(default)s.")
+    add("--guidance_scale", type=float, default=2.0, metavar="X", help="Default: %(default)s.")
     return parser.parse_args(input_args)
 
 

@@ -512,6 +512,12 @@ def test_8bit_adam_without_bitsandbytes_is_refused(train, no_models, monkeypatch
     assert "pip install bitsandbytes" in refused(train, "--use_8bit_adam")
 
 
+def test_a_base_without_its_tokenizer_is_refused(train, no_models, tmp_path, base):
+    shutil.copytree(base, tmp_path / "other", ignore=shutil.ignore_patterns("tokenizer"))
+    told = refused(train, base=tmp_path / "other")
+    assert told.startswith("DF180") and "cannot read tokenizer/tokenizer_config.json" in told
+
+
 def test_a_base_that_is_no_inpainting_model_is_refused(train, no_models, tmp_path, base):
     config = json.loads((base / "unet/config.json").read_text()) | {"in_channels": 4}
     shutil.copytree(base, tmp_path / "other")

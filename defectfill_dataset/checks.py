@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .errors import InputError
 from .images import UNREADABLE, load_image
@@ -53,16 +53,14 @@ def _problems(name: str, image, mask) -> list[str]:
         return [f"DF103 {name}: its row holds no image"]
     if mask is None:
         return [f"DF142 {name}: its mask is missing"]
-    load_image(image)
-    size, mask_size = (ImageOps.exif_transpose(picture).size for picture in (image, mask))
-    if size != mask_size:
-        return [
-            f"DF140 {name}: the image is {size[0]}x{size[1]}, its mask {mask_size[0]}x{mask_size[1]}; they must match"
-        ]
-    return _mask_problems(name, binarise(mask))
+    return _mask_problems(name, load_image(image).size, binarise(mask))
 
 
-def _mask_problems(name: str, inside: np.ndarray) -> list[str]:
+def _mask_problems(name: str, size: tuple[int, int], inside: np.ndarray) -> list[str]:
+    """What is wrong with an (H, W) mask of an image of this (W, H)."""
+    height, width = inside.shape
+    if size != (width, height):
+        return [f"DF140 {name}: the image is {size[0]}x{size[1]}, its mask {width}x{height}; they must match"]
     if not inside.any():
         return [f"DF145 {name}: its mask is empty; mark the defect or remove the pair"]
     if inside.all():
@@ -83,7 +81,7 @@ class Look:
         problems: why it cannot be used.
         pixels: digest of the image's pixels.
         size: (W, H).
-        area: share of the image that the mask marks; 0 for a good image.
+        area: share of the image that the mask marks; 0 for a good image, or where there are problems.
         cells: cells of the latent grid that it marks, pooled as training does.
         nearest: cells that nearest-neighbour sampling would leave.
     """
@@ -109,15 +107,14 @@ def look(row: Row, root: Path, grid: int) -> Look:
     pixels = hashlib.sha256(image.tobytes()).hexdigest()
     if inside is None:
         return Look(name, row.defect, (), pixels, image.size)
-    height, width = inside.shape
-    if image.size != (width, height):
-        told = f"the image is {image.width}x{image.height}, its mask {width}x{height}; they must match"
-        return Look(name, row.defect, (f"DF140 {name}: {told}",), pixels, image.size)
-    rows, columns = ((np.arange(grid) * side) // grid for side in (height, width))
+    problems = tuple(_mask_problems(name, image.size, inside))
+    if problems:
+        return Look(name, row.defect, problems, pixels, image.size)
+    rows, columns = ((np.arange(grid) * side) // grid for side in inside.shape)
     return Look(
         name,
         row.defect,
-        tuple(_mask_problems(name, inside)),
+        (),
         pixels,
         image.size,
         float(inside.mean()),
@@ -150,7 +147,7 @@ def suspicions(looks: Sequence[Look], references: set[str]) -> list[str]:
             same.setdefault(x.pixels, []).append(x)
     for group in (group for group in same.values() if len(group) > 1):
         names = ", ".join(x.name for x in group[:4]) + (f" and {len(group) - 4} more" if len(group) > 4 else "")
-        kinds = {"good" if not x.area else "reference" if x.name in references else "held out" for x in group}
+        kinds = {"good" if x.defect == "good" else "reference" if x.name in references else "held out" for x in group}
         if len(kinds) > 1:
             notes.append(f"DF154 {names}: the same picture, {' and '.join(sorted(kinds))}; keep one")
         else:

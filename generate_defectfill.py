@@ -369,7 +369,7 @@ def check_cases(cases: list[Case]) -> None:
             try:
                 problems += area_problems(name, seen.size, binarise(open_image(file)), flag) if seen.pixels else []
             except UNREADABLE as error:
-                problems.append(f"DF103 {name}: its {flag} {file} cannot be read: {error}")
+                problems.append(f"DF103 {name}: its {flag} cannot be read: {file}: {error}")
     if problems:
         raise InputError(*problems)
     for note in odd_lines(looks):

@@ -60,7 +60,7 @@ class DefectPairs(datasets.GeneratorBasedBuilder):
         return datasets.DatasetInfo(description="Defect images with masks, and good images.", features=FEATURES)
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
-        root = Path(self.config.data_dir)
+        root = self.config.data_dir  # no `Path`: `datasets` makes that, here, one without names that hold "::"
         rows = read_object(root, self.config.name, self.config.layout)
         masks = dict(zip(rows, _encode_masks(rows, root)))
         splits = split_rows(rows, root, self.config.split)
@@ -95,7 +95,7 @@ def _encode_mask(mask: MaskFiles | MaskShapes) -> str | dict:
     return {"bytes": stream.getvalue(), "path": None}
 
 
-def _encode_masks(rows: list[Row], root: Path) -> list[str | dict | None]:
+def _encode_masks(rows: list[Row], root: str | Path) -> list[str | dict | None]:
     """`_encode_mask` of each row, None for a good one; raises InputError with all problems if one cannot be read."""
     try:
         return [_encode_mask(row.mask) if row.mask else None for row in rows]

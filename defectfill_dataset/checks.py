@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -49,11 +50,11 @@ class Look:
     odd: tuple[str, ...] = ()
 
 
-def look(row: Row, root: Path, grid: int) -> Look:
+def look(row: Row, root: str | Path, grid: int) -> Look:
     """Opens one image and its mask; `grid` is the side of the latent grid they will be brought to."""
     name = row.image.relative_to(root).as_posix()
     seen = look_at(name, row.defect, row.image, row.mask.render if row.mask else None, grid)
-    if row.image.resolve().is_relative_to(root.resolve()):
+    if os.path.realpath(row.image).startswith(os.path.realpath(root) + os.sep):
         return seen
     return dataclasses.replace(seen, odd=(*seen.odd, "DF114 is a link to a file outside the dataset"))
 
@@ -132,7 +133,7 @@ def check_pairs(references: Dataset, *more: Dataset, resolution: int = 512, grid
     return suspicions(looks, set(references["source_file"]), resolution)
 
 
-def problems_of(rows: Iterable[Row], root: Path) -> list[str]:
+def problems_of(rows: Iterable[Row], root: str | Path) -> list[str]:
     """All problems of the defect images among `rows`."""
     return [problem for row in rows if row.mask for problem in look(row, root, 1).problems]
 

@@ -114,12 +114,13 @@ def _names(folder: Path, layout: str) -> list[str]:
     return sorted({row.object for row in rows if row.object}) or ([folder.name] if found else [])
 
 
-def read_object(root: Path, name: str, layout: str = "auto") -> list[Row]:
+def read_object(root: str | Path, name: str, layout: str = "auto") -> list[Row]:
     """All rows of the object of this name at `root`, by the reader of its layout.
 
     Raises:
         InputError: no known layout or several (DF161), or what the reader finds.
     """
+    root = Path(root)
     found = layout_of(root, layout)
     if found is None:
         raise InputError(f"DF161 {root}: no known layout")

@@ -375,7 +375,9 @@ def test_bad_areas_are_refused(trained, folder, monkeypatch, flag):
     with pytest.raises(InputError, match=f"DF140 .*48x48, its {flag[2:]} 20x48"):
         generate(*argv)
     (folder / "zones/000.png").write_text("no image")
-    with pytest.raises(InputError, match=f"DF103 .*000.png: its {flag[2:]} .*zones/000.png cannot be read"):
+    with pytest.raises(
+        InputError, match=f"DF103 .*000.png: its {flag[2:]} cannot be read: .*zones/000.png: it is no image"
+    ):
         generate(*argv)
     (folder / "zones/000.png").rename(folder / "zones/009.png")
     with pytest.raises(InputError, match=rf"DF142 .*000.png.* \({flag} ") as caught:

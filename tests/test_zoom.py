@@ -1,9 +1,20 @@
 """Zoom: windows around small and thin defects, in training and in generation."""
 
+import json
+
 import numpy as np
 import pytest
+import torch
+from conftest import RESOLUTION, generate, make_mvtec, read_lines, write_image
+from PIL import Image
 from skimage.draw import line
+from test_dataset import make_samples
 
+import generate_defectfill
+from defectfill.lora_file import read_lora
+from defectfill_dataset import InputError, load_defect_pairs
+from defectfill_dataset.images import image_tensor
+from defectfill_dataset.masks import to_grid
 from defectfill_dataset.zoom import MAX_ENLARGEMENT, Zoom, choose_zoom, cut, zoom_boxes
 
 
@@ -108,3 +119,120 @@ def test_auto_zooms_where_the_median_mask_is_small():
     assert choose_zoom("auto", 3, 0.01, [small, large, large]) is None
     assert choose_zoom("on", 4, 0.02, [large]) == Zoom(4, 0.02)
     assert choose_zoom("off", 3, 0.01, [small]) is None
+
+
+# Training
+
+
+@pytest.fixture
+def large(tmp_path):
+    """Pairs of 400 px with defects of 6 to 12 px: 0.02-0.09 % of the image."""
+    return make_mvtec(tmp_path / "large", size=400)
+
+
+def test_windows_train_and_are_measured_in_place_of_whole_images(large):
+    data = load_defect_pairs(large)
+    samples = make_samples(data["train"], zoom=ZOOM)[0]
+    assert len(samples) == 2
+    for window, row, item in zip(samples.windows, data["train"], samples.references()):
+        mask = np.asarray(row["mask"]) > 0
+        assert [window.box] == zoom_boxes(mask, RESOLUTION, ZOOM) and window.mask.sum() == mask.sum()
+        assert torch.equal(item["pixel_values"], image_tensor(row["image"].crop(window.box), RESOLUTION))
+        assert torch.equal(item["mask"], to_grid(cut(mask, window.box), RESOLUTION // 4))
+        assert to_grid(mask, RESOLUTION // 4).mean() < item["mask"].mean() / 4
+        sides = zoom_boxes(mask, RESOLUTION, ZOOM)[0]
+        assert samples[0, 0, 1]["mask"].any() and sides[2] - sides[0] < 40
+
+
+def test_validation_shows_the_good_image_through_the_reference_window(large):
+    data = load_defect_pairs(large)
+    write_image(large / "train/good/000.png", 800)  # another size: the same place of it
+    data = load_defect_pairs(large)
+    samples = make_samples(data["train"], zoom=ZOOM)[0]
+    for case, good, window in zip(samples.validation_cases(data["good"], 2), data["good"], samples.windows):
+        box = [x * good["image"].width // 400 for x in window.box]
+        assert torch.equal(case["pixel_values"], image_tensor(good["image"].crop(box), RESOLUTION))
+
+
+def test_small_defects_are_zoomed_by_themselves_and_the_lora_says_so(train, large, data, tmp_path):
+    lora = read_lora(train(data=large, output=tmp_path / "zoomed"))
+    assert lora.record["zoom"] == {"context": 3.0, "min_area": 0.01}
+    assert "padding_mask_crop" in (tmp_path / "zoomed/README.md").read_text()
+    assert read_lora(train(data=data)).record["zoom"] is None  # defects of 1.5-6 % of 48 px
+    assert "padding_mask_crop" not in (tmp_path / "out/README.md").read_text()
+    assert read_lora(train("--zoom", "off", data=large, output=tmp_path / "whole")).record["zoom"] is None
+    with pytest.raises(InputError, match="DF320 zoom: the run began with"):
+        train("--zoom", "off", "--resume_from_checkpoint", "latest", data=large, output=tmp_path / "zoomed")
+
+
+@pytest.mark.parametrize("flag, value", [("zoom_context", "0.5"), ("zoom_context", "inf"), ("zoom_min_area", "1")])
+def test_zoom_out_of_range_is_refused(train, trained, tmp_path, flag, value, capsys):
+    with pytest.raises(InputError, match=f"DF187 --{flag} {float(value)}"):
+        train(f"--{flag}", value)
+    with pytest.raises(SystemExit):
+        generate("--lora", trained, "--image", "x", "--mask", "y", "--output_dir", tmp_path, f"--{flag}", value)
+    assert f"--{flag} {float(value)}" in capsys.readouterr().err
+
+
+# Generation
+
+FAST = ["--num_inference_steps", 1, "--num_candidates", 2, "--selection", "rmse", "--resolution", RESOLUTION]
+
+
+@pytest.fixture
+def tiled(tmp_path):
+    """A good image of 300 px with a mask one pixel wide across it."""
+    write_image(tmp_path / "good.png", 300)
+    mask = crack(300, 1, (10, 10, 280, 250))
+    Image.fromarray(mask).convert("L").save(tmp_path / "mask.png")
+    return ["--image", tmp_path / "good.png", "--mask", tmp_path / "mask.png", "--output_dir", tmp_path / "out"], mask
+
+
+def test_a_crack_is_painted_tile_by_tile_and_the_rest_of_the_image_is_untouched(trained, tiled, tmp_path, monkeypatch):
+    flags, mask = tiled
+    best_of, seen = generate_defectfill.best_of, []
+
+    def watched(pipe, scorer, image, inside, **options):
+        seen.append((np.asarray(image), inside.copy()))
+        return best_of(pipe, scorer, image, inside, **options)
+
+    monkeypatch.setattr(generate_defectfill, "best_of", watched)
+    generate("--lora", trained, *flags, *FAST, "--zoom", "on")
+    [line] = read_lines(tmp_path / "out/manifest.jsonl")
+    boxes = [tuple(window["box"]) for window in line["windows"]]
+    assert boxes == zoom_boxes(mask, RESOLUTION, Zoom()) and len(boxes) > 2
+    good, result = (np.asarray(Image.open(tmp_path / name)) for name in ("good.png", "out/images/good.png"))
+    assert np.array_equal(result[~mask], good[~mask]) and (result[mask] != good[mask]).any(axis=-1).mean() > 0.9
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out/masks/good.png")) > 0, mask)
+    assert sum(inside.sum() for _, inside in seen) == mask.sum()  # every pixel once
+    for (image, inside), box in zip(seen, boxes):  # a tile sees what the tiles before it painted
+        elsewhere = ~inside
+        left, top, right, bottom = box
+        before = cut(mask, box) & elsewhere
+        assert np.array_equal(image[before], result[top:bottom, left:right][before])
+    assert any((cut(mask, box) & ~inside).any() for (_, inside), box in zip(seen, boxes))
+    seeds = [seed for window in line["windows"] for seed in window["candidate_seeds"]]
+    assert len(set(seeds)) == 2 * len(boxes)
+    row = generate_defectfill.CELL + 24
+    assert Image.open(tmp_path / "out/contact_sheet.png").height == len(boxes) * row
+
+
+def test_generation_zooms_as_the_lora_was_trained_unless_told(train, large, tiled, tmp_path):
+    lora = train("--zoom_context", "2", data=large)
+    flags, mask = tiled[0][:-2], tiled[1]
+
+    def boxes(*more):
+        out = tmp_path / f"boxes{len(more)}{more[-1:]}"
+        generate("--lora", lora, *flags, "--output_dir", out, *FAST, *more)
+        saved = json.loads((out / "settings.json").read_text())["zoom"]
+        return [tuple(w["box"]) for w in read_lines(out / "manifest.jsonl")[0]["windows"]], saved
+
+    assert boxes() == (zoom_boxes(mask, RESOLUTION, Zoom(context=2)), {"context": 2.0, "min_area": 0.01})
+    given = boxes("--zoom_context", "5", "--zoom_min_area", "0.005")
+    assert given == (zoom_boxes(mask, RESOLUTION, Zoom(5, 0.005)), {"context": 5.0, "min_area": 0.005})
+    assert boxes("--zoom", "off") == ([(0, 0, 300, 300)], None)
+
+
+def test_window_sizes_without_zoom_are_refused(trained, tiled):
+    with pytest.raises(InputError, match="DF413 --zoom_context"):
+        generate("--lora", trained, *tiled[0], *FAST, "--zoom_context", "2")

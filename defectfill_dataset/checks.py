@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from .errors import InputError, one_line
-from .images import UNREADABLE, load_image, oddities, open_image
+from .images import ORIENTATION, UNREADABLE, load_image, oddities, open_image
 from .layouts import IMAGE_EXTENSIONS, Row
 from .masks import MaskFiles, binarise, to_grid
 
@@ -74,7 +74,7 @@ def look_at(
         return Look(name, defect, (f"DF103 {name}: the image cannot be read: {error}",))
     if all(low == high for low, high in image.getextrema()):
         odd += ("DF124 is of a single colour",)
-    if opened.getexif().get(0x0112, 1) not in range(9):
+    if opened.getexif().get(ORIENTATION, 1) not in range(9):
         odd += ("DF126 has an EXIF orientation that means nothing; it is not turned",)
     seen = Look(name, defect, (), hashlib.sha256(image.tobytes()).hexdigest(), image.size, odd=odd)
     if min(image.size) < LEAST_SIDE:
@@ -174,7 +174,9 @@ def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> 
     opened, marked = [x for x in looks if x.size[0]], [x for x in looks if x.area]
     long = [x.name for x in opened if max(x.size) > MOST_ASPECT * min(x.size)]
     if long:
-        notes.append(f"DF131 {_some(long)}: over {MOST_ASPECT} times as long as wide, squeezed to a square; cut it up")
+        notes.append(
+            f"DF131 {_some(long)}: over {MOST_ASPECT} times as long as wide, squeezed to a square; zoom, or cut it up"
+        )
     small = {x.name: resolution / min(x.size) for x in opened if min(x.size) < resolution}
     if small:
         times = f"{max(small.values()):.1f} times"
@@ -186,7 +188,7 @@ def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> 
     if len(marked) > 1 and len({x.mask for x in marked}) == 1:
         notes.append(f"DF155 all {len(marked)} masks are the same; is each that of its image?")
     notes += [
-        f"DF151 {x.name}: its defect is {x.cells} cells of the latent grid; train at a higher resolution"
+        f"DF151 {x.name}: its defect is {x.cells} cells of the latent grid; zoom, or train at a higher resolution"
         for x in marked
         if x.cells < 4
     ]

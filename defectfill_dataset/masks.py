@@ -27,13 +27,15 @@ def binarise(mask: Image.Image) -> np.ndarray:
     if colours > 2:
         raise ValueError(f"the mask has {colours} palette colours; save it as black and white")
     if mask.mode.startswith("I;16"):
-        values, full = np.asarray(ImageOps.exif_transpose(mask), dtype=np.int32), FULL_16_BITS
+        values, full = np.asarray(ImageOps.exif_transpose(mask)), FULL_16_BITS
     else:
-        values, full = np.asarray(load_image(mask)).max(axis=-1).astype(np.int32), 255
+        plain = mask.mode in ("1", "L") and not mask.has_transparency_data  # large ones need no colours in between
+        values = np.asarray(ImageOps.exif_transpose(mask).convert("L") if plain else load_image(mask))
+        values, full = values if plain else values.max(axis=-1), 255
     peak = int(values.max())
     if 1 < peak <= full // 2:
         raise ValueError(f"the mask's brightest value is {peak}; code it as 0 and {full}, or as 0 and 1")
-    return values > peak / 2
+    return values > peak // 2
 
 
 def nonzero(mask: Image.Image) -> np.ndarray:

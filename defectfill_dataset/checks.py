@@ -72,7 +72,7 @@ def look_at(
         odd, image = oddities(opened), load_image(opened)
     except UNREADABLE as error:
         return Look(name, defect, (f"DF103 {name}: the image cannot be read: {error}",))
-    if all(low == high for low, high in image.getextrema()):
+    if image.getcolors(1):
         odd += ("DF124 is of a single colour",)
     if opened.getexif().get(ORIENTATION, 1) not in range(9):
         odd += ("DF126 has an EXIF orientation that means nothing; it is not turned",)
@@ -81,7 +81,7 @@ def look_at(
         side = f"DF130 {name}: is {image.width}x{image.height}; give an image of at least {LEAST_SIDE} pixels a side"
         return dataclasses.replace(seen, problems=(side,))
     if render is None:
-        missing = () if defect == "good" else (f"DF142 {name}: its mask is missing",)
+        missing = () if defect == "good" else (f"DF142 {name}: its mask is missing; add it",)
         return dataclasses.replace(seen, problems=missing)
     try:
         inside = render()
@@ -102,15 +102,13 @@ def look_at(
 def area_problems(name: str, size: tuple[int, int], inside: np.ndarray, what: str = "mask") -> list[str]:
     """What is wrong with an (H, W) mask, or another area, of an image of this (W, H); only a mask must not be full."""
     height, width = inside.shape
-    if size == (height, width) and height != width:
-        turned = f"DF140 {name}: the image is {size[0]}x{size[1]}, its {what} {width}x{height}"
-        return [f"{turned}: one is turned; give both the same EXIF orientation, or none"]
     if size != (width, height):
-        return [f"DF140 {name}: the image is {size[0]}x{size[1]}, its {what} {width}x{height}; they must match"]
+        hint = (
+            ": one is turned; give both the same EXIF orientation" if size == (height, width) else "; they must match"
+        )
+        return [f"DF140 {name}: the image is {size[0]}x{size[1]}, its {what} {width}x{height}{hint}"]
     if not inside.any():
-        return [
-            f"DF145 {name}: its {what} is empty; mark the {'defect or remove the pair' if what == 'mask' else 'area'}"
-        ]
+        return [f"DF145 {name}: its {what} is empty; mark the area, or remove the pair"]
     if inside.all() and what == "mask":
         return [f"DF146 {name}: its mask covers the whole image; mark the defect only"]
     return []

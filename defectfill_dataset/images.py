@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 
 # What Pillow raises for files that it, or `load_image`, cannot make sense of.
@@ -21,7 +21,7 @@ FULL_12_BITS = 4095
 ORIENTATION = 0x0112  # EXIF
 
 
-def open_image(file: Path | io.BytesIO) -> Image.Image:
+def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
     """An image file, opened but not decoded.
 
     Raises:
@@ -47,9 +47,9 @@ def open_image(file: Path | io.BytesIO) -> Image.Image:
     return image
 
 
-def oddities(image: Image.Image) -> tuple[str, ...]:
+def oddities(image: ImageFile.ImageFile) -> tuple[str, ...]:
     """What is odd, though it is read, of an image file just opened, not yet decoded: "DFnnn what"."""
-    by_name = Image.registered_extensions().get(Path(image.filename).suffix.lower(), image.format)
+    by_name = Image.registered_extensions().get(Path(os.fsdecode(image.filename)).suffix.lower(), image.format)
     odd = {
         f"DF104 does not end as {image.format} does; was it cut off, or something added?": not _ends(image),
         f"DF105 is {image.format} by its content; rename it": image.format not in (by_name, "MPO"),
@@ -60,12 +60,15 @@ def oddities(image: Image.Image) -> tuple[str, ...]:
     return tuple(note for note, there in odd.items() if there)
 
 
-def _ends(image: Image.Image) -> bool:
+def _ends(image: ImageFile.ImageFile) -> bool:
     """Whether the file ends as all of its format do."""
-    end, place = ENDS.get(image.format, b""), image.fp.tell()
-    image.fp.seek(-len(end), os.SEEK_END)
-    tail = image.fp.read()
-    image.fp.seek(place)
+    end, stream = ENDS.get(image.format or "", b""), image.fp
+    if not end or stream is None:
+        return True
+    place = stream.tell()
+    stream.seek(-len(end), os.SEEK_END)
+    tail = stream.read()
+    stream.seek(place)
     return tail == end
 
 

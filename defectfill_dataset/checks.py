@@ -103,9 +103,7 @@ def area_problems(name: str, size: tuple[int, int], inside: np.ndarray, what: st
     """What is wrong with an (H, W) mask, or another area, of an image of this (W, H); only a mask must not be full."""
     height, width = inside.shape
     if size != (width, height):
-        hint = (
-            ": one is turned; give both the same EXIF orientation" if size == (height, width) else "; they must match"
-        )
+        hint = ": one is turned; give both one EXIF orientation" if size == (height, width) else "; they must match"
         return [f"DF140 {name}: the image is {size[0]}x{size[1]}, its {what} {width}x{height}{hint}"]
     if not inside.any():
         return [f"DF145 {name}: its {what} is empty; mark the area, or remove the pair"]

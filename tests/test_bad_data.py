@@ -117,10 +117,12 @@ def test_images_of_8192_pixels_a_side_are_no_bombs(tmp_path, recwarn):
     assert open_image(tmp_path / "large.png").size == (8192, 8192) and not recwarn.list
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
 def test_a_file_that_may_not_be_read_is_named(tmp_path, refused):
     """B21."""
-    make_pair(tmp_path / "bolt", "000").image.chmod(0)
+    image = make_pair(tmp_path / "bolt", "000").image
+    image.chmod(0)
+    if os.access(image, os.R_OK):
+        pytest.skip("the superuser may read everything")
     assert refused(tmp_path / "bolt")[0].startswith("DF103 test/hole/000.png: the image cannot be read: [Errno 13]")
 
 

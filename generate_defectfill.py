@@ -379,7 +379,7 @@ def check_cases(cases: list[Case]) -> None:
 
 
 class Painted(NamedTuple):
-    """What became of one window: each candidate inside the mask, its score (NaN if it is broken), and which is kept."""
+    """One window with each candidate in it, their scores (NaN for a broken one), and which is kept."""
 
     pictures: list[Image.Image]
     scores: list[float]
@@ -433,6 +433,7 @@ def generate(
     image, placed = case.draw(seed, source)
     if placed is None:
         return None
+    grey = Image.open(case.image).mode in ("1", "L")  # gives a grey output; equal channels convert exactly
     left, rows, windows = placed.mask.copy(), [], []
     for box in zoom_boxes(placed.mask, resolution, zoom):
         good, mask = image.crop(box), cut(left, box)
@@ -440,14 +441,13 @@ def generate(
         seeds = [case.derive_seed(seed, first + i) for i in range(num_candidates)]
         painted = best_of(pipe, scorer, good, mask, resolution=resolution, seeds=seeds, **sampling)
         shown = [s if scorer and math.isfinite(s) else None for s in painted.scores]
-        rows.append(contact_row(good, mask, painted.pictures, shown, painted.chosen))
+        pictures = [picture.convert("L") for picture in painted.pictures] if grey else painted.pictures
+        rows.append(contact_row(good, mask, pictures, shown, painted.chosen))
         windows.append({"box": box, "candidate_seeds": seeds, "scores": shown, "chosen": painted.chosen})
         image.paste(painted.pictures[painted.chosen], box[:2])
         mask[:] = False
-    if Image.open(case.image).mode in ("1", "L"):
-        image = image.convert("L")  # a grey input gives a grey output; equal channels convert exactly
     files = {kind: f"{kind}/{case.name}.png" for kind in KINDS}
-    save_picture(image, output_dir / files["images"])
+    save_picture(image.convert("L") if grey else image, output_dir / files["images"])
     save_picture(Image.fromarray(placed.mask).convert("L"), output_dir / files["masks"])
     save_picture(stacked(rows), output_dir / files["contact"])
     return {
@@ -670,8 +670,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--zoom",
         choices=["auto", "on", "off"],
         default="auto",
-        help="Paint in square windows around the mask, so that small and thin defects get pixels; auto: as the LoRA was "
-        "trained. Default: %(default)s.",
+        help="Paint in square windows around the mask, so that small and thin defects get pixels; auto: as the LoRA "
+        "was trained. Default: %(default)s.",
     )
     add("--zoom_context", type=float, metavar="X", help="A window's side over its defect's. Default: as trained.")
     min_area_help = "A mask that covers less of its window is tiled along its length. Default: as trained."
@@ -763,15 +763,13 @@ def paint_all(args: argparse.Namespace, run: Run, done: set[str]) -> dict[str, s
     pipe = load_pipeline(run.base, args.variant, args.cache_dir, run.settings["mixed_precision"], run.device)
     load_lora(pipe, run.lora)
     names = ("prompt", "resolution", "num_candidates", "seed", "num_inference_steps", "guidance_scale")
-    settings = {name: run.settings[name] for name in names}
+    settings = {name: run.settings[name] for name in names} | {"batch_size": args.batch_size}
     todo = [case for case in run.cases if case.name not in done]
     skipped = {}
     with (args.output_dir / "manifest.jsonl").open("a") as lines:
         for case in tqdm(todo, desc="Images", initial=len(done), total=len(run.cases)):
             try:
-                line = generate(
-                    pipe, case, run.source, run.scorer, run.zoom, args.output_dir, batch_size=args.batch_size, **settings
-                )
+                line = generate(pipe, case, run.source, run.scorer, run.zoom, args.output_dir, **settings)
             except FloatingPointError as error:
                 skipped[case.name] = f"{case.image.name}: {error}"
                 continue

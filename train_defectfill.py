@@ -720,7 +720,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--resolution", type=int, default=512, metavar="PX", help="Side of the square the model sees.")
     add("--max_resize_scale", type=float, default=1.125, metavar="X", help="Random resize by 1 to X, then crop.")
     add("--center_crop", action="store_true", help="Crop the centre, not a random part.")
-    add("--zoom", choices=["auto", "on", "off"], default="auto", help="Windows around defects; auto if they are small.")
+    add("--zoom", choices=["auto", "on", "off"], default="auto", help="Windows round defects; auto: small ones.")
     add("--zoom_context", type=float, default=3.0, metavar="X", help="A window's side over its defect's.")
     add("--zoom_min_area", type=float, default=0.01, metavar="X", help="Smaller is small, and tiled if it is long.")
     add("--dataloader_num_workers", type=int, default=0, metavar="N", help="Further processes that load images.")
@@ -797,8 +797,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def check_options(args: argparse.Namespace) -> None:
     """Raises InputError (DF187-DF189) for values and combinations that cannot work."""
     at_least = {
-        1: """resolution max_resize_scale zoom_context num_random_boxes rank max_train_steps train_batch_size checkpointing_steps
-            gradient_accumulation_steps num_validation_images validation_inference_steps checkpoints_total_limit""",
+        1: """resolution max_resize_scale zoom_context num_random_boxes rank max_train_steps train_batch_size
+            checkpointing_steps gradient_accumulation_steps num_validation_images validation_inference_steps
+            checkpoints_total_limit""",
         0: """seed lambda_def lambda_obj lambda_attn background_alpha lora_dropout learning_rate text_encoder_lr
             lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon adam_weight_decay dataloader_num_workers
             validation_steps push_timeout zoom_min_area""",

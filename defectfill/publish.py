@@ -54,8 +54,8 @@ image = pipe(
 ```
 
 {% if zoom -%}
-It was trained on windows around its defects, {{ "%g" | format(zoom.context) }} times as large as the defect, and paints best in such:
-`padding_mask_crop` makes diffusers cut one out and paste it back.
+It was trained on windows {{ "%g" | format(zoom.context) }} times as large as the defect in their middle, and paints
+best in such: `padding_mask_crop` makes diffusers cut one out and paste it back.
 {% else -%}
 The pipeline also changes pixels outside the mask a little; paste the result into the input with the mask to keep them.
 {% endif %}
@@ -120,7 +120,7 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         repo_id=repo_id or "path/to/this/folder",
         images=images,
         batch_size=batch_size,
-        **{key: record[key] for key in ("revision", "prompts", "steps", "resolution", "zoom", "rank", "alpha", "seed")},
+        **{key: record[key] for key in "revision prompts steps resolution zoom rank alpha seed".split()},
     )
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(str(card))

@@ -45,7 +45,8 @@ class TrainingSamples(torch.utils.data.Dataset):
     """Random access to the training stream: `samples[step, sample, total]` is always the same sample.
 
     What trains are windows: with zoom those around each defect, without it each image whole. They pass in a fresh
-    order each epoch; an epoch may end inside a batch, so every batch is full however few they are. Each item holds, for G = resolution // vae_scale_factor:
+    order each epoch; an epoch may end inside a batch, so every batch is full however few they are. Each item holds,
+    for G = resolution // vae_scale_factor:
 
         pixel_values  (3, resolution, resolution) in [-1, 1]
         mask          (1, G, G), 1 inside the defect

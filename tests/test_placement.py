@@ -11,7 +11,6 @@ from PIL import Image
 from scipy import ndimage
 
 import generate_defectfill as g
-from defectfill_dataset import placement
 from defectfill_dataset import (
     SHAPES,
     InputError,
@@ -19,6 +18,7 @@ from defectfill_dataset import (
     find_foreground,
     held_out_source,
     load_masks,
+    placement,
     principal_axis,
     procedural_shapes,
     random_source,

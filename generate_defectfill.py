@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import pickle
@@ -63,10 +64,13 @@ from defectfill_dataset import (
     to_grid,
     zoom_boxes,
 )
+from defectfill_dataset.checks import area_problems, look_at, odd_lines
 from defectfill_dataset.errors import did_you_mean
-from defectfill_dataset.images import UNREADABLE, has_16_bits
+from defectfill_dataset.images import UNREADABLE, open_image
 from defectfill_dataset.layouts import image_files, pair_by_name
 
+
+logger = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Candidates
@@ -296,8 +300,8 @@ class Case:
 
     def load(self) -> tuple[Image.Image, dict[str, np.ndarray]]:
         """The image as RGB and its (H, W) bool areas, by their flags."""
-        image = load_image(Image.open(self.image))
-        return image, {flag: binarise(Image.open(file)) for flag, file in self.areas.items()}
+        image = load_image(open_image(self.image))
+        return image, {flag: binarise(open_image(file)) for flag, file in self.areas.items()}
 
     def draw(self, seed: int, source: MaskSource | None) -> tuple[Image.Image, Placed | None]:
         """The image and its mask, given or from `source`; None where that finds no place."""
@@ -351,32 +355,27 @@ def pair_files(images: list[Path], flag: str, path: Path) -> dict[Path, Path]:
 
 
 def check_cases(cases: list[Case]) -> None:
-    """Opens every file; raises InputError with all problems (DF103, DF120, DF140, DF145, DF146)."""
-    problems = []
+    """Opens every file and warns of what is odd; raises InputError with all problems: DF120, and those of training."""
+    looks, problems = [], []
     for case in cases:
-        try:
-            deep = has_16_bits(Image.open(case.image))
-            image, areas = case.load()
-        except UNREADABLE as error:
-            files = " or its ".join(["the image", *case.areas])
-            problems.append(f"DF103 {case.image.name}: {files} cannot be read: {error}")
-            continue
-        if deep:
+        name = str(case.image)
+        seen = look_at(name, "good", case.image)
+        looks.append(seen)
+        problems += seen.problems
+        if any(odd.startswith("DF120") for odd in seen.odd):
             problems.append(
-                f"DF120 {case.image}: has 16 bits a channel, and the result would have 8 everywhere, not only inside "
+                f"DF120 {name}: has 16 bits a channel, and the result would have 8 everywhere, not only inside "
                 "the mask; convert it to 8 bits"
             )
-        for flag, area in areas.items():
-            file, size = case.areas[flag], area.shape[::-1]
-            if image.size != size:
-                sides = f"{image.width}x{image.height}, its {flag} {size[0]}x{size[1]}"
-                problems.append(f"DF140 {case.image}: {sides}; they must match")
-            elif not area.any():
-                problems.append(f"DF145 {file}: the {flag} is empty; mark where the defect goes")
-            elif area.all() and flag == "mask":
-                problems.append(f"DF146 {file}: the mask covers the whole image; mark where the defect goes")
+        for flag, file in case.areas.items():
+            try:
+                problems += area_problems(name, seen.size, binarise(open_image(file)), flag) if seen.pixels else []
+            except UNREADABLE as error:
+                problems.append(f"DF103 {name}: its {flag} cannot be read: {file}: {error}")
     if problems:
         raise InputError(*problems)
+    for note in odd_lines(looks):
+        logger.warning(note)
 
 
 class Painted(NamedTuple):

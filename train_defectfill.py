@@ -58,7 +58,6 @@ from defectfill_dataset import (
     Zoom,
     binarise,
     build_prompts,
-    check_good,
     check_pairs,
     choose_zoom,
     cover,
@@ -851,12 +850,13 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         else:
             data = load_prepared(args.dataset_name, args.dataset_config_name, args.object, args.cache_dir)
         split, data = split_names(data), select_defects(data, args.defect)
-    check_pairs(data["train"])
-    if args.validation_steps and "good" in data:
-        check_good(data["good"].take(min(args.num_validation_images, len(data["good"]))))
-    zoom = choose_zoom(args.zoom, args.zoom_context, args.zoom_min_area, map(binarise, data["train"]["mask"]))
     base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
     check_resolution(base, args.resolution)
+    shown = args.num_validation_images if args.validation_steps and "good" in data else 0
+    used = [data["train"], *([data["good"].take(min(shown, len(data["good"])))] if shown else [])]
+    for note in check_pairs(*used, resolution=args.resolution, grid=args.resolution // base.vae_scale_factor):
+        logger.warning(note)
+    zoom = choose_zoom(args.zoom, args.zoom_context, args.zoom_min_area, map(binarise, data["train"]["mask"]))
     object_words = args.object_words or to_words(data["train"]["object"][0])
     defects = sorted(data["train"].unique("defect"))
     prompts = build_prompts(defects, object_words, args.phrase, args.defect_prompt, args.object_prompt)

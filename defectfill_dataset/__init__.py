@@ -8,7 +8,7 @@ Shapes: H, W image pixels; h, w cells of the latent grid; L prompt tokens.
 """
 
 from .builder import DefectPairs, data_digest, load_defect_pairs, load_prepared, select_defects
-from .checks import check_good, check_pairs
+from .checks import check_pairs
 from .discovery import LAYOUTS, find_objects
 from .errors import InputError, exit_on_input_error
 from .foreground import find_foreground
@@ -50,7 +50,6 @@ __all__ = [
     "binarise",
     "boxes_mask",
     "build_prompts",
-    "check_good",
     "check_pairs",
     "choose_zoom",
     "cover",

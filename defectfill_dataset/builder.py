@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import datasets
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from .discovery import find_objects, read_object
+from .checks import problems_of
+from .discovery import check_names, find_objects, read_object
 from .errors import InputError, did_you_mean
 from .images import UNREADABLE
-from .layouts import Row
+from .layouts import Row, RowsError
 from .masks import MaskFiles, MaskShapes
 from .splits import SPLIT_RULES, split_rows
 
@@ -58,7 +60,7 @@ class DefectPairs(datasets.GeneratorBasedBuilder):
         return datasets.DatasetInfo(description="Defect images with masks, and good images.", features=FEATURES)
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
-        root = Path(self.config.data_dir)
+        root = self.config.data_dir  # no `Path`: `datasets` makes that, here, one without names that hold "::"
         rows = read_object(root, self.config.name, self.config.layout)
         masks = dict(zip(rows, _encode_masks(rows, root)))
         splits = split_rows(rows, root, self.config.split)
@@ -93,17 +95,12 @@ def _encode_mask(mask: MaskFiles | MaskShapes) -> str | dict:
     return {"bytes": stream.getvalue(), "path": None}
 
 
-def _encode_masks(rows: list[Row], root: Path) -> list[str | dict | None]:
-    """`_encode_mask` of each row, None for a good one; raises InputError (DF103) with all masks that cannot be."""
-    masks, problems = [], []
-    for row in rows:
-        try:
-            masks.append(_encode_mask(row.mask) if row.mask else None)
-        except UNREADABLE as error:
-            problems.append(f"DF103 {row.image.relative_to(root)}: its mask cannot be read: {error}")
-    if problems:
-        raise InputError(*problems)
-    return masks
+def _encode_masks(rows: list[Row], root: str | Path) -> list[str | dict | None]:
+    """`_encode_mask` of each row, None for a good one; raises InputError with all problems if one cannot be read."""
+    try:
+        return [_encode_mask(row.mask) if row.mask else None for row in rows]
+    except UNREADABLE as error:
+        raise InputError(*problems_of(rows, root)) from error
 
 
 def load_defect_pairs(
@@ -122,14 +119,12 @@ def load_defect_pairs(
     objects = find_objects(data_dir, layout)
     name = _choose_object(data_dir, objects, object_name)
     root = objects[name]
-    rows = read_object(root, name, layout)
+    try:
+        rows = read_object(root, name, layout)
+    except RowsError as error:  # what is wrong with the pixels is told at once
+        raise InputError(*error.problems, *problems_of(error.rows, root)) from error
     if all(row.mask is None for row in rows):
         raise InputError(f"DF163 {root}: no defect images, only {len(rows)} good ones; add at least one with its mask")
-    wrong = set(name) & set("<>:/\\|?*")
-    if wrong:
-        raise InputError(
-            f"DF162 {root}: {' '.join(sorted(wrong))} cannot stand in an object's name; rename the folder"
-        )
     splits = split_rows(rows, root, split)
     if not splits["train"]:
         raise InputError(f"DF163 --split {split}: leaves no defect image to train on")
@@ -157,6 +152,8 @@ def _fingerprint(splits: dict[str, list[Row]]) -> str:
 
 
 def _file_digest(file: Path) -> str:
+    if not (file.is_file() and os.access(file, os.R_OK)):
+        return ""  # a problem for the checks
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -176,7 +173,7 @@ def load_prepared(name: str, config: str | None, object_name: str | None, cache_
     """The splits of one object in a prepared copy of `DefectPairs`: a folder `load_dataset` reads, or a Hub id.
 
     Raises:
-        InputError: cannot be loaded (DF160), lacks columns (DF161), or unknown or missing object (DF162).
+        InputError: cannot be loaded (DF160), lacks columns (DF161), or unknown, missing or ill-named object (DF162).
     """
     try:
         data = datasets.load_dataset(name, config, cache_dir=cache_dir)
@@ -186,6 +183,7 @@ def load_prepared(name: str, config: str | None, object_name: str | None, cache_
     if missing:
         raise InputError(f"DF161 --dataset_name {name}: its split 'train' lacks {', '.join(sorted(missing))}")
     wanted = _choose_object(name, data["train"].unique("object"), object_name)
+    check_names([wanted], name)
     return DatasetDict({split: _rows_where(rows, "object", [wanted]) for split, rows in data.items()})
 
 

@@ -2,74 +2,24 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import datasets
 import numpy as np
 from datasets import Dataset
-from PIL import Image
 
-from .errors import InputError
-from .images import UNREADABLE, load_image
-from .layouts import Row
-from .masks import binarise, to_grid
-
-
-def check_pairs(dataset: Dataset) -> None:
-    """Proves that every image of a defect split opens, has a mask of its size, and that the mask marks part of it.
-
-    Raises:
-        InputError: one line a problem. DF103 unreadable, DF140 sizes differ, DF142 no mask, DF145 empty mask,
-            DF146 full mask, DF163 no images at all.
-    """
-    if not len(dataset):
-        raise InputError("DF163 no defect images to train on; check --defect and --split")
-    problems = []
-    for index in range(len(dataset)):
-        name = dataset["source_file"][index]
-        try:
-            row = dataset[index]
-            problems += _problems(name, row["image"], row["mask"])
-        except UNREADABLE as error:
-            problems.append(f"DF103 {name}: the image or its mask cannot be read: {error}")
-    if problems:
-        raise InputError(*problems)
+from .errors import InputError, one_line
+from .images import ORIENTATION, UNREADABLE, load_image, oddities, open_image
+from .layouts import IMAGE_EXTENSIONS, Row
+from .masks import MaskFiles, binarise, to_grid
 
 
-def check_good(dataset: Dataset) -> None:
-    """Proves that good images open; raises InputError (DF103) with all problems."""
-    problems = []
-    for index in range(len(dataset)):
-        try:
-            load_image(dataset[index]["image"])
-        except UNREADABLE as error:
-            problems.append(f"DF103 {dataset['source_file'][index]}: the image cannot be read: {error}")
-    if problems:
-        raise InputError(*problems)
-
-
-def _problems(name: str, image, mask) -> list[str]:
-    if image is None:
-        return [f"DF103 {name}: its row holds no image"]
-    if mask is None:
-        return [f"DF142 {name}: its mask is missing"]
-    return _mask_problems(name, load_image(image).size, binarise(mask))
-
-
-def _mask_problems(name: str, size: tuple[int, int], inside: np.ndarray) -> list[str]:
-    """What is wrong with an (H, W) mask of an image of this (W, H)."""
-    height, width = inside.shape
-    if size != (width, height):
-        return [f"DF140 {name}: the image is {size[0]}x{size[1]}, its mask {width}x{height}; they must match"]
-    if not inside.any():
-        return [f"DF145 {name}: its mask is empty; mark the defect or remove the pair"]
-    if inside.all():
-        return [f"DF146 {name}: its mask covers the whole image; mark the defect only"]
-    return []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A whole dataset, looked at
+LEAST_SIDE = 32  # of an image, in pixels: four cells of the latent grid
+MOST_ASPECT = 4
+BESIDE_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".yml", ".md", ".db", ".ini"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +34,8 @@ class Look:
         area: share of the image that the mask marks; 0 for a good image, or where there are problems.
         cells: cells of the latent grid that it marks, pooled as training does.
         nearest: cells that nearest-neighbour sampling would leave.
+        mask: digest of the mask's pixels.
+        odd: "DFnnn what", for a person to know.
     """
 
     name: str
@@ -94,62 +46,181 @@ class Look:
     area: float = 0.0
     cells: int = 0
     nearest: int = 0
+    mask: str = ""
+    odd: tuple[str, ...] = ()
 
 
-def look(row: Row, root: Path, grid: int) -> Look:
+def look(row: Row, root: str | Path, grid: int) -> Look:
     """Opens one image and its mask; `grid` is the side of the latent grid they will be brought to."""
     name = row.image.relative_to(root).as_posix()
+    seen = look_at(name, row.defect, row.image, row.mask.render if row.mask else None, grid)
+    if os.path.realpath(row.image).startswith(os.path.realpath(root) + os.sep):
+        return seen
+    return dataclasses.replace(seen, odd=(*seen.odd, "DF114 is a link to a file outside the dataset"))
+
+
+def look_at(
+    name: str, defect: str, file: Path | io.BytesIO, render: Callable[[], np.ndarray] | None = None, grid: int = 1
+) -> Look:
+    """Opens one image and its mask, which `render` gives.
+
+    Its problems: DF103 unreadable, DF130 too small, DF140 sizes differ, DF142 no mask, DF145 an empty and DF146 a full
+    mask.
+    """
     try:
-        image = load_image(Image.open(row.image))
-        inside = row.mask.render() if row.mask else None
+        opened = open_image(file)
+        odd, image = oddities(opened), load_image(opened)
     except UNREADABLE as error:
-        return Look(name, row.defect, (f"DF103 {name}: the image or its mask cannot be read: {error}",))
-    pixels = hashlib.sha256(image.tobytes()).hexdigest()
-    if inside is None:
-        return Look(name, row.defect, (), pixels, image.size)
-    problems = tuple(_mask_problems(name, image.size, inside))
-    if problems:
-        return Look(name, row.defect, problems, pixels, image.size)
+        return Look(name, defect, (f"DF103 {name}: the image cannot be read: {error}",))
+    if image.getcolors(1):
+        odd += ("DF124 is of a single colour",)
+    if opened.getexif().get(ORIENTATION, 1) not in range(9):
+        odd += ("DF126 has an EXIF orientation that means nothing; it is not turned",)
+    seen = Look(name, defect, (), hashlib.sha256(image.tobytes()).hexdigest(), image.size, odd=odd)
+    if min(image.size) < LEAST_SIDE:
+        side = f"DF130 {name}: is {image.width}x{image.height}; give an image of at least {LEAST_SIDE} pixels a side"
+        return dataclasses.replace(seen, problems=(side,))
+    if render is None:
+        missing = () if defect == "good" else (f"DF142 {name}: its mask is missing; add it",)
+        return dataclasses.replace(seen, problems=missing)
+    try:
+        inside = render()
+    except UNREADABLE as error:
+        return dataclasses.replace(seen, problems=(f"DF103 {name}: its mask cannot be read: {error}",))
+    if problems := area_problems(name, image.size, inside):
+        return dataclasses.replace(seen, problems=tuple(problems))
     rows, columns = ((np.arange(grid) * side) // grid for side in inside.shape)
-    return Look(
-        name,
-        row.defect,
-        (),
-        pixels,
-        image.size,
-        float(inside.mean()),
-        int(to_grid(inside, grid).sum()),
-        int(inside[np.ix_(rows, columns)].sum()),
+    return dataclasses.replace(
+        seen,
+        area=float(inside.mean()),
+        cells=int(to_grid(inside, grid).sum()),
+        nearest=int(inside[np.ix_(rows, columns)].sum()),
+        mask=hashlib.sha256(np.packbits(inside).tobytes()).hexdigest(),
     )
 
 
-def suspicions(looks: Sequence[Look], references: set[str]) -> list[str]:
+def area_problems(name: str, size: tuple[int, int], inside: np.ndarray, what: str = "mask") -> list[str]:
+    """What is wrong with an (H, W) mask, or another area, of an image of this (W, H); only a mask must not be full."""
+    height, width = inside.shape
+    if size != (width, height):
+        hint = ": one is turned; give both one EXIF orientation" if size == (height, width) else "; they must match"
+        return [f"DF140 {name}: the image is {size[0]}x{size[1]}, its {what} {width}x{height}{hint}"]
+    if not inside.any():
+        return [f"DF145 {name}: its {what} is empty; mark the area, or remove the pair"]
+    if inside.all() and what == "mask":
+        return [f"DF146 {name}: its mask covers the whole image; mark the defect only"]
+    return []
+
+
+def check_pairs(references: Dataset, *more: Dataset, resolution: int = 512, grid: int = 64) -> list[str]:
+    """Proves that every image of a defect split, and of more splits, is fit to train; returns what is suspicious.
+
+    Args:
+        resolution: of the training to come; `grid` is the side of its latent grid.
+
+    Raises:
+        InputError: no images at all (DF163), or all problems that `look_at` finds.
+    """
+    if not len(references):
+        raise InputError("DF163 no defect images to train on; check --defect and --split")
+    looks = [_look_at_row(row, grid) for split in (references, *more) for row in _encoded(split)]
+    if problems := [problem for seen in looks for problem in seen.problems]:
+        raise InputError(*problems)
+    return suspicions(looks, set(references["source_file"]), resolution)
+
+
+def problems_of(rows: Iterable[Row], root: str | Path) -> list[str]:
+    """All problems of the defect images among `rows`."""
+    return [problem for row in rows if row.mask for problem in look(row, root, 1).problems]
+
+
+def _encoded(split: Dataset) -> Dataset:
+    lazy = datasets.Image(decode=False)
+    return split.cast_column("image", lazy).cast_column("mask", lazy)
+
+
+def _look_at_row(row: dict, grid: int) -> Look:
+    name, image, mask = row["source_file"], row["image"], row["mask"]
+    if image is None:
+        return Look(name, row["defect"], (f"DF103 {name}: its row holds no image",))
+    return look_at(name, row["defect"], _file(image), (lambda: _read_mask(mask)) if mask else None, grid)
+
+
+def _file(encoded: dict) -> Path | io.BytesIO:
+    return Path(encoded["path"]) if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
+
+
+def _read_mask(encoded: dict) -> np.ndarray:
+    file = _file(encoded)
+    return MaskFiles((file,)).render() if isinstance(file, Path) else binarise(open_image(file))
+
+
+def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> list[str]:
     """What a person should look at, a line each; nothing here stops a training.
 
-    DF150 more than half of every mask is white (inverted?), DF151 a defect of fewer than four latent cells, DF153 one
-    picture twice, DF154 a picture both among the references and held out, or both defective and good.
+    What `oddities` finds, DF114 a link, DF124 one colour, DF131 long and thin, DF132 enlarged, DF150 inverted masks,
+    DF151 a defect of fewer than four latent cells, DF153 one picture twice, DF154 a picture both among the references
+    and held out, or both defective and good, DF155 one mask for all.
 
     Args:
         references: names of the images that train.
+        resolution: of the training to come.
     """
-    notes = []
-    marked = [x for x in looks if x.area]
+    notes = odd_lines(looks)
+    opened, marked = [x for x in looks if x.size[0]], [x for x in looks if x.area]
+    long = [x.name for x in opened if max(x.size) > MOST_ASPECT * min(x.size)]
+    if long:
+        notes.append(
+            f"DF131 {_some(long)}: over {MOST_ASPECT} times as long as wide, squeezed to a square; zoom, or cut it up"
+        )
+    small = {x.name: resolution / min(x.size) for x in opened if min(x.size) < resolution}
+    if small:
+        times = f"{max(small.values()):.1f} times"
+        notes.append(f"DF132 {_some(list(small))}: enlarged up to {times} to {resolution} pixels; lower --resolution")
     if marked and all(x.area > 0.5 for x in marked):
         notes.append(f"DF150 all {len(marked)} masks are more than half white; are they inverted?")
+    elif full := [x.name for x in marked if x.area > 0.9]:
+        notes.append(f"DF150 {_some(full)}: the mask covers more than 90 % of the image; is it inverted?")
+    if len(marked) > 1 and len({x.mask for x in marked}) == 1:
+        notes.append(f"DF155 all {len(marked)} masks are the same; is each that of its image?")
     notes += [
-        f"DF151 {x.name}: its defect is {x.cells} cells of the latent grid; train at a higher resolution"
+        f"DF151 {x.name}: its defect is {x.cells} cells of the latent grid; zoom, or train at a higher resolution"
         for x in marked
         if x.cells < 4
     ]
     same: dict[str, list[Look]] = {}
-    for x in looks:
-        if x.pixels:
-            same.setdefault(x.pixels, []).append(x)
+    for x in opened:
+        same.setdefault(x.pixels, []).append(x)
     for group in (group for group in same.values() if len(group) > 1):
-        names = ", ".join(x.name for x in group[:4]) + (f" and {len(group) - 4} more" if len(group) > 4 else "")
+        names = _some([x.name for x in group])
         kinds = {"good" if x.defect == "good" else "reference" if x.name in references else "held out" for x in group}
         if len(kinds) > 1:
             notes.append(f"DF154 {names}: the same picture, {' and '.join(sorted(kinds))}; keep one")
         else:
             notes.append(f"DF153 {names}: the same picture; keep one")
-    return notes
+    return [one_line(note) for note in notes]
+
+
+def odd_lines(looks: Iterable[Look]) -> list[str]:
+    """A line for each kind of oddity, with the names of the images."""
+    names: dict[str, list[str]] = {}
+    for x in looks:
+        for kind in x.odd:
+            names.setdefault(kind, []).append(x.name)
+    return [one_line(f"{kind[:5]} {_some(found)}: {kind[6:]}") for kind, found in names.items()]
+
+
+def passed_over(rows: Iterable[Row], root: Path) -> list[str]:
+    """A line (DF107) of what lies beside the images and is not read, if anything."""
+    files = sorted(f for folder in {row.image.parent for row in rows} for f in folder.iterdir() if f.name[0] != ".")
+    known = IMAGE_EXTENSIONS | BESIDE_IMAGES | {""}
+    strange = [
+        f for f in files if (f.suffix.lower() in IMAGE_EXTENSIONS if f.is_dir() else f.suffix.lower() not in known)
+    ]
+    names = [f.relative_to(root).as_posix() for f in strange]
+    read = ", ".join(sorted(IMAGE_EXTENSIONS))
+    return [one_line(f"DF107 {_some(names)}: not read; only files of {read} are; convert it")] if names else []
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,6 +1,7 @@
 """Which layout a folder has, the objects at or below it, and the rows of one."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import annotations, layouts
@@ -33,6 +34,9 @@ ANNOTATIONS: Layouts = {
 }
 LAYOUTS = FOLDERS | ANNOTATIONS
 
+NAME = re.compile(r"\w[\w \-.+,()&]{0,99}")
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
+
 
 def layout_of(folder: Path, layout: str = "auto") -> str | None:
     """The layout's name, or None if `folder` is not one object of a known layout, or not of the wanted one.
@@ -58,7 +62,7 @@ def find_objects(root: str | Path, layout: str = "auto") -> dict[str, Path]:
 
     Raises:
         InputError: no such folder (DF160), or nothing in it has a known layout, or the wanted one, or it may have
-            several (DF161), or an object is in two folders (DF162).
+            several (DF161), or an object is in two folders or has a name that `check_names` refuses (DF162).
     """
     root = Path(root).expanduser().resolve()
     if layout not in ("auto", *LAYOUTS):
@@ -78,6 +82,7 @@ def find_objects(root: str | Path, layout: str = "auto") -> dict[str, Path]:
     ]
     if twice:
         raise InputError(*twice)
+    check_names(objects, root)
     if not objects:
         parent = next((p for p in root.parents if any(fits(p) for fits, _ in FOLDERS.values())), None)
         found = sorted(f.name for f in root.iterdir())[:8]
@@ -92,6 +97,16 @@ def find_objects(root: str | Path, layout: str = "auto") -> dict[str, Path]:
     return dict(sorted(objects.items()))
 
 
+def check_names(names: Iterable[str], source: str | Path) -> None:
+    """Raises InputError (DF162) if a name cannot be that of a folder, a file and a model card everywhere."""
+    wrong = [name for name in names if not NAME.fullmatch(name) or RESERVED.fullmatch(name)]
+    if wrong:
+        told = "may hold letters, digits, spaces and _-.+,()&, a letter or digit first, 100 at most, and be no CON"
+        raise InputError(
+            *(f"DF162 {source}: an object cannot be called '{name}': it {told}; rename it" for name in wrong)
+        )
+
+
 def _names(folder: Path, layout: str) -> list[str]:
     """The names of the objects of which `folder` holds the images: its own, or those of its table."""
     found = layout_of(folder, layout)
@@ -99,12 +114,13 @@ def _names(folder: Path, layout: str) -> list[str]:
     return sorted({row.object for row in rows if row.object}) or ([folder.name] if found else [])
 
 
-def read_object(root: Path, name: str, layout: str = "auto") -> list[Row]:
+def read_object(root: str | Path, name: str, layout: str = "auto") -> list[Row]:
     """All rows of the object of this name at `root`, by the reader of its layout.
 
     Raises:
         InputError: no known layout or several (DF161), or what the reader finds.
     """
+    root = Path(root)
     found = layout_of(root, layout)
     if found is None:
         raise InputError(f"DF161 {root}: no known layout")

@@ -14,8 +14,13 @@ class InputError(ValueError):
     """
 
     def __init__(self, *problems: str):
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        self.problems = tuple(one_line(problem) for problem in problems)
+        super().__init__("\n".join(self.problems))
+
+
+def one_line(text: str) -> str:
+    """The text with all that is not printable (line ends, escape codes, in names above all) spelt out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,45 +1,101 @@
 """Images between files, tensors and pictures for people."""
 
+import io
+import os
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 
 # What Pillow raises for files that it, or `load_image`, cannot make sense of.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
+ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 
 FULL_16_BITS = 65535
 FULL_12_BITS = 4095
 ORIENTATION = 0x0112  # EXIF
 
 
+def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
+    """An image file, opened but not decoded.
+
+    Raises:
+        OSError: no file that may be read, no image, more than one picture, or more pixels than Pillow thinks safe.
+    """
+    if isinstance(file, Path) and not file.is_file():  # a pipe would be waited for
+        raise OSError(f"it is a {'link to nothing' if file.is_symlink() else 'pipe or the like'}; put a file there")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(file)
+            frames = getattr(image, "n_frames", 1)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise OSError(f"it is too large; make it smaller: {error}") from error
+        except (UnidentifiedImageError, TypeError, EOFError) as error:
+            with file.open("rb") if isinstance(file, Path) else file as stream:
+                stream.seek(0)
+                start = stream.read(24)
+            told = f"it is no image: it begins with {start!r}" if start else "it is empty"
+            raise OSError(f"{told}; copy it again, or remove it") from error
+    if frames > 1 and image.format != "MPO":  # the further pictures of a telephone's JPEG are previews
+        raise OSError(f"it has {frames} frames or pages; save the one that counts as a file of its own")
+    return image
+
+
+def oddities(image: ImageFile.ImageFile) -> tuple[str, ...]:
+    """What is odd, though it is read, of an image file just opened, not yet decoded: "DFnnn what"."""
+    by_name = Image.registered_extensions().get(Path(os.fsdecode(image.filename)).suffix.lower(), image.format)
+    odd = {
+        f"DF104 does not end as {image.format} does; was it cut off, or something added?": not _ends(image),
+        f"DF105 is {image.format} by its content; rename it": image.format not in (by_name, "MPO"),
+        "DF120 has 16 bits a channel, of which 8 are kept": has_16_bits(image),
+        "DF122 is black and white only": image.mode == "1",
+        f"DF125 is in {image.mode}, converted to RGB without a colour profile": image.mode in ("CMYK", "LAB", "YCbCr"),
+    }
+    return tuple(note for note, there in odd.items() if there)
+
+
+def _ends(image: ImageFile.ImageFile) -> bool:
+    """Whether the file ends as all of its format do."""
+    end, stream = ENDS.get(image.format or "", b""), image.fp
+    if not end or stream is None:
+        return True
+    place = stream.tell()
+    stream.seek(-len(end), os.SEEK_END)
+    tail = stream.read()
+    stream.seek(place)
+    return tail == end
+
+
 def load_image(image: Image.Image) -> Image.Image:
     """An image file's pixels as 8-bit RGB, turned the way its EXIF tag says; 16-bit grey is scaled by its full range.
 
     Raises:
-        ValueError: float or 32-bit pixels, 16 bits of which 12 or fewer are used, or transparent pixels: 8-bit RGB
-            would show something else.
-        OSError: damaged or cut off.
+        ValueError: a damaged file; or float or 32-bit pixels, 16 bits of which 12 or fewer are used, or transparent
+            pixels: 8-bit RGB would show something else.
     """
+    try:
+        image.load()
+    except UNREADABLE as error:
+        raise ValueError(f"it is damaged; copy it again, or remove it: {error}") from error
     if image.mode.startswith("I;16"):
         return Image.fromarray(_eight_bits(np.asarray(ImageOps.exif_transpose(image)))).convert("RGB")
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"it has more than 16 bits a channel (mode {image.mode}); convert it to 8 bits")
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise ValueError("it has transparent pixels; flatten it onto a background")
-    image.load()
     upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
     return upright if upright.mode == "RGB" else upright.convert("RGB")  # no copy of large images without need
 
 
 def upright_size(file: Path) -> tuple[int, int]:
     """(W, H) of an image file turned the way its EXIF tag says, from its header."""
-    with Image.open(file) as image:
+    with open_image(file) as image:
         turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else (image.width, image.height)
 

@@ -4,14 +4,14 @@ import csv
 import dataclasses
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .errors import InputError
-from .images import UNREADABLE
+from .images import UNREADABLE, open_image
 from .masks import MaskFiles, MaskShapes
 
 
@@ -40,11 +40,11 @@ class Row:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files directly in `folder`, sorted by name; hidden files and other formats are passed over."""
+    """The image files directly in `folder`, sorted by name; hidden ones and other formats are passed over."""
     if not folder.is_dir():
         return []
     files = (f for f in folder.iterdir() if f.suffix.lower() in IMAGE_EXTENSIONS and not f.name.startswith("."))
-    return sorted(f for f in files if f.is_file())
+    return sorted(f for f in files if not f.is_dir())
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -52,10 +52,15 @@ def folders_in(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] != ".") if folder.is_dir() else []
 
 
+def _spelt(stem: str) -> str:
+    return unicodedata.normalize("NFC", stem)
+
+
 def pair_masks(images: list[Path], masks: list[Path], root: Path) -> tuple[dict[Path, tuple[Path, ...]], list[str]]:
     """Pairs 007.png with its masks, by stem and never by order, and lists what does not fit.
 
-    Masks are 007.png, 007_mask.png (or gt, label, seg), several 007_mask_1.png ..., or a folder 007.
+    Masks are 007.png, 007_mask.png (or gt, label, seg), several 007_mask_1.png ..., or a folder 007. However a name
+    is spelt in Unicode (macOS takes accents apart), it is the same name.
 
     Returns:
         the masks of each image that has them, and the problems (DF142 mask missing, DF143 mask without an image,
@@ -65,10 +70,10 @@ def pair_masks(images: list[Path], masks: list[Path], root: Path) -> tuple[dict[
     numbered: dict[str, list[Path]] = {}
     images_of: dict[str, list[Path]] = {}
     for image in images:
-        images_of.setdefault(image.stem, []).append(image)
+        images_of.setdefault(_spelt(image.stem), []).append(image)
     problems = []
     for mask in masks:
-        stem = mask.name if mask.is_dir() else mask.stem
+        stem = _spelt(mask.name if mask.is_dir() else mask.stem)
         suffix = None if stem in images_of else MASK_SUFFIX.search(stem)
         stem = stem[: suffix.start()] if suffix else stem
         (numbered if suffix and suffix[2] else whole).setdefault(stem, []).append(mask)
@@ -262,7 +267,7 @@ def read_ksdd2(root: Path) -> list[Row]:
         problems += wrong
         for image, found in pairs.items():
             try:
-                marked = any(np.asarray(Image.open(mask)).any() for mask in found)
+                marked = any(np.asarray(open_image(mask)).any() for mask in found)
             except UNREADABLE as error:
                 problems.append(f"DF103 {image.relative_to(root)}: its mask cannot be read: {error}")
                 continue

@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco_mask
 from skimage import draw
 
-from .images import FULL_16_BITS, load_image
+from .images import FULL_16_BITS, UNREADABLE, load_image, open_image
 
 
 def binarise(mask: Image.Image) -> np.ndarray:
-    """The (H, W) bool array of a mask file: True where it is brighter than half of its brightest pixel.
+    """The (H, W) bool array of a mask file: True where any channel is above half of its greatest value.
 
     So 0/255 and 0/1 codings both work, in 8 and in 16 bits, and the ringing of a JPEG mask stays out.
 
@@ -27,15 +27,15 @@ def binarise(mask: Image.Image) -> np.ndarray:
     if colours > 2:
         raise ValueError(f"the mask has {colours} palette colours; save it as black and white")
     if mask.mode.startswith("I;16"):
-        upright, full = ImageOps.exif_transpose(mask), FULL_16_BITS
+        values, full = np.asarray(ImageOps.exif_transpose(mask)), FULL_16_BITS
     else:
         plain = mask.mode in ("1", "L") and not mask.has_transparency_data  # large ones need no colours in between
-        upright, full = (ImageOps.exif_transpose(mask) if plain else load_image(mask)).convert("L"), 255
-    grey = np.asarray(upright)
-    peak = int(grey.max())
+        values = np.asarray(ImageOps.exif_transpose(mask).convert("L") if plain else load_image(mask))
+        values, full = values if plain else values.max(axis=-1), 255
+    peak = int(values.max())
     if 1 < peak <= full // 2:
         raise ValueError(f"the mask's brightest value is {peak}; code it as 0 and {full}, or as 0 and 1")
-    return grey > peak // 2
+    return values > peak // 2
 
 
 def nonzero(mask: Image.Image) -> np.ndarray:
@@ -89,11 +89,15 @@ class MaskFiles:
         """The (H, W) bool array.
 
         Raises:
-            ValueError: files of different sizes, or what `binarise` says.
-            OSError: a file that cannot be read.
+            ValueError: a file that cannot be read, files of different sizes, or what `binarise` says.
         """
         read = nonzero if self.nonzero else binarise
-        parts = {path: read(Image.open(path)) for path in self.paths}
+        parts = {}
+        for path in self.paths:
+            try:
+                parts[path] = read(open_image(path))
+            except UNREADABLE as error:
+                raise ValueError(f"{path.name}: {error}") from error
         if len({part.shape for part in parts.values()}) > 1:
             sizes = ", ".join(f"{path.name} {part.shape[1]}x{part.shape[0]}" for path, part in parts.items())
             raise ValueError(f"its mask files differ in size: {sizes}")

@@ -13,7 +13,7 @@ from .layouts import Row
 SPLIT_RULES = ("auto", "first_third", "all")
 
 
-def split_rows(rows: list[Row], root: Path, rule: str) -> dict[str, list[Row]]:
+def split_rows(rows: list[Row], root: str | Path, rule: str) -> dict[str, list[Row]]:
     """The rows of the splits train (reference defects), test (held-out defects) and good.
 
     Args:
@@ -42,7 +42,7 @@ def split_rows(rows: list[Row], root: Path, rule: str) -> dict[str, list[Row]]:
     }
 
 
-def _rows_of_file(defects: list[Row], root: Path, file: Path) -> set[Row]:
+def _rows_of_file(defects: list[Row], root: str | Path, file: Path) -> set[Row]:
     try:
         split = json.loads(file.read_text())
         train, test = set(split["train"]), set(split["test"])

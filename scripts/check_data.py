@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defectfill.files import write_json  # noqa: E402
 from defectfill_dataset import LAYOUTS, InputError, exit_on_input_error, load_image  # noqa: E402
-from defectfill_dataset.checks import Look, look, suspicions  # noqa: E402
+from defectfill_dataset.checks import Look, look, passed_over, suspicions  # noqa: E402
 from defectfill_dataset.discovery import find_objects, read_object  # noqa: E402
+from defectfill_dataset.errors import did_you_mean, one_line  # noqa: E402
 from defectfill_dataset.layouts import Row, RowsError  # noqa: E402
 from defectfill_dataset.splits import split_rows  # noqa: E402
 
@@ -49,8 +50,8 @@ def check_object(root: Path, name: str, args: argparse.Namespace) -> tuple[dict,
     references = {row.image.relative_to(root).as_posix() for row in splits["train"]}
     report = {
         "object": name,
-        "problems": problems,
-        "suspicious": suspicions(looks, references),
+        "problems": [one_line(problem) for problem in problems],
+        "suspicious": suspicions(looks, references, args.resolution) + passed_over(rows, root),
         "references": len(references),
         "held_out": len(splits["test"]),
         "defects": {defect: figures([x for x in looks if x.defect == defect]) for defect in
@@ -121,7 +122,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     objects = find_objects(args.data_dir, args.layout)
     if args.object and args.object not in objects:
-        raise InputError(f"DF162 --object {args.object}: not in {args.data_dir}; there are {', '.join(objects)}")
+        raise InputError(f"DF162 --object {args.object}: not in {args.data_dir}.{did_you_mean(args.object, objects)}")
     reports = []
     for name, root in objects.items():
         if args.object not in (None, name):

@@ -79,8 +79,11 @@ def test_what_is_suspicious_is_told_and_does_not_stop(tmp_path, capsys):
 
 
 def test_small_defects_are_named_with_what_is_left_of_them():
-    looks = [Look(f"{i}.png", "hole", (), str(i), (512, 512), 0.001, cells) for i, cells in enumerate((1, 3, 4))]
-    assert [note[:15] for note in suspicions(looks, set())] == ["DF151 0.png: it", "DF151 1.png: it"]
+    looks = [
+        Look(f"{i}.png", "hole", (), str(i), (512, 512), 0.001, cells, mask=str(i))
+        for i, cells in enumerate((1, 3, 4))
+    ]
+    assert [note[:15] for note in suspicions(looks, set(), 512)] == ["DF151 0.png: it", "DF151 1.png: it"]
     assert check_data.shortened([str(i) for i in range(25)])[-1] == "and 5 more like these"
 
 

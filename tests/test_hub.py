@@ -115,7 +115,7 @@ def test_a_failed_push_keeps_the_weights_and_says_how_to_push_them(hub, train, t
     with pytest.raises(RuntimeError) as caught:
         train("--push_to_hub", "--hub_model_id", "ann/lora", "--push_timeout", "3")
     told = str(caught.value)
-    assert "The weights are safe in" in told and "hf upload ann/lora" in told
+    assert "All is safe in" in told and "hf upload ann/lora" in told
     assert (
         read_lora(tmp_path / "out").record["resolution"] == RESOLUTION and (tmp_path / "out/run_record.json").exists()
     )

@@ -1,5 +1,6 @@
 """Cards and the Hub: checked at the start of a run, pushed at its end, nothing but an allow-list."""
 
+import hashlib
 import html
 import re
 import shlex
@@ -12,7 +13,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, Mode
 
 from defectfill_dataset import InputError
 
-from .files import replacing
+from .files import replacing, visible_files
 from .lora_file import LORA_FILE
 
 
@@ -115,7 +116,7 @@ SPLITS_IN_WORDS = {
 
 def escaped(text: str) -> str:
     """The text on one line, as Markdown shows it: no HTML, link, code or table cell of its own."""
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return re.sub(r"([\\`*_\[\]()|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def check_hub(repo_id: str | None, public: bool, default_name: str, repo_type: str = "model") -> str:
@@ -202,13 +203,18 @@ def write_dataset_card(
     own_good = file_format == "imagefolder" and "good" in paths  # `datasets` takes no column of masks that has none
     configs = {"default": [name for name in paths if not (own_good and name == "good")]}
     configs |= {"good": ["good"]} if own_good else {}
+    digest = _content_digest(folder)  # the cache of `datasets` knows a local folder by its name and its card alone
     data = DatasetCardData(
         license=license,
         task_categories=["image-segmentation"],
         tags=["anomaly-detection", "defect-detection", "defectfill"],
         size_categories=size_category(counts.total()),
         configs=[
-            {"config_name": config, "data_files": [{"split": name, "path": paths[name]} for name in names]}
+            {
+                "config_name": config,
+                "description": f"sha256 {digest}",
+                "data_files": [{"split": name, "path": paths[name]} for name in names],
+            }
             for config, names in configs.items()
         ],
     )
@@ -231,6 +237,14 @@ def write_dataset_card(
     )
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(str(card), encoding="utf-8")
+
+
+def _content_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name, file in visible_files(folder).items():
+        with file.open("rb") as stream:
+            digest.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _source_in_words(source: str | None) -> str:

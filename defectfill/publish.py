@@ -92,8 +92,8 @@ The split: {{ split }}.
 Each row has `image`, `mask`, `object`, `defect` and `source_file` (the image's name at its source).
 A mask is a PNG of its image's size, upright: 255 inside the defect, 0 outside; good images have none.
 {% if bared %}
-{{ bared }} image{{ "" if bared == 1 else "s" }} carried EXIF, XMP or IPTC data (place, camera, time): written as PNG,
-upright, without it. All others are the source's files, byte for byte.
+{{ bared }} image{{ "" if bared == 1 else "s" }} held EXIF data (place, camera, time): written as PNG, upright, without
+metadata. All others are the source's files, byte for byte.
 {% else %}
 Images are the source's files, byte for byte.
 {% endif %}
@@ -193,7 +193,7 @@ def write_dataset_card(
         counts: number of images of each (object, defect, split).
         file_format: "parquet" or "imagefolder".
         split: a rule of `split_rows`, or a split file.
-        bared: number of images that were written without what they told besides their pixels.
+        bared: number of images that were written without their metadata.
     """
     paths = {
         name: f"data/{name}-*" if file_format == "parquet" else f"{name}/**"

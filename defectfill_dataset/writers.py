@@ -22,17 +22,20 @@ from .masks import MaskFiles, MaskShapes
 
 SHARD_BYTES, GROUP_BYTES = 500 << 20, 32 << 20  # of a Parquet file, and of what is held in memory
 ORIENTATION = 0x0112
-TIFF_LAYOUT = {  # the tags that say where a TIFF file's pixels are, and how they are coded
+TIFF_OWN = {  # the tags of a TIFF file that are not EXIF: where its pixels are and how they are coded, XMP, IPTC, ICC
     *(254, 255, 256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 282, 283, 284, 296, 317, 320, 322, 323),
-    *(324, 325, 338, 339, 347, 530, 531, 532),
+    *(324, 325, 338, 339, 347, 530, 531, 532, 700, 33723, 34377, 34675),
 }
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
 
 
 def tells_more(image: Image.Image) -> bool:
-    """Whether an image just opened holds XMP, IPTC, or EXIF besides its orientation: a place, a camera, a time."""
-    known = TIFF_LAYOUT if image.format == "TIFF" else {ORIENTATION}
-    return bool(image.getexif().keys() - known or {"xmp", "photoshop"} & image.info.keys())
+    """Whether an image just opened holds EXIF besides its orientation (a place, a camera, a time), or a place in XMP.
+
+    Other XMP and IPTC may stay: there is where datasets such as MVTec AD keep the notice of their licence.
+    """
+    known = TIFF_OWN if image.format == "TIFF" else {ORIENTATION}
+    return bool(image.getexif().keys() - known) or b"GPS" in image.info.get("xmp", b"")
 
 
 def image_bytes(file: Path) -> tuple[bytes, bool]:
@@ -89,7 +92,7 @@ def _groups(examples: Iterable[dict]) -> Iterator[list[dict]]:
 def write_parquet(folder: Path, split: str, examples: Iterable[dict]) -> None:
     """data/train-00000-of-00002.parquet and so on, with the images in them, each `SHARD_BYTES` or little more."""
     (folder / "data").mkdir(exist_ok=True)
-    groups, shards = _groups(examples), []
+    groups, shards = _groups(examples), list[Path]()
     for first in groups:
         shards.append(folder / f"data/{split}-{len(shards)}")
         with shards[-1].open("wb") as stream, pq.ParquetWriter(stream, FEATURES.arrow_schema) as writer:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from conftest import RESOLUTION, make_mvtec, make_seed_layout, write_image, write_mask
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from test_formats import EXAMPLES, make_metadata, write_lines
 
 import train_defectfill
@@ -224,7 +225,7 @@ def test_a_photo_that_tells_its_place_becomes_a_bare_png_of_the_same_pixels(tmp_
         Image.open(root / f"masks/{name}.png").crop((0, 0, 32, 48)).save(root / f"masks/{name}.png")
     before = originals(root, "all")
     run(root, tmp_path / "out", "--format", file_format, "--split", "all")
-    told = "1 of 2 images told more than their pixels (EXIF, XMP or IPTC): written as PNG, upright, without it"
+    told = "1 of 2 images held EXIF data, or a place in XMP: written as PNG, upright, without metadata"
     assert told in capsys.readouterr().out and "1 image" in (tmp_path / "out/README.md").read_text()
     rows = datasets.load_dataset(str(tmp_path / "out"))["train"]
     assert pixels({"train": rows}) == before
@@ -251,16 +252,19 @@ def test_pixels_of_any_mode_are_kept(tmp_path, mode):
     assert mode != "I;16" or np.array_equal(np.sort(bare, axis=None), np.sort(values, axis=None))  # all 16 bits
 
 
-def test_what_tells_more_than_pixels(tmp_path):
-    image = Image.new("RGB", (8, 8))
-    image.save(tmp_path / "plain.jpg"), image.save(tmp_path / "plain.tif", compression="tiff_lzw", dpi=(300, 300))
-    image.save(tmp_path / "xmp.jpg", xmp=b"<x:xmpmeta>home</x:xmpmeta>")
-    iptc = b"Photoshop 3.0\x008BIM\x04\x04\x00\x00\x00\x00\x00\x0c\x1c\x02\x5a\x00\x06Munich\x00"
-    plain = (tmp_path / "plain.jpg").read_bytes()
-    segment = b"\xff\xed" + (len(iptc) + 2).to_bytes(2, "big") + iptc
-    (tmp_path / "iptc.jpg").write_bytes(plain[:2] + segment + plain[2:])
-    changed = {f.name: writers.image_bytes(f)[1] for f in tmp_path.iterdir()}
-    assert changed == {"plain.jpg": False, "plain.tif": False, "xmp.jpg": True, "iptc.jpg": True}
+def test_a_place_in_xmp_goes_and_a_licence_in_it_stays(tmp_path):
+    image, notice = Image.new("RGB", (8, 8)), b"<x:xmpmeta>CC BY-NC-SA 4.0</x:xmpmeta>"
+    place = b"<x:xmpmeta><exif:GPSLatitude>48,8N</exif:GPSLatitude></x:xmpmeta>"
+    for suffix in ("jpg", "webp"):
+        image.save(tmp_path / f"notice.{suffix}", xmp=notice), image.save(tmp_path / f"place.{suffix}", xmp=place)
+    for name, xmp in (("notice", notice), ("place", place)):
+        text = PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        image.save(tmp_path / f"{name}.png", pnginfo=text)
+        image.save(tmp_path / f"{name}.tif", tiffinfo={700: xmp}, compression="tiff_lzw", dpi=(300, 300))
+    for file in tmp_path.iterdir():
+        content, changed = writers.image_bytes(file)
+        assert changed == (file.stem == "place") == (content != file.read_bytes()) and b"GPS" not in content
 
 
 # The card

@@ -106,14 +106,14 @@ def write_parquet(folder: Path, split: str, examples: Iterable[dict]) -> None:
 
 def write_imagefolder(folder: Path, split: str, examples: Iterable[dict]) -> None:
     """train/images/00000.jpg, train/masks/00000.png and their table train/metadata.jsonl."""
-    for kind in ("images", "masks"):
-        (folder / split / kind).mkdir(parents=True)
+    (folder / split / "images").mkdir(parents=True)
     with (folder / split / "metadata.jsonl").open("w") as table:
         for number, example in enumerate(examples):
             image = f"images/{number:05d}{Path(example['image']['path']).suffix.lower()}"
             mask = f"masks/{number:05d}.png" if example["mask"] else None
             (folder / split / image).write_bytes(example["image"]["bytes"])
             if mask:
+                (folder / split / "masks").mkdir(exist_ok=True)
                 (folder / split / mask).write_bytes(example["mask"]["bytes"])
             names = {key: example[key] for key in ("object", "defect", "source_file")}
             table.write(json.dumps({"file_name": image, "mask_file_name": mask, **names}) + "\n")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from test_formats import EXAMPLES, make_metadata, write_lines
 
 import train_defectfill
-from defectfill.publish import escaped
+from defectfill.files import sole_writer
+from defectfill.publish import escaped, size_category
 from defectfill_dataset import (
     InputError,
     binarise,
@@ -312,8 +314,6 @@ def test_names_in_a_card_are_words_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("number, size", [(1, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (12345, "10K<n<100K")])
 def test_sizes_are_named_as_the_hub_does(number, size):
-    from defectfill.publish import size_category
-
     assert size_category(number) == size
 
 
@@ -384,3 +384,14 @@ def test_a_crash_leaves_nothing_that_looks_whole_and_the_next_run_mends_it(tmp_p
     shutil.rmtree(out / "good"), (out / "README.md").unlink()  # killed between two of the moves
     run(data, out, "--format", "imagefolder")
     assert contents(out) == whole and not list(out.glob(".tmp*"))
+
+
+def test_the_card_comes_last_and_one_process_at_a_time(tmp_path, data, monkeypatch):
+    out, moved = tmp_path / "out", []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (moved.append(Path(new)), replace(old, new)))
+    run(data, out, "--format", "imagefolder")
+    names = [path.name for path in moved if path.parent == out]
+    assert sorted(names[:-1]) == ["good", "test", "train"] and names[-1] == "README.md"
+    with sole_writer(out):
+        assert told(data, out)[0].startswith("DF191")

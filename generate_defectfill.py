@@ -44,8 +44,10 @@ from defectfill_dataset import (
     MaskSource,
     Placed,
     PlacedShapes,
+    Zoom,
     binarise,
     cover,
+    cut,
     derive_seed,
     exit_on_input_error,
     find_foreground,
@@ -59,6 +61,7 @@ from defectfill_dataset import (
     reference_shapes,
     tensor_image,
     to_grid,
+    zoom_boxes,
 )
 from defectfill_dataset.errors import did_you_mean
 from defectfill_dataset.images import UNREADABLE, has_16_bits
@@ -217,7 +220,7 @@ def composite(image: Image.Image, candidate: torch.Tensor, mask: np.ndarray) -> 
 
 
 CELL = 160  # pixels a side of a contact sheet's pictures
-SHEET_ROWS = 24
+SHEET_CASES = 24  # on the contact sheet
 
 
 def contact_row(
@@ -238,15 +241,14 @@ def contact_row(
     return row
 
 
-def write_contact_sheet(rows: list[Path], path: Path) -> None:
-    """Stacks the first `SHEET_ROWS` rows into one picture."""
-    pictures = [Image.open(row) for row in rows[:SHEET_ROWS]]
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """The pictures one below the other."""
     sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
     top = 0
     for picture in pictures:
         sheet.paste(picture, (0, top))
         top += picture.height
-    save_picture(sheet, path)
+    return sheet
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
@@ -377,13 +379,47 @@ def check_cases(cases: list[Case]) -> None:
         raise InputError(*problems)
 
 
+class Painted(NamedTuple):
+    """One window with each candidate in it, their scores (NaN for a broken one), and which is kept."""
+
+    pictures: list[Image.Image]
+    scores: list[float]
+    chosen: int
+
+
+def best_of(
+    pipe: StableDiffusionInpaintPipeline,
+    scorer: Scorer | None,
+    image: Image.Image,
+    mask: np.ndarray,
+    prompt: str,
+    resolution: int,
+    seeds: list[int],
+    **sampling,
+) -> Painted:
+    """Paints a candidate a seed into a good image, (H, W), where the (H, W) mask says, and chooses.
+
+    Raises:
+        FloatingPointError: no candidate has a finite score.
+    """
+    grid = to_grid(mask, resolution // pipe.vae_scale_factor)
+    normal = image_tensor(image, resolution)
+    candidates = paint(pipe, normal, grid, prompt, seeds, **sampling)
+    normal, inside = (normal / 2 + 0.5).to(candidates.device), to_grid(mask, resolution).to(candidates.device)
+    pasted = torch.where(inside > 0.5, candidates, normal)  # what the composite will hold, at the model's size
+    scores = scorer(pasted, normal, inside) if scorer else [0.0] * len(seeds)
+    whole = candidates.isfinite().flatten(1).all(dim=1).tolist()  # half precision may overflow
+    scores = [score if ok else math.nan for score, ok in zip(scores, whole)]
+    return Painted([composite(image, candidate, mask) for candidate in candidates], scores, select(scores))
+
+
 def generate(
     pipe: StableDiffusionInpaintPipeline,
     case: Case,
     source: MaskSource | None,
     scorer: Scorer | None,
+    zoom: Zoom | None,
     output_dir: Path,
-    prompt: str,
     resolution: int,
     num_candidates: int,
     seed: int,
@@ -391,32 +427,30 @@ def generate(
 ) -> dict | None:
     """Paints one case, writes its image, mask and contact row, and returns its line of the manifest.
 
+    One window after the other, each on what the earlier ones left to paint, so that the tiles of a crack join.
     None, and nothing written, where its mask finds no place.
     """
     began = time.monotonic()
     image, placed = case.draw(seed, source)
     if placed is None:
         return None
-    mask = placed.mask
-    grid = to_grid(mask, resolution // pipe.vae_scale_factor)
-    normal = image_tensor(image, resolution)
-    seeds = [case.derive_seed(seed, i) for i in range(num_candidates)]
-    candidates = paint(pipe, normal, grid, prompt, seeds, **sampling)
-    normal, inside = (normal / 2 + 0.5).to(candidates.device), to_grid(mask, resolution).to(candidates.device)
-    pasted = torch.where(inside > 0.5, candidates, normal)  # what the composite will hold, at the model's size
-    scores = scorer(pasted, normal, inside) if scorer else [0.0] * num_candidates
-    whole = candidates.isfinite().flatten(1).all(dim=1).tolist()  # half precision may overflow
-    scores = [score if ok else math.nan for score, ok in zip(scores, whole)]
-    chosen = select(scores)
-    result = composite(image, candidates[chosen], mask)
-    if Image.open(case.image).mode in ("1", "L"):
-        result = result.convert("L")  # a grey input gives a grey output; equal channels convert exactly
-    shown = [s if scorer and math.isfinite(s) else None for s in scores]
+    grey = Image.open(case.image).mode in ("1", "L")  # gives a grey output; equal channels convert exactly
+    left, rows, windows = placed.mask.copy(), [], []
+    for box in zoom_boxes(placed.mask, resolution, zoom):
+        good, mask = image.crop(box), cut(left, box)
+        first = len(windows) * num_candidates
+        seeds = [case.derive_seed(seed, first + i) for i in range(num_candidates)]
+        painted = best_of(pipe, scorer, good, mask, resolution=resolution, seeds=seeds, **sampling)
+        shown = [s if scorer and math.isfinite(s) else None for s in painted.scores]
+        pictures = [picture.convert("L") for picture in painted.pictures] if grey else painted.pictures
+        rows.append(contact_row(good, mask, pictures, shown, painted.chosen))
+        windows.append({"box": box, "candidate_seeds": seeds, "scores": shown, "chosen": painted.chosen})
+        image.paste(painted.pictures[painted.chosen], box[:2])
+        mask[:] = False
     files = {kind: f"{kind}/{case.name}.png" for kind in KINDS}
-    save_picture(result, output_dir / files["images"])
-    save_picture(Image.fromarray(mask).convert("L"), output_dir / files["masks"])
-    pictures = [composite(image, c, mask) for c in candidates]
-    save_picture(contact_row(image, mask, pictures, shown, chosen), output_dir / files["contact"])
+    save_picture(image.convert("L") if grey else image, output_dir / files["images"])
+    save_picture(Image.fromarray(placed.mask).convert("L"), output_dir / files["masks"])
+    save_picture(stacked(rows), output_dir / files["contact"])
     return {
         "name": case.name,
         "image": files["images"],
@@ -425,10 +459,8 @@ def generate(
         "given_mask": case.mask.name if case.mask else None,
         **case.digests,
         "mask_parts": [{"from": part.name, "top": part.top, "left": part.left} for part in placed.parts],
-        "prompt": prompt,
-        "candidate_seeds": seeds,
-        "scores": shown,
-        "chosen": chosen,
+        "prompt": sampling["prompt"],
+        "windows": windows,
         "seconds": round(time.monotonic() - began, 3),
     }
 
@@ -488,6 +520,17 @@ def choose_prompt(lora: LoraFile, defect: str | None, prompt: str | None) -> tup
             f"DF411 {lora.path}: knows several defects; choose one with --defect: {', '.join(sorted(prompts))}"
         )
     raise InputError(f"DF411 --defect {defect}: the LoRA does not know it.{did_you_mean(defect, prompts)}")
+
+
+def read_zoom(mode: str, context: float | None, min_area: float | None, lora: LoraFile) -> Zoom | None:
+    """The zoom of the flags; `auto` and values not given are as the LoRA was trained."""
+    given = {k: v for k, v in {"context": context, "min_area": min_area}.items() if v is not None}
+    trained = lora.record.get("zoom")
+    if mode == "off" or (mode == "auto" and not trained):
+        if given:
+            raise InputError("DF413 --zoom_context, --zoom_min_area: there is no zoom here; add --zoom on")
+        return None
+    return Zoom(**(trained or {}) | given)
 
 
 def check_prompt(prompt: str, base: Base, cache_dir: str | None) -> None:
@@ -623,6 +666,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--resolution", type=int, metavar="PX", help="Side of the model's square. Default: the LoRA's own."
     )
+    add = parser.add_argument_group("zoom").add_argument
+    add(
+        "--zoom",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="Paint in square windows around the mask, so that small and thin defects get pixels; auto: as the LoRA "
+        "was trained. Default: %(default)s.",
+    )
+    add("--zoom_context", type=float, metavar="X", help="A window's side over its defect's. Default: as trained.")
+    min_area_help = "A mask that covers less of its window is tiled along its length. Default: as trained."
+    add("--zoom_min_area", type=float, metavar="X", help=min_area_help)
     group = parser.add_argument_group("selection")
     group.add_argument(
         "--selection",
@@ -640,6 +694,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     for flag in ("num_candidates", "num_inference_steps", "batch_size"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.zoom_context is not None and not 1 <= args.zoom_context < math.inf:
+        parser.error(f"--zoom_context {args.zoom_context}: must be a finite number of at least 1")
+    if args.zoom_min_area is not None and not 0 <= args.zoom_min_area < 1:
+        parser.error(f"--zoom_min_area {args.zoom_min_area}: must be at least 0 and below 1")
     if not math.isfinite(args.guidance_scale):
         parser.error(f"--guidance_scale {args.guidance_scale}: must be a finite number")
     check_input_flags(parser, args)
@@ -654,6 +712,7 @@ class Run(NamedTuple):
     lora: LoraFile
     base: Base
     scorer: Scorer | None
+    zoom: Zoom | None
     device: torch.device
     settings: dict  # what decides a pixel besides the cases; it must be the same when the run goes on
 
@@ -665,6 +724,7 @@ def prepare(args: argparse.Namespace) -> Run:
     lora = read_lora(args.lora)
     prompt, defect = choose_prompt(lora, args.defect, args.prompt)
     source, mask_settings = read_source(args, defect, args.cache_dir)
+    zoom = read_zoom(args.zoom, args.zoom_context, args.zoom_min_area, lora)
     name = args.pretrained_model_name_or_path or lora.record.get("base")
     resolution = lora.record.get("resolution") if args.resolution is None else args.resolution
     if not name or resolution is None:
@@ -685,6 +745,7 @@ def prepare(args: argparse.Namespace) -> Run:
         "defect": defect,
         "prompt": prompt,
         "resolution": resolution,
+        "zoom": zoom and zoom._asdict(),
         "num_candidates": args.num_candidates,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
@@ -694,7 +755,8 @@ def prepare(args: argparse.Namespace) -> Run:
         "selection": args.selection if args.selection != "lpips" else f"lpips-{args.lpips_net}",
         "mixed_precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
     }
-    return Run(cases, source, lora, base, make_scorer(args.selection, args.lpips_net, device), device, settings)
+    scorer = make_scorer(args.selection, args.lpips_net, device)
+    return Run(cases, source, lora, base, scorer, zoom, device, settings)
 
 
 def paint_all(args: argparse.Namespace, run: Run, done: set[str]) -> dict[str, str]:
@@ -702,15 +764,13 @@ def paint_all(args: argparse.Namespace, run: Run, done: set[str]) -> dict[str, s
     pipe = load_pipeline(run.base, args.variant, args.cache_dir, run.settings["mixed_precision"], run.device)
     load_lora(pipe, run.lora)
     names = ("prompt", "resolution", "num_candidates", "seed", "num_inference_steps", "guidance_scale")
-    settings = {name: run.settings[name] for name in names}
+    settings = {name: run.settings[name] for name in names} | {"batch_size": args.batch_size}
     todo = [case for case in run.cases if case.name not in done]
     skipped = {}
     with (args.output_dir / "manifest.jsonl").open("a") as lines:
         for case in tqdm(todo, desc="Images", initial=len(done), total=len(run.cases)):
             try:
-                line = generate(
-                    pipe, case, run.source, run.scorer, args.output_dir, batch_size=args.batch_size, **settings
-                )
+                line = generate(pipe, case, run.source, run.scorer, run.zoom, args.output_dir, **settings)
             except FloatingPointError as error:
                 skipped[case.name] = f"{case.image.name}: {error}"
                 continue
@@ -740,8 +800,8 @@ def main(args: argparse.Namespace) -> None:
         skipped = paint_all(args, run, done) if {case.name for case in run.cases} - done else {}
         painted = [case.name for case in run.cases if case.name not in skipped]
         if painted:
-            rows = [args.output_dir / "contact" / f"{name}.png" for name in painted]
-            write_contact_sheet(rows, args.output_dir / "contact_sheet.png")
+            rows = [Image.open(args.output_dir / "contact" / f"{name}.png") for name in painted[:SHEET_CASES]]
+            save_picture(stacked(rows), args.output_dir / "contact_sheet.png")
     print(f"{len(painted)} images in {args.output_dir}: images/, masks/, manifest.jsonl, contact_sheet.png")
     if skipped:
         raise SystemExit("Not painted:\n" + "\n".join(skipped.values()))

@@ -55,9 +55,12 @@ from defectfill_dataset import (
     PromptPair,
     TokenizedPrompts,
     TrainingSamples,
+    Zoom,
+    binarise,
     build_prompts,
     check_good,
     check_pairs,
+    choose_zoom,
     cover,
     data_digest,
     derive_seed,
@@ -445,6 +448,7 @@ class Job(NamedTuple):
     prompts: dict[str, PromptPair]  # by defect type
     tokenizer: CLIPTokenizer
     tokens: TokenizedPrompts
+    zoom: Zoom | None
     record: dict  # what the LoRA file says of itself, all but its steps
     split: dict[str, list[str]]  # image names of train and test, of all defect types
     identity: dict  # what must be the same when the run is resumed
@@ -511,9 +515,11 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
     )  # fmt: skip
     samples = TrainingSamples(
         job.data["train"], job.prompts, job.tokens, args.resolution, job.base.vae_scale_factor, args.seed,
-        args.max_resize_scale, args.center_crop, args.num_random_boxes,
+        args.max_resize_scale, args.center_crop, args.num_random_boxes, job.zoom,
     )  # fmt: skip
     models = bare_models._replace(unet=unet, text_encoder=text_encoder)
+    if job.zoom:
+        logger.info(f"Zoom: {len(samples)} windows around the defects of {len(job.data['train'])} images")
 
     def evaluate() -> dict[str, float] | None:
         """Figures over the references, on the main process."""
@@ -614,7 +620,7 @@ def stop_if_not_finite(terms: dict, norm: torch.Tensor, step: int, samples, batc
     """Raises FloatingPointError, before the weights change, if a loss or an unscaled gradient is not finite."""
     if all(map(math.isfinite, terms.values())) and (scaled or norm.isfinite()):
         return
-    names = ", ".join(samples.names[i] for i in batch["index"].tolist())
+    names = ", ".join(samples.windows[i].source_file for i in batch["index"].tolist())
     shown = ", ".join(f"{k} {v:g}" for k, v in terms.items())
     raise FloatingPointError(
         f"Step {step + 1}: {shown}, gradient norm {float(norm):g}, last images {names}. The weights were not changed "
@@ -715,6 +721,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--resolution", type=int, default=512, metavar="PX", help="Side of the square the model sees.")
     add("--max_resize_scale", type=float, default=1.125, metavar="X", help="Random resize by 1 to X, then crop.")
     add("--center_crop", action="store_true", help="Crop the centre, not a random part.")
+    add("--zoom", choices=["auto", "on", "off"], default="auto", help="Windows round defects; auto: small ones.")
+    add("--zoom_context", type=float, default=3.0, metavar="X", help="A window's side over its defect's.")
+    add("--zoom_min_area", type=float, default=0.01, metavar="X", help="Smaller is small, and tiled if it is long.")
     add("--dataloader_num_workers", type=int, default=0, metavar="N", help="Further processes that load images.")
 
     add = group("prompts")
@@ -789,11 +798,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def check_options(args: argparse.Namespace) -> None:
     """Raises InputError (DF187-DF189) for values and combinations that cannot work."""
     at_least = {
-        1: """resolution max_resize_scale num_random_boxes rank max_train_steps train_batch_size checkpointing_steps
-            gradient_accumulation_steps num_validation_images validation_inference_steps checkpoints_total_limit""",
+        1: """resolution max_resize_scale zoom_context num_random_boxes rank max_train_steps train_batch_size
+            checkpointing_steps gradient_accumulation_steps num_validation_images validation_inference_steps
+            checkpoints_total_limit""",
         0: """seed lambda_def lambda_obj lambda_attn background_alpha lora_dropout learning_rate text_encoder_lr
             lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon adam_weight_decay dataloader_num_workers
-            validation_steps push_timeout""",
+            validation_steps push_timeout zoom_min_area""",
     }
     problems = [
         f"DF187 --{name} {getattr(args, name)}: must be a finite number of at least {bound}"
@@ -801,7 +811,7 @@ def check_options(args: argparse.Namespace) -> None:
         for name in names.split()
         if getattr(args, name) is not None and not bound <= getattr(args, name) < math.inf
     ]
-    below = {"lora_dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
+    below = {"zoom_min_area": 1, "lora_dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
     problems += [
         f"DF187 --{k} {getattr(args, k)}: must be below {v}" for k, v in below.items() if getattr(args, k) >= v
     ]
@@ -844,6 +854,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     check_pairs(data["train"])
     if args.validation_steps and "good" in data:
         check_good(data["good"].take(min(args.num_validation_images, len(data["good"]))))
+    zoom = choose_zoom(args.zoom, args.zoom_context, args.zoom_min_area, map(binarise, data["train"]["mask"]))
     base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
     check_resolution(base, args.resolution)
     object_words = args.object_words or to_words(data["train"]["object"][0])
@@ -859,6 +870,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         "variant": args.variant,
         "data_sha256": data_digest(data["train"]),
         "prompts": {defect: [pair.defect.text, pair.object.text] for defect, pair in prompts.items()},
+        "zoom": zoom and zoom._asdict(),
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "mixed_precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
@@ -871,9 +883,9 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, args.output_dir.resolve().name)
     record = lora_record(
         base, object_words, prompts, args.push_to_hub,
-        resolution=args.resolution, rank=args.rank, alpha=args.lora_alpha, seed=args.seed,
+        resolution=args.resolution, zoom=identity["zoom"], rank=args.rank, alpha=args.lora_alpha, seed=args.seed,
     )  # fmt: skip
-    return Job(base, data, prompts, tokenizer, tokens, record, split, identity, checkpoint)
+    return Job(base, data, prompts, tokenizer, tokens, zoom, record, split, identity, checkpoint)
 
 
 def main(args: argparse.Namespace) -> None:

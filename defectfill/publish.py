@@ -59,12 +59,19 @@ image = pipe(
     mask_image=load_image("mask.png"),  # white where the defect goes
     height={{ resolution }},
     width={{ resolution }},
+{%- if zoom %}
+    padding_mask_crop=32,  # about the mask's longer side in pixels
+{%- endif %}
     num_inference_steps=50,
 ).images[0]
 ```
 
+{% if zoom -%}
+It was trained on windows {{ "%g" | format(zoom.context) }} times as large as the defect in their middle, and paints
+best in such: `padding_mask_crop` makes diffusers cut one out and paste it back.
+{% else -%}
 The pipeline also changes pixels outside the mask a little; paste the result into the input with the mask to keep them.
-
+{% endif %}
 ## Training
 
 {{ steps }} steps of batch {{ batch_size }} at {{ resolution }} px; rank {{ rank }}, alpha {{ alpha }}.
@@ -171,7 +178,7 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         repo_id=repo_id or "path/to/this/folder",
         images=images,
         batch_size=batch_size,
-        **{key: record[key] for key in ("revision", "prompts", "steps", "resolution", "rank", "alpha", "seed")},
+        **{key: record[key] for key in "revision prompts steps resolution zoom rank alpha seed".split()},
     )
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(str(card))

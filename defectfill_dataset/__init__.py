@@ -30,9 +30,11 @@ from .seeds import derive_seed
 from .shapes import SHAPES, principal_axis
 from .splits import split_names
 from .training import TrainingSamples, sampling_schedule
+from .zoom import Box, Zoom, choose_zoom, cut, zoom_boxes
 
 
 __all__ = [
+    "Box",
     "LAYOUTS",
     "DefectPairs",
     "InputError",
@@ -44,12 +46,15 @@ __all__ = [
     "SHAPES",
     "TokenizedPrompts",
     "TrainingSamples",
+    "Zoom",
     "binarise",
     "boxes_mask",
     "build_prompts",
     "check_good",
     "check_pairs",
+    "choose_zoom",
     "cover",
+    "cut",
     "data_digest",
     "derive_seed",
     "exit_on_input_error",
@@ -76,4 +81,5 @@ __all__ = [
     "to_words",
     "tokenize_prompts",
     "split_names",
+    "zoom_boxes",
 ]

@@ -15,6 +15,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 FULL_16_BITS = 65535
 FULL_12_BITS = 4095
+ORIENTATION = 0x0112  # EXIF
 
 
 def load_image(image: Image.Image) -> Image.Image:
@@ -23,6 +24,7 @@ def load_image(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: float or 32-bit pixels, 16 bits of which 12 or fewer are used, or transparent pixels: 8-bit RGB
             would show something else.
+        OSError: damaged or cut off.
     """
     if image.mode.startswith("I;16"):
         return Image.fromarray(_eight_bits(np.asarray(ImageOps.exif_transpose(image)))).convert("RGB")
@@ -30,13 +32,15 @@ def load_image(image: Image.Image) -> Image.Image:
         raise ValueError(f"it has more than 16 bits a channel (mode {image.mode}); convert it to 8 bits")
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise ValueError("it has transparent pixels; flatten it onto a background")
-    return ImageOps.exif_transpose(image).convert("RGB")
+    image.load()
+    upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+    return upright if upright.mode == "RGB" else upright.convert("RGB")  # no copy of large images without need
 
 
 def upright_size(file: Path) -> tuple[int, int]:
     """(W, H) of an image file turned the way its EXIF tag says, from its header."""
     with Image.open(file) as image:
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else (image.width, image.height)
 
 

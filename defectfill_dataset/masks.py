@@ -29,12 +29,13 @@ def binarise(mask: Image.Image) -> np.ndarray:
     if mask.mode.startswith("I;16"):
         upright, full = ImageOps.exif_transpose(mask), FULL_16_BITS
     else:
-        upright, full = load_image(mask).convert("L"), 255
-    grey = np.asarray(upright, dtype=np.int32)
+        plain = mask.mode in ("1", "L") and not mask.has_transparency_data  # large ones need no colours in between
+        upright, full = (ImageOps.exif_transpose(mask) if plain else load_image(mask)).convert("L"), 255
+    grey = np.asarray(upright)
     peak = int(grey.max())
     if 1 < peak <= full // 2:
         raise ValueError(f"the mask's brightest value is {peak}; code it as 0 and {full}, or as 0 and 1")
-    return grey > peak / 2
+    return grey > peak // 2
 
 
 def nonzero(mask: Image.Image) -> np.ndarray:

@@ -28,6 +28,8 @@ from .shapes import SHAPES, cut_out, random_transform, transform, union
 logger = logging.getLogger(__name__)
 
 TRIES = 20  # shapes drawn before an image counts as without a place
+SPOTS, PLACES = 20_000, 500  # pixels drawn for a shape, and how many of the allowed ones are tried
+MOST_PIXELS = 2**24  # that are searched whole, for memory's sake
 GAP = 1 / 64  # between two masks, of the shorter side: a cell of the latent grid at 512 px
 UNION_SHARE = 0.1  # of the masks from references that are two of them in one
 
@@ -139,24 +141,60 @@ def find_place(
     """(top, left), drawn from all places of a shape that are good; None if there is none.
 
     A place is good if the shape lies whole inside the image, at least `coverage` of its pixels on allowed ones, and
-    none on a taken one.
+    none on a taken one. Some are tried at random; if none of them is good, all are, except in areas of more than
+    `MOST_PIXELS`.
 
     Args:
         allowed: (H, W) bool.
         taken: (H, W) bool.
         coverage: in (0, 1].
     """
-    area = int(shape.sum())
-    needed = math.ceil(coverage * area - 1e-9)
-    if shape.shape[0] > allowed.shape[0] or shape.shape[1] > allowed.shape[1] or allowed.sum() < needed:
+    needed = math.ceil(coverage * int(shape.sum()) - 1e-9)
+    height, width = shape.shape
+    # A pixel of the shape on an allowed one: places come up as often as they have such, and are taken the less for it.
+    pixels = np.argwhere(shape)
+    spots = rng.integers(0, allowed.shape, (SPOTS, 2))
+    spots = spots[allowed[spots[:, 0], spots[:, 1]]][:PLACES]
+    for top, left in (spots - pixels[rng.integers(len(pixels), size=len(spots))]).tolist():
+        if top < 0 or left < 0 or top + height > allowed.shape[0] or left + width > allowed.shape[1]:
+            continue
+        under = (slice(top, top + height), slice(left, left + width))
+        covered = int((allowed[under] & shape).sum())
+        if covered >= needed > covered * rng.random() and not (taken[under] & shape).any():
+            return top, left
+    return _search(shape, allowed, taken, needed, rng)
+
+
+def _search(
+    shape: np.ndarray, allowed: np.ndarray, taken: np.ndarray, needed: int, rng: np.random.Generator
+) -> tuple[int, int] | None:
+    """`find_place` over every place near an allowed pixel."""
+    window = []
+    for axis, side in enumerate(shape.shape):
+        there = np.flatnonzero(allowed.any(axis=1 - axis))
+        if not len(there):
+            return None
+        window.append(slice(max(0, there[0] - side), there[-1] + 1 + side))
+    allowed, taken = allowed[tuple(window)], taken[tuple(window)]
+    if allowed.size > MOST_PIXELS or (np.array(shape.shape) > allowed.shape).any() or allowed.sum() < needed:
         return None
-    value = np.where(taken, -area, allowed.astype(float))  # one taken pixel outweighs all allowed ones
+    value = np.where(taken, -int(shape.sum()), allowed.astype(float))  # one taken pixel outweighs all allowed ones
     covered = np.rint(signal.fftconvolve(value, shape[::-1, ::-1].astype(float), mode="valid"))  # at each (top, left)
     good = np.flatnonzero(covered >= needed)
     if not len(good):
         return None
     top, left = divmod(int(good[rng.integers(len(good))]), covered.shape[1])
-    return top, left
+    return int(window[0].start) + top, int(window[1].start) + left
+
+
+def with_gap(part: Part, gap: float, taken: np.ndarray) -> None:
+    """Marks in `taken`, (H, W) bool, the pixels of a part and those nearer to it than `gap` pixels."""
+    margin = math.ceil(gap)
+    near = ndimage.distance_transform_edt(~np.pad(part.shape, margin)) <= gap
+    top, left = part.top - margin, part.left - margin
+    inside = near[max(0, -top) :, max(0, -left) :]
+    area = taken[max(0, top) : top + near.shape[0], max(0, left) : left + near.shape[1]]
+    area |= inside[: area.shape[0], : area.shape[1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,13 +222,13 @@ class PlacedShapes:
         allowed = np.ones((image.height, image.width), dtype=bool)
         for area in (foreground, zone):
             allowed = allowed & area if area is not None else allowed
-        mask, parts = np.zeros_like(allowed), []
+        mask, taken, parts = np.zeros_like(allowed), np.zeros_like(allowed), []
         for index in range(self.number):
-            near = ndimage.distance_transform_edt(~mask) <= 1 + GAP * min(allowed.shape) if index else mask
-            part = self._place(derive_seed(seed, index), allowed, near)
+            part = self._place(derive_seed(seed, index), allowed, taken)
             if part is None:
                 return None
             parts.append(part)
+            with_gap(part, 1 + GAP * min(allowed.shape), taken)
             height, width = part.shape.shape
             mask[part.top : part.top + height, part.left : part.left + width] |= part.shape
         return Placed(mask, parts)

@@ -1,7 +1,8 @@
-"""Training samples: joint resize and crop, random boxes and seeds, each a function of (seed, step, sample)."""
+"""Training samples: zoom, joint resize and crop, random boxes, seeds; each a function of (seed, step, sample)."""
 
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from .images import image_tensor, load_image
 from .masks import binarise, boxes_mask, random_boxes, to_grid
 from .prompts import PromptPair, TokenizedPrompts
 from .seeds import derive_seed
+from .zoom import Box, Zoom, cut, fit_box, zoom_boxes
 
 
 CROP_TRIES = 10
@@ -28,11 +30,23 @@ def sampling_schedule(start: int, stop: int, batch_size: int, rank: int = 0, wor
     return [[(step, first + i, total) for i in range(batch_size)] for step in range(start, stop)]
 
 
+class Window(NamedTuple):
+    """A part of a reference image that holds its defect or a piece of it."""
+
+    source_file: str
+    defect: str
+    image: Image.Image
+    mask: np.ndarray  # (side, side) bool; without zoom (H, W)
+    box: Box  # in the image
+    image_size: tuple[int, int]  # (W, H)
+
+
 class TrainingSamples(torch.utils.data.Dataset):
     """Random access to the training stream: `samples[step, sample, total]` is always the same sample.
 
-    Images pass in a fresh order each epoch; an epoch may end inside a batch, so every batch is full however few the
-    images. Each item holds, for G = resolution // vae_scale_factor:
+    What trains are windows: with zoom those around each defect, without it each image whole. They pass in a fresh
+    order each epoch; an epoch may end inside a batch, so every batch is full however few they are. Each item holds,
+    for G = resolution // vae_scale_factor:
 
         pixel_values  (3, resolution, resolution) in [-1, 1]
         mask          (1, G, G), 1 inside the defect
@@ -41,10 +55,11 @@ class TrainingSamples(torch.utils.data.Dataset):
         seed          seed of everything the training step itself draws for this sample
 
     Args:
-        dataset: rows with image, mask and defect; decoded once and kept in memory.
-        max_scale: the image is resized jointly with its mask by a factor in [1, max_scale], then cropped back.
+        dataset: rows with image, mask and defect; decoded once, and their windows kept in memory.
+        max_scale: the window is resized jointly with its mask by a factor in [1, max_scale], then cropped back.
         center_crop: crop the centre instead of a random place.
         number_of_boxes: boxes in M_rand.
+        zoom: how windows are laid around a defect; None for whole images.
     """
 
     def __init__(
@@ -58,15 +73,17 @@ class TrainingSamples(torch.utils.data.Dataset):
         max_scale: float = 1.125,
         center_crop: bool = False,
         number_of_boxes: int = 30,
+        zoom: Zoom | None = None,
     ):
-        self.names = list(dataset["source_file"])
-        self.images, self.masks = [], []
+        self.windows: list[Window] = []
         for row in dataset:
-            self.images.append(load_image(row["image"]))
-            self.masks.append(binarise(row["mask"]))
-        self.defects = list(dataset["defect"])
+            image, mask = load_image(row["image"]), binarise(row["mask"])
+            self.windows += [
+                Window(row["source_file"], row["defect"], image.crop(box), cut(mask, box).copy(), box, image.size)
+                for box in zoom_boxes(mask, resolution, zoom)
+            ]
         self.prompts = prompts
-        pairs = [prompts[defect] for defect in self.defects]
+        pairs = [prompts[window.defect] for window in self.windows]
         self.prompt_rows = [(tokens.index[pair.defect], tokens.index[pair.object]) for pair in pairs]
         self.resolution = resolution
         self.grid_size = resolution // vae_scale_factor
@@ -76,29 +93,30 @@ class TrainingSamples(torch.utils.data.Dataset):
         self.number_of_boxes = number_of_boxes
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.windows)
 
-    def image_index(self, position: int) -> int:
-        """Which image stands at `position` of the endless stream of shuffled epochs."""
+    def window_index(self, position: int) -> int:
+        """Which window stands at `position` of the endless stream of shuffled epochs."""
         epoch, offset = divmod(position, len(self))
         return int(np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(len(self))[offset])
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
         step, sample, total = key
-        index = self.image_index(step * total + sample)
+        index = self.window_index(step * total + sample)
         rng = np.random.default_rng(derive_seed(self.seed, "augment", step, sample))
-        image, mask = self.resize_and_crop(self.images[index], self.masks[index], rng)
+        image, mask = self.resize_and_crop(self.windows[index].image, self.windows[index].mask, rng)
         return self._item(index, image, mask, rng, derive_seed(self.seed, "draws", step, sample))
 
     def references(self) -> Iterator[dict]:
-        """Every image once, whole and not augmented, its boxes and seed fixed: for figures that can be compared."""
-        for index, (image, mask) in enumerate(zip(self.images, self.masks)):
+        """Every window once, whole and not augmented, its boxes and seed fixed: for figures that can be compared."""
+        for index, window in enumerate(self.windows):
             seed = derive_seed(self.seed, "reference", index)
             rng = np.random.default_rng(seed)
-            yield self._item(index, image_tensor(image, self.resolution), to_grid(mask, self.grid_size), rng, seed)
+            image, mask = image_tensor(window.image, self.resolution), to_grid(window.mask, self.grid_size)
+            yield self._item(index, image, mask, rng, seed)
 
     def validation_cases(self, good: Dataset | None, number: int) -> list[dict]:
-        """Up to `number` good images with the references' masks in turn; the references themselves if there are none.
+        """Up to `number` good images with the references' windows in turn; the references if there are none.
 
         Each is an item as above, with the object prompt's text as `prompt`.
         """
@@ -106,9 +124,12 @@ class TrainingSamples(torch.utils.data.Dataset):
         cases = []
         for i in range(number if good else len(references)):
             case = references[i % len(references)]
+            window = self.windows[case["index"]]
             if good:
-                case["pixel_values"] = image_tensor(load_image(good[i % len(good)]["image"]), self.resolution)
-            text = self.prompts[self.defects[case["index"]]].object.text
+                image = load_image(good[i % len(good)]["image"])
+                crop = image.crop(fit_box(window.box, window.image_size, image.size))
+                case["pixel_values"] = image_tensor(crop, self.resolution)
+            text = self.prompts[window.defect].object.text
             cases.append(case | {"prompt": text, "seed": derive_seed(self.seed, "validation", i)})
         return cases
 
@@ -130,7 +151,7 @@ class TrainingSamples(torch.utils.data.Dataset):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The image in [-1, 1] and the mask on the latent grid, resized and cropped as one.
 
-        A crop that loses the whole defect is drawn again, `CROP_TRIES` times at most; then the image stays whole.
+        A crop that loses the whole defect is drawn again, `CROP_TRIES` times at most; then the window stays whole.
         """
         for attempt in range(CROP_TRIES + 1):
             scale = rng.uniform(1, self.max_scale) if attempt < CROP_TRIES else 1

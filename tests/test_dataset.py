@@ -443,7 +443,7 @@ def test_every_random_number_is_a_function_of_seed_step_and_sample(three_types):
 
 def test_each_epoch_shows_every_image_once_and_epochs_differ(three_types):
     samples, *_ = make_samples(three_types)
-    epochs = [[samples.image_index(9 * e + i) for i in range(9)] for e in range(3)]
+    epochs = [[samples.window_index(9 * e + i) for i in range(9)] for e in range(3)]
     assert all(sorted(epoch) == list(range(9)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
@@ -480,7 +480,7 @@ def test_image_and_mask_are_cropped_as_one(tmp_path):
         places.add(tuple(item["mask"][0].nonzero()[0].tolist()))
     assert len(places) > 5
     centred, *_ = make_samples(load_defect_pairs(folder)["train"], resolution=64, vae_scale_factor=1, center_crop=True)
-    assert torch.equal(centred.resize_and_crop(samples.images[0], mask, FixedRandom())[1], to_grid(mask, 64))
+    assert torch.equal(centred.resize_and_crop(samples.windows[0].image, mask, FixedRandom())[1], to_grid(mask, 64))
 
 
 class FixedRandom:

@@ -203,16 +203,19 @@ def test_a_run_leaves_images_masks_scores_and_a_contact_sheet(trained, inputs, t
         assert np.array_equal(image[mask == 0], good[mask == 0]) and not np.array_equal(
             image[mask > 0], good[mask > 0]
         )
-        assert len(line["scores"]) == 3 and line["chosen"] == int(np.argmax(line["scores"]))
+        [window] = line["windows"]
+        assert window["box"] == [0, 0, *good.shape[1::-1]]
+        assert len(window["scores"]) == 3 and window["chosen"] == int(np.argmax(window["scores"]))
         assert line["prompt"] == "A nut with sks"
-    seeds = [s for line in lines for s in line["candidate_seeds"]]
+    seeds = [s for line in lines for s in line["windows"][0]["candidate_seeds"]]
     assert len(set(seeds)) == 9
     sheet = Image.open(out / "contact_sheet.png")
     assert sheet.size == (5 * (g.CELL + 4) + 4, 3 * (g.CELL + 24))
     red = np.all(np.asarray(sheet) == (255, 0, 0), axis=-1)
     for row, line in enumerate(lines):  # the outline stands around the candidate that was kept
         columns = np.flatnonzero(red[row * (g.CELL + 24) + 50])
-        assert 4 + (line["chosen"] + 2) * (g.CELL + 4) - 3 <= columns.min() <= 4 + (line["chosen"] + 2) * (g.CELL + 4)
+        left = 4 + (line["windows"][0]["chosen"] + 2) * (g.CELL + 4)
+        assert left - 3 <= columns.min() <= left
 
 
 def test_the_lora_decides_what_is_painted(trained, base, inputs, tmp_path):
@@ -223,17 +226,19 @@ def test_the_lora_decides_what_is_painted(trained, base, inputs, tmp_path):
     pipe = g.load_pipeline(g.read_base(str(base)), None, None, "no", torch.device("cpu"))
     load_lora(pipe, read_lora(trained))
     image, mask = Image.open(tmp_path / "good/000.png"), np.asarray(Image.open(tmp_path / "masks/000_mask.png")) > 0
+    [window] = line["windows"]
     candidates = g.paint(
-        pipe, image_tensor(image, RESOLUTION), to_grid(mask, GRID), line["prompt"], line["candidate_seeds"], 2, 7.5
+        pipe, image_tensor(image, RESOLUTION), to_grid(mask, GRID), line["prompt"], window["candidate_seeds"], 2, 7.5
     )
-    expected = g.composite(image, candidates[line["chosen"]], mask)
+    expected = g.composite(image, candidates[window["chosen"]], mask)
     assert np.array_equal(np.asarray(expected), np.asarray(Image.open(tmp_path / "out" / line["image"])))
 
 
 def test_lpips_run(trained, inputs, tmp_path, alex):
     argv = ["--num_inference_steps", 1, "--num_candidates", 2]
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *argv)
-    assert all(score > 0 for line in read_lines(tmp_path / "out/manifest.jsonl") for score in line["scores"])
+    lines = read_lines(tmp_path / "out/manifest.jsonl")
+    assert all(score > 0 for line in lines for score in line["windows"][0]["scores"])
 
 
 def test_one_image_grey_and_turned_by_exif(trained, tmp_path):
@@ -252,7 +257,7 @@ def test_one_image_grey_and_turned_by_exif(trained, tmp_path):
     good = np.rot90(np.asarray(Image.open(tmp_path / "a.png")), -1)
     assert np.array_equal(np.asarray(result)[mask == 0], good[mask == 0])
     line = read_lines(tmp_path / "out/manifest.jsonl")[0]
-    assert line["chosen"] == 0 and line["scores"] == [None] * 3
+    assert line["windows"][0]["chosen"] == 0 and line["windows"][0]["scores"] == [None] * 3
 
 
 def test_random_masks_are_seeded_and_differ(trained, inputs, tmp_path):
@@ -377,7 +382,8 @@ def test_runs_on_other_images_of_the_same_names_share_no_seed(trained, inputs, t
     for name in ("good", "others"):
         argv = ["--image", tmp_path / name, "--mask_source", "random", "--output_dir", tmp_path / f"out-{name}"]
         generate("--lora", trained, *argv, *FAST)
-        seeds += [s for line in read_lines(tmp_path / f"out-{name}/manifest.jsonl") for s in line["candidate_seeds"]]
+        lines = read_lines(tmp_path / f"out-{name}/manifest.jsonl")
+        seeds += [s for line in lines for s in line["windows"][0]["candidate_seeds"]]
     assert len(set(seeds)) == 18
     masks = [(tmp_path / f"out-{name}/masks/000.png").read_bytes() for name in ("good", "others")]
     assert masks[0] != masks[1]
@@ -393,6 +399,10 @@ def test_bf16_in_small_batches(trained, inputs, tmp_path):
     assert settings["mixed_precision"] == "bf16"
 
 
+def chosen(out):
+    return {line["name"]: line["windows"][0]["chosen"] for line in read_lines(out / "manifest.jsonl")}
+
+
 def test_a_black_candidate_is_never_kept_even_without_selection(trained, inputs, tmp_path, monkeypatch):
     paint = g.paint
 
@@ -403,7 +413,7 @@ def test_a_black_candidate_is_never_kept_even_without_selection(trained, inputs,
 
     monkeypatch.setattr(g, "paint", overflowing)
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST, "--selection", "none")
-    assert [line["chosen"] for line in read_lines(tmp_path / "out/manifest.jsonl")] == [1, 1, 1]
+    assert chosen(tmp_path / "out") == {"000": 1, "001": 1, "002": 1}
 
 
 def test_candidates_without_a_number_never_win_and_a_case_without_any_is_listed(
@@ -417,10 +427,7 @@ def test_candidates_without_a_number_never_win_and_a_case_without_any_is_listed(
     with pytest.raises(SystemExit) as ended:
         generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST)
     assert "001.png" in str(ended.value)
-    assert {line["name"]: line["chosen"] for line in read_lines(tmp_path / "out/manifest.jsonl")} == {
-        "000": 1,
-        "002": 1,
-    }
+    assert chosen(tmp_path / "out") == {"000": 1, "002": 1}
 
 
 # What is refused, before any weight is loaded

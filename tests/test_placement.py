@@ -18,6 +18,7 @@ from defectfill_dataset import (
     find_foreground,
     held_out_source,
     load_masks,
+    placement,
     principal_axis,
     procedural_shapes,
     random_source,
@@ -162,6 +163,19 @@ def test_a_place_is_any_that_is_good_and_no_other():
     assert find_place(shape, ~allowed & False, taken, 0.99, rng()) is None
     assert find_place(np.ones((21, 2), dtype=bool), ~taken, taken, 0.99, rng()) is None  # larger than the image
     assert find_place(np.ones((20, 30), dtype=bool), allowed | True, taken & False, 1.0, rng()) == (0, 0)
+
+
+def test_the_one_place_is_found_by_searching_all_except_in_very_large_areas(monkeypatch):
+    allowed, taken = np.zeros((300, 300), dtype=bool), np.zeros((300, 300), dtype=bool)
+    allowed[100:120, 70:95], allowed[:, 200:] = True, True
+    taken[:, 200:] = True
+    allowed[200:210, 10:60] = allowed[150:160, 10:60] = True  # much that is allowed and too narrow
+    shape = np.ones((20, 25), dtype=bool)
+    assert {find_place(shape, allowed, taken, 1.0, rng(i)) for i in range(5)} == {(100, 70)}
+    monkeypatch.setattr(placement, "PLACES", 0)
+    assert find_place(shape, allowed, taken, 1.0, rng()) == (100, 70)
+    monkeypatch.setattr(placement, "MOST_PIXELS", 10_000)
+    assert find_place(shape, allowed, taken, 1.0, rng()) is None
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,89 @@
+"""Zoom: square windows around a defect, so that small and thin ones get enough pixels at the model's size.
+
+A box is (left, top, right, bottom) in pixels, as Pillow's `crop` takes it; H x W are the image's pixels.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+
+Box = tuple[int, int, int, int]
+
+MAX_ENLARGEMENT = 4  # a window is at least 1/4 of the model's size a side: enlarged more it would only be blur
+
+
+class Zoom(NamedTuple):
+    """How windows are laid around a defect.
+
+    Args:
+        context: side of a window over the longer side of the defect in it, at least 1.
+        min_area: least share of a window that its defect covers; a defect that covers less is split, in (0, 1).
+    """
+
+    context: float = 3.0
+    min_area: float = 0.01
+
+
+def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None) -> list[Box]:
+    """Square boxes inside the image which hold every pixel of a (H, W) mask; the whole image without zoom.
+
+    A defect that covers too little of its window, because it is long and thin or consists of several, is halved along
+    its longer side until each piece covers enough; so cracks are tiled along their length. Pieces that lie in an
+    earlier box get none of their own.
+
+    Args:
+        resolution: side of the square that the model sees.
+    """
+    height, width = mask.shape
+    if zoom is None:
+        return [(0, 0, width, height)]
+    greatest = min(height, width)
+    least = min(math.ceil(resolution / MAX_ENLARGEMENT), greatest)
+    pieces, boxes = [np.argwhere(mask)], []
+    while pieces:
+        points = pieces.pop()
+        if _covered(points, boxes):
+            continue
+        low, high = points.min(axis=0), points.max(axis=0) + 1
+        longer = int((high - low).max())
+        side = int(np.clip(round(zoom.context * longer), least, greatest))
+        top, left = ((low + high - side) // 2).clip(0, [height - side, width - side]).tolist()
+        share = mask[top : top + side, left : left + side].mean()
+        if longer > side or (share < zoom.min_area and side > least and longer > 1):
+            axis = int((high - low).argmax())
+            second = points[:, axis] >= (low + high)[axis] / 2
+            pieces += [points[second], points[~second]]
+        else:
+            boxes.append((left, top, left + side, top + side))
+    return boxes
+
+
+def _covered(points: np.ndarray, boxes: list[Box]) -> bool:
+    """Whether each of the (n, 2) points (y, x) lies in one of the boxes."""
+    outside = np.ones(len(points), dtype=bool)
+    for left, top, right, bottom in boxes:
+        outside &= ((points < (top, left)) | (points >= (bottom, right))).any(axis=1)
+    return not outside.any()
+
+
+def cut(mask: np.ndarray, box: Box) -> np.ndarray:
+    """The part of a (H, W) mask inside a box, as a view."""
+    left, top, right, bottom = box
+    return mask[top:bottom, left:right]
+
+
+def fit_box(box: Box, size: tuple[int, int], other: tuple[int, int]) -> Box:
+    """The box at the same place of an image of another (W, H)."""
+    across, down = other[0] / size[0], other[1] / size[1]
+    left, top, right, bottom = (round(x * f) for x, f in zip(box, (across, down) * 2))
+    return left, top, max(right, left + 1), max(bottom, top + 1)
+
+
+def choose_zoom(mode: str, context: float, min_area: float, masks: Iterable[np.ndarray]) -> Zoom | None:
+    """The zoom that `--zoom` asks for; `auto` zooms if the median mask covers less of its image than `min_area`."""
+    if mode == "off" or (mode == "auto" and np.median([mask.mean() for mask in masks]) >= min_area):
+        return None
+    return Zoom(context, min_area)

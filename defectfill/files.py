@@ -1,5 +1,6 @@
 """Files that are either whole or not there."""
 
+import filecmp
 import json
 import os
 import shutil
@@ -50,6 +51,39 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def visible_files(folder: Path) -> dict[str, Path]:
+    """All files of a folder by their names relative to it; what is hidden directly in it is passed over."""
+    parts = sorted(part for part in folder.iterdir() if not part.name.startswith("."))
+    files = [f for part in parts for f in ([part] if part.is_file() else sorted(part.rglob("*"))) if f.is_file()]
+    return {f.relative_to(folder).as_posix(): f for f in files}
+
+
+def move_in(source: Path, folder: Path, last: str) -> None:
+    """Moves all parts of `source` into `folder`, flushed, `last` at the end: a folder with it is whole.
+
+    Parts that are there already stay, all but `last`, which is replaced.
+
+    Raises:
+        InputError: `folder` holds a file that is not in `source`, or differs (DF193); nothing has been moved then.
+    """
+    new = visible_files(source)
+    for name, file in visible_files(folder).items():
+        if name not in new:
+            raise InputError(
+                f"DF193 {folder}: holds {name}, which is not of this dataset; choose another --output_dir or empty it"
+            )
+        if name != last and not filecmp.cmp(file, new[name], shallow=False):
+            raise InputError(
+                f"DF193 {folder}: holds another {name}, of other data; choose another --output_dir or empty it"
+            )
+    for file in new.values():
+        flush(file)
+    for part in sorted(source.iterdir(), key=lambda part: part.name == last):
+        if part.name == last or not (folder / part.name).exists():
+            os.replace(part, folder / part.name)
+    flush(folder)
 
 
 def write_json(path: Path, content: dict) -> None:

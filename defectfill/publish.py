@@ -1,32 +1,45 @@
-"""The model card and the Hub: checked at the start of a run, pushed at its end, nothing but an allow-list."""
+"""Cards and the Hub: checked at the start of a run, pushed at its end, nothing but an allow-list."""
 
+import hashlib
+import html
+import re
+import shlex
 import threading
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, ModelCardData
 
 from defectfill_dataset import InputError
 
-from .files import replacing
+from .files import replacing, visible_files
 from .lora_file import LORA_FILE
 
 
 PUBLISHED_FILES = [LORA_FILE, "README.md"]
+PUBLISHED_DATA = {
+    "parquet": ["README.md", "data/*.parquet"],
+    "imagefolder": [
+        "README.md",
+        *(f"{s}/{f}" for s in ("train", "test", "good") for f in ("metadata.jsonl", "images/*", "masks/*.png")),
+    ],
+}
 
 CARD = """---
 {{ card_data }}
 ---
 
-# DefectFill LoRA: {{ object_words }}
+# DefectFill LoRA: {{ escaped(object_words) }}
 
-A LoRA of `{{ base_name }}` (UNet and text encoder) that paints defects into photographs of a good {{ object_words }},
-where a mask says.
+A LoRA of `{{ base_name }}` (UNet and text encoder) that paints defects into photographs of a good
+{{ escaped(object_words) }}, where a mask says.
 Trained with [DefectFill](https://arxiv.org/abs/2503.13985) on {{ images }} image and mask pairs.
 
 | defect | prompt |
 |---|---|
 {% for defect, prompt in prompts.items() -%}
-| {{ defect }} | `{{ prompt }}` |
+| {{ escaped(defect) }} | `{{ prompt }}` |
 {% endfor %}
 ## Use
 
@@ -66,9 +79,55 @@ Seed {{ seed }}.
 The training images' licence applies to what is derived from them (MVTec AD is CC BY-NC-SA 4.0: no commercial use).
 """
 
+DATASET_CARD = """---
+{{ card_data }}
+---
 
-def check_hub(repo_id: str | None, public: bool, default_name: str) -> str:
-    """Makes sure, before training, that the run can be pushed; returns the repository's full id.
+# Defect images with masks: {{ escaped(objects | join(", ")) }}
+
+- Source: {{ source }}
+- Licence: {{ "`%s`" % license if license else "not stated; ask before you pass it on" }}
+
+| object | defect | train | test | good |
+|---|---|---|---|---|
+{% for (object, defect), found in rows.items() -%}
+| {{ escaped(object) }} | {{ escaped(defect) }} | {{ found.train }} | {{ found.test }} | {{ found.good }} |
+{% endfor %}
+`train` holds the defects to learn from, `test` those held out, `good` images without a defect.
+The split: {{ split }}.
+
+Each row has `image`, `mask`, `object`, `defect` and `source_file` (the image's name at its source).
+A mask is a PNG of its image's size, upright: 255 inside the defect, 0 outside; good images have none.
+{% if bared %}
+{{ bared }} image{{ "" if bared == 1 else "s" }} held EXIF data (place, camera, time): written as PNG, upright, without
+metadata. All others are the source's files, byte for byte.
+{% else %}
+Images are the source's files, byte for byte.
+{% endif %}
+```python
+from datasets import load_dataset
+
+data = load_dataset("{{ repo_id }}")
+{%- if own_good %}
+good = load_dataset("{{ repo_id }}", "good")  # images without a mask are a configuration of their own
+{%- endif %}
+```
+"""
+
+SPLITS_IN_WORDS = {
+    "auto": "the source's own where it has one, else the first third of each defect type, by name, is `train`",
+    "first_third": "the first third of each defect type, by name, is `train`",
+    "all": "all defects are `train`",
+}
+
+
+def escaped(text: str) -> str:
+    """The text on one line, as Markdown shows it: no HTML, link, code or table cell of its own."""
+    return re.sub(r"([\\`*_\[\]()|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def check_hub(repo_id: str | None, public: bool, default_name: str, repo_type: str = "model") -> str:
+    """Makes sure, before the work, that its result can be pushed; returns the repository's full id.
 
     The token comes from the environment or `hf auth login`. A missing repository is made, private unless `public`.
 
@@ -76,7 +135,7 @@ def check_hub(repo_id: str | None, public: bool, default_name: str) -> str:
         InputError: no valid token (DF500), a repository that is public unasked or private (DF501), or no right to
             write (DF502).
     """
-    api = HfApi()
+    api, flag = HfApi(), f"--hub_{repo_type}_id"
     try:
         user = api.whoami()["name"]
     except Exception as error:  # whatever a Hub or a network can raise
@@ -87,18 +146,16 @@ def check_hub(repo_id: str | None, public: bool, default_name: str) -> str:
     if "/" not in repo_id:
         repo_id = f"{user}/{repo_id}"
     try:
-        api.create_repo(repo_id, private=not public, exist_ok=True)
-        api.auth_check(repo_id, write=True)
-        is_public = not api.repo_info(repo_id).private
+        api.create_repo(repo_id, repo_type=repo_type, private=not public, exist_ok=True)
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
+        is_public = not api.repo_info(repo_id, repo_type=repo_type).private
     except Exception as error:
-        raise InputError(
-            f"DF502 --hub_model_id {repo_id}: cannot be made or written with this token ({error})"
-        ) from error
+        raise InputError(f"DF502 {flag} {repo_id}: cannot be made or written with this token ({error})") from error
     if is_public != public:
         raise InputError(
-            f"DF501 --hub_model_id {repo_id}: is public; add --hub_public to publish there, or name another"
+            f"DF501 {flag} {repo_id}: is public; add --hub_public to publish there, or name another"
             if is_public
-            else f"DF501 --hub_model_id {repo_id}: is private; leave out --hub_public, or make it public on the Hub"
+            else f"DF501 {flag} {repo_id}: is private; leave out --hub_public, or make it public on the Hub"
         )
     return repo_id
 
@@ -115,6 +172,7 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
     card = ModelCard.from_template(
         data,
         template_str=CARD,
+        escaped=escaped,
         object_words=record["object"],
         base_name="path/to/the/base" if local else record["base"],
         repo_id=repo_id or "path/to/this/folder",
@@ -126,8 +184,92 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         temporary.write_text(str(card))
 
 
-def push(folder: Path, repo_id: str, timeout: float) -> None:
-    """Uploads the LoRA and its card, nothing else; gives up after `timeout` seconds.
+def write_dataset_card(
+    folder: Path,
+    counts: Counter,
+    file_format: str,
+    split: str,
+    license: str | None,
+    source: str | None,
+    bared: int,
+    repo_id: str | None,
+) -> None:
+    """Writes README.md: what the dataset is, where it is from, its licence, and how to load it.
+
+    Args:
+        counts: number of images of each (object, defect, split).
+        file_format: "parquet" or "imagefolder".
+        split: a rule of `split_rows`, or a split file.
+        bared: number of images that were written without their metadata.
+    """
+    paths = {
+        name: f"data/{name}-*" if file_format == "parquet" else f"{name}/**"
+        for name in ("train", "test", "good")
+        if any(name == of for _, _, of in counts)
+    }
+    own_good = file_format == "imagefolder" and "good" in paths  # `datasets` takes no column of masks that has none
+    configs = {"default": [name for name in paths if not (own_good and name == "good")]}
+    configs |= {"good": ["good"]} if own_good else {}
+    digest = _content_digest(folder)  # the cache of `datasets` knows a local folder by its name and its card alone
+    data = DatasetCardData(
+        license=license,
+        task_categories=["image-segmentation"],
+        tags=["anomaly-detection", "defect-detection", "defectfill"],
+        size_categories=size_category(counts.total()),
+        configs=[
+            {
+                "config_name": config,
+                "description": f"sha256 {digest}",
+                "data_files": [{"split": name, "path": paths[name]} for name in names],
+            }
+            for config, names in configs.items()
+        ],
+    )
+    rows = {
+        kind: {name: counts[(*kind, name)] or "" for name in ("train", "test", "good")}
+        for kind in sorted({(name, defect) for name, defect, _ in counts})
+    }
+    card = DatasetCard.from_template(
+        data,
+        template_str=DATASET_CARD,
+        escaped=escaped,
+        objects=sorted({name for name, _ in rows}),
+        rows=rows,
+        source=_source_in_words(source),
+        license=license,
+        split=SPLITS_IN_WORDS.get(split, "a split file's"),
+        bared=bared,
+        own_good=own_good,
+        repo_id=repo_id or "path/to/this/folder",
+    )
+    with replacing(folder / "README.md") as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+
+
+def _content_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name, file in visible_files(folder).items():
+        with file.open("rb") as stream:
+            digest.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _source_in_words(source: str | None) -> str:
+    is_link = source and re.fullmatch(r"https?://[^\s<>]+", source)
+    return f"<{source}>" if is_link else escaped(source or "not stated")
+
+
+def size_category(number: int) -> str:
+    """The Hub's name for a number of images, such as 1K<n<10K."""
+    steps = [1, 1_000, 10_000, 100_000, 1_000_000]
+    names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "n>1M"]
+    return [name for step, name in zip(steps, names) if step <= number][-1]
+
+
+def push(
+    folder: Path, repo_id: str, timeout: float, files: Sequence[str] = PUBLISHED_FILES, repo_type: str = "model"
+) -> None:
+    """Uploads the files of these names or patterns, nothing else; gives up after `timeout` seconds.
 
     Raises:
         RuntimeError: the upload failed; the files are safe where they are, and the message tells how to push them.
@@ -137,7 +279,11 @@ def push(folder: Path, repo_id: str, timeout: float) -> None:
     def upload() -> None:
         try:
             HfApi().upload_folder(
-                repo_id=repo_id, folder_path=folder, allow_patterns=PUBLISHED_FILES, commit_message="DefectFill LoRA"
+                repo_id=repo_id,
+                repo_type=repo_type,
+                folder_path=folder,
+                allow_patterns=list(files),
+                commit_message="DefectFill LoRA" if repo_type == "model" else "Defect images with masks",
             )
         except Exception as error:  # whatever it is, it is raised below
             failure.append(error)
@@ -148,8 +294,9 @@ def push(folder: Path, repo_id: str, timeout: float) -> None:
     if thread.is_alive():
         failure.append(TimeoutError(f"no answer within {timeout:.0f} s"))
     if failure:
-        include = " ".join(f"--include {name}" for name in PUBLISHED_FILES)
+        command = ["hf", "upload", repo_id, str(folder), ".", "--repo-type", repo_type]
+        command += [word for name in files for word in ("--include", name)]
         raise RuntimeError(
-            f"Push to {repo_id} failed: {failure[0]}. The weights are safe in {folder}; push them with:\n"
-            f"    hf upload {repo_id} {folder} . {include}"
+            f"Push to {repo_id} failed: {failure[0]}. All is safe in {folder}; push it with:\n"
+            f"    {shlex.join(command)}"
         ) from failure[0]

@@ -70,7 +70,7 @@ def _twice(rows: list[Row], root: Path) -> list[str]:
 
 def metadata_files(root: Path) -> list[Path]:
     """The tables of image and mask names, in the folder or in its splits' folders."""
-    places = [root, *(root / split for split in SPLITS)]
+    places = [root, *(root / split for split in (*SPLITS, "good"))]
     files = [place / name for place in places for name in ("metadata.csv", "metadata.jsonl")]
     return [f for f in files if f.is_file() and b"mask_file_name" in f.read_bytes()]
 

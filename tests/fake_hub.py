@@ -16,7 +16,7 @@ class FakeHub(ThreadingHTTPServer):
     """Call `start`, then look at `repos` and `requests`.
 
     Attributes:
-        repos: id -> {"private": bool, "files": {path: bytes}}.
+        repos: id -> {"private": bool, "files": {path: bytes}}; a dataset's id begins with "datasets/".
         fault: (pattern, status) answers matching requests with that status; status "hang" never answers.
     """
 
@@ -72,7 +72,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self, hub, body):
         wanted = json.loads(body)
-        name = f"{wanted.get('organization') or 'ann'}/{wanted['name']}"
+        kind = "datasets/" if wanted.get("type") == "dataset" else ""
+        name = f"{kind}{wanted.get('organization') or 'ann'}/{wanted['name']}"
         exists = name in hub.repos
         private = wanted.get("private") is True or wanted.get("visibility") == "private"
         hub.repos.setdefault(name, {"private": private, "files": {}})
@@ -84,13 +85,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"id": name, "private": hub.repos[name]["private"], "sha": "0" * 40, "siblings": []})
 
     def may_write(self, hub, body, name):
-        self.answer(200 if name.startswith("ann/") else 403)
+        self.answer(200 if name.removeprefix("datasets/").startswith("ann/") else 403)
 
     def preupload(self, hub, body, name):
         files = [
             {
                 "path": f["path"],
-                "uploadMode": "lfs" if f["path"].endswith("safetensors") else "regular",
+                "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".parquet")) else "regular",
                 "shouldIgnore": False,
             }
             for f in json.loads(body)["files"]
@@ -125,16 +126,17 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, content, headers, self.command == "HEAD")
 
 
-NAME = r"([\w.-]+/[\w.-]+)"
+NAME = r"((?:datasets/)?[\w.-]+/[\w.-]+)"
+API = f"/api/(?:models/)?{NAME}"
 ROUTES = [
     ("GET /api/whoami-v2", Handler.whoami),
     ("POST /api/repos/create", Handler.create),
-    (f"GET /api/models/{NAME}/auth-check/write", Handler.may_write),
-    (f"GET /api/models/{NAME}", Handler.info),
+    (f"GET {API}/auth-check/write", Handler.may_write),
+    (f"GET {API}", Handler.info),
     ("POST /api/validate-yaml", lambda self, hub, body: self.answer(200, {"errors": [], "warnings": []})),
-    (f"POST /api/models/{NAME}/preupload/main", Handler.preupload),
+    (f"POST {API}/preupload/main", Handler.preupload),
     (f"POST /{NAME}.git/info/lfs/objects/batch", Handler.lfs),
     ("PUT /blob/(.+)", Handler.blob),
-    (f"POST /api/models/{NAME}/commit/main", Handler.commit),
+    (f"POST {API}/commit/main", Handler.commit),
     (f"(?:GET|HEAD) /{NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
 ]

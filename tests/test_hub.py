@@ -1,6 +1,9 @@
 """Publishing to, and loading from, a Hub on localhost."""
 
+import shlex
+
 import huggingface_hub.constants
+import prepare_data
 import pytest
 import yaml
 from conftest import HUB_PORT, RESOLUTION, generate, toy_pipeline, write_image, write_mask
@@ -115,10 +118,62 @@ def test_a_failed_push_keeps_the_weights_and_says_how_to_push_them(hub, train, t
     with pytest.raises(RuntimeError) as caught:
         train("--push_to_hub", "--hub_model_id", "ann/lora", "--push_timeout", "3")
     told = str(caught.value)
-    assert "The weights are safe in" in told and "hf upload ann/lora" in told
+    assert "All is safe in" in told and "hf upload ann/lora" in told
     assert (
         read_lora(tmp_path / "out").record["resolution"] == RESOLUTION and (tmp_path / "out/run_record.json").exists()
     )
+
+
+def prepare(data, out, *more) -> None:
+    argv = [data, "--output_dir", out, "--license", "cc-by-nc-sa-4.0", "--push_to_hub", *more]
+    prepare_data.main(prepare_data.parse_args([str(a) for a in argv]))
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "imagefolder"])
+def test_a_pushed_dataset_is_private_and_holds_what_was_written_alone(hub, data, tmp_path, file_format):
+    out = tmp_path / "nuts"
+    out.mkdir()
+    (out / ".env").write_text(TOKEN)
+    prepare(data, out, "--format", file_format)
+    written = {f.relative_to(out).as_posix(): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    del written[".env"]
+    written.pop(".lock", None)
+    assert list(hub.repos) == ["datasets/ann/nuts"] and hub.repos["datasets/ann/nuts"]["private"]
+    assert hub.repos["datasets/ann/nuts"]["files"] == written and len(written) > 3
+    assert all(TOKEN.encode() not in body and str(tmp_path).encode() not in body for _, _, body, _ in hub.requests)
+    card = written["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-nc-sa-4.0" and 'load_dataset("ann/nuts")' in card
+
+
+def test_a_dataset_is_public_only_when_asked_and_checked_before_it_is_written(hub, data, tmp_path, monkeypatch):
+    prepare(data, tmp_path / "out", "--hub_dataset_id", "open", "--hub_public")
+    assert hub.repos["datasets/ann/open"]["private"] is False
+    for more, told in {
+        ("--hub_dataset_id", "ann/open"): "DF501 --hub_dataset_id ann/open: is public",
+        ("--hub_dataset_id", "bob/his"): "DF502 --hub_dataset_id bob/his",
+        ("--license", ""): "DF194 --push_to_hub: needs --license; give the identifier",
+    }.items():
+        with pytest.raises(InputError, match=told):
+            prepare(data, tmp_path / "other", *more)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(InputError, match="DF500"):
+        prepare(data, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("status", [403, "hang"])
+def test_a_failed_push_of_a_dataset_keeps_it_and_a_second_run_pushes_it(hub, data, tmp_path, status):
+    out = tmp_path / "my nuts"
+    hub.fault = ("/preupload/", status)
+    with pytest.raises(SystemExit) as ended:
+        prepare(data, out, "--hub_dataset_id", "nuts", "--push_timeout", "3")
+    assert "Push to ann/nuts failed" in ended.value.code  # a text: the exit status is 1
+    command = shlex.split(ended.value.code.splitlines()[-1])
+    assert command[:7] == ["hf", "upload", "ann/nuts", str(out), ".", "--repo-type", "dataset"]
+    assert (out / "README.md").exists() and not hub.repos["datasets/ann/nuts"]["files"]
+    hub.fault = None
+    prepare(data, out, "--hub_dataset_id", "nuts")
+    assert "data/train-00000-of-00001.parquet" in hub.repos["datasets/ann/nuts"]["files"]
 
 
 def test_a_base_that_left_the_hub_is_redirected(hub, train):

@@ -1,0 +1,125 @@
+"""Formats out: the examples of a dataset, one at a time, as files that others load.
+
+An example is a row of `FEATURES` with its files' content: image {"bytes", "path"}, mask the same or None for a good
+image, object, defect, source_file. A writer is one function from a folder, a split's name and its examples to files.
+"""
+
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+
+from .builder import FEATURES
+from .images import load_image
+from .layouts import Row
+from .masks import MaskFiles, MaskShapes
+
+
+SHARD_BYTES, GROUP_BYTES = 500 << 20, 32 << 20  # of a Parquet file, and of what is held in memory
+ORIENTATION = 0x0112
+TIFF_OWN = {  # the tags of a TIFF file that are not EXIF: where its pixels are and how they are coded, XMP, IPTC, ICC
+    *(254, 255, 256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 282, 283, 284, 296, 317, 320, 322, 323),
+    *(324, 325, 338, 339, 347, 530, 531, 532, 700, 33723, 34377, 34675),
+}
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
+
+
+def tells_more(image: Image.Image) -> bool:
+    """Whether an image just opened holds EXIF besides its orientation (a place, a camera, a time), or a place in XMP.
+
+    Other XMP and IPTC may stay: there is where datasets such as MVTec AD keep the notice of their licence.
+    """
+    known = TIFF_OWN if image.format == "TIFF" else {ORIENTATION}
+    return bool(image.getexif().keys() - known) or b"GPS" in image.info.get("xmp", b"")
+
+
+def image_bytes(file: Path) -> tuple[bytes, bool]:
+    """An image file's content, and whether it `tells_more` and is a bare upright PNG of the same pixels instead."""
+    with Image.open(file) as image:
+        if not tells_more(image):
+            return file.read_bytes(), False
+        bare = ImageOps.exif_transpose(image) if image.mode in PNG_MODES else load_image(image)
+    bare.info.clear()
+    return _png(bare), True
+
+
+def mask_bytes(mask: MaskFiles | MaskShapes) -> bytes:
+    """A PNG: 255 inside the defect, 0 outside."""
+    return _png(Image.fromarray(mask.render()).convert("L"))
+
+
+def _png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def read_examples(rows: Iterable[tuple[str, Path, Row]], bared: list[str]) -> Iterator[dict]:
+    """The example of each (object, its folder, row); the names of images that became bare PNGs go to `bared`."""
+    for name, root, row in rows:
+        source = row.image.relative_to(root).as_posix()
+        content, changed = image_bytes(row.image)
+        if changed:
+            bared.append(source)
+        path = row.image.with_suffix(".png").name if changed else row.image.name
+        yield {
+            "image": {"bytes": content, "path": path},
+            "mask": {"bytes": mask_bytes(row.mask), "path": f"{row.image.stem}.png"} if row.mask else None,
+            "object": name,
+            "defect": row.defect,
+            "source_file": source,
+        }
+
+
+def _groups(examples: Iterable[dict]) -> Iterator[list[dict]]:
+    """The examples in groups whose images are `GROUP_BYTES` or little more."""
+    group, size = [], 0
+    for example in examples:
+        group.append(example)
+        size += len(example["image"]["bytes"])
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def write_parquet(folder: Path, split: str, examples: Iterable[dict]) -> None:
+    """data/train-00000-of-00002.parquet and so on, with the images in them, each `SHARD_BYTES` or little more."""
+    (folder / "data").mkdir(exist_ok=True)
+    groups, shards = _groups(examples), list[Path]()
+    for first in groups:
+        shards.append(folder / f"data/{split}-{len(shards)}")
+        with shards[-1].open("wb") as stream, pq.ParquetWriter(stream, FEATURES.arrow_schema) as writer:
+            for group in itertools.chain([first], groups):
+                writer.write_table(pa.Table.from_pylist(group, FEATURES.arrow_schema))
+                if stream.tell() >= SHARD_BYTES:
+                    break
+    for number, shard in enumerate(shards):
+        shard.rename(folder / f"data/{split}-{number:05d}-of-{len(shards):05d}.parquet")
+
+
+def write_imagefolder(folder: Path, split: str, examples: Iterable[dict]) -> None:
+    """train/images/00000.jpg, train/masks/00000.png and their table train/metadata.jsonl."""
+    (folder / split / "images").mkdir(parents=True)
+    with (folder / split / "metadata.jsonl").open("w") as table:
+        for number, example in enumerate(examples):
+            image = f"images/{number:05d}{Path(example['image']['path']).suffix.lower()}"
+            mask = f"masks/{number:05d}.png" if example["mask"] else None
+            (folder / split / image).write_bytes(example["image"]["bytes"])
+            if mask:
+                (folder / split / "masks").mkdir(exist_ok=True)
+                (folder / split / mask).write_bytes(example["mask"]["bytes"])
+            names = {key: example[key] for key in ("object", "defect", "source_file")}
+            table.write(json.dumps({"file_name": image, "mask_file_name": mask, **names}) + "\n")
+
+
+WRITERS: dict[str, Callable[[Path, str, Iterable[dict]], None]] = {
+    "parquet": write_parquet,
+    "imagefolder": write_imagefolder,
+}

@@ -1,0 +1,119 @@
+"""Publish a dataset: any layout that is read, as Parquet or as an imagefolder, with a dataset card.
+
+    python scripts/prepare_data.py mvtec/hazelnut --output_dir hazelnut --license cc-by-nc-sa-4.0 --push_to_hub
+
+Several objects become one dataset. All is checked first, as check_data.py does; the exit status is 2 if anything
+cannot be used, and 1 if only the push failed.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import check_data
+from tqdm.auto import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from defectfill.files import TEMPORARY, clear_leftovers, move_in, sole_writer  # noqa: E402
+from defectfill.publish import PUBLISHED_DATA, check_hub, push, write_dataset_card  # noqa: E402
+from defectfill_dataset import LAYOUTS, InputError, exit_on_input_error, find_objects  # noqa: E402
+from defectfill_dataset.layouts import Row  # noqa: E402
+from defectfill_dataset.splits import split_rows  # noqa: E402
+from defectfill_dataset.writers import WRITERS, read_examples  # noqa: E402
+
+
+Splits = dict[str, list[tuple[str, Path, Row]]]  # split -> (object, its folder, row)
+
+
+def check_license(args: argparse.Namespace) -> None:
+    """Raises InputError (DF194): a push without a licence, or one that is no identifier of the Hub."""
+    hint = "give the identifier of the source's licence, such as cc-by-nc-sa-4.0, mit or other"
+    if args.push_to_hub and not args.license:
+        raise InputError(f"DF194 --push_to_hub: needs --license; {hint}")
+    if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.license):
+        raise InputError(f"DF194 --license {args.license}: is not an identifier of the Hub; {hint}")
+
+
+def checked_splits(args: argparse.Namespace) -> Splits:
+    """The rows of all wanted objects by split; raises InputError with every problem of every object."""
+    objects = find_objects(args.data_dir, args.layout)
+    if args.object and args.object not in objects:
+        raise InputError(f"DF162 --object {args.object}: not in {args.data_dir}; there are {', '.join(objects)}")
+    options = check_data.parse_args([args.data_dir, "--layout", args.layout, "--split", args.split])
+    problems: list[str] = []
+    splits: Splits = {"train": [], "test": [], "good": []}
+    for name in [args.object] if args.object else objects:
+        root = objects[name]
+        report, rows, _ = check_data.check_object(root, name, options)
+        of_split = split_rows(rows, root, args.split)
+        found = list(report["problems"])
+        if not found and not of_split["train"]:
+            found.append(f"DF163 --split {args.split}: leaves no defect image to train on")
+        problems += [f"{code} {name}: {rest}" for code, rest in (line.split(" ", 1) for line in found)]
+        for split, of_object in of_split.items():
+            splits[split] += [(name, root, row) for row in of_object]
+    if problems:
+        raise InputError(*problems)
+    return {split: rows for split, rows in splits.items() if rows}
+
+
+def write(splits: Splits, args: argparse.Namespace, repo_id: str | None) -> None:
+    """Writes the dataset and its card to the output folder, whole or not at all."""
+    clear_leftovers(args.output_dir)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=args.output_dir) as folder:
+        bared: list[str] = []
+        for split, rows in splits.items():
+            WRITERS[args.format](Path(folder), split, tqdm(read_examples(rows, bared), desc=split, total=len(rows)))
+        counts = Counter((name, row.defect, split) for split, rows in splits.items() for name, _, row in rows)
+        write_dataset_card(
+            Path(folder), counts, args.format, args.split, args.license, args.source, len(bared), repo_id
+        )
+        move_in(Path(folder), args.output_dir, last="README.md")
+    if bared:
+        print(
+            f"{len(bared)} of {counts.total()} images held EXIF data, or a place in XMP: "
+            "written as PNG, upright, without metadata"
+        )
+    print(f"{args.output_dir}: " + ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("data_dir", metavar="DIR", help="An object's folder, or one above several.")
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="Empty, or with this very dataset.")
+    add("--format", choices=list(WRITERS), default="parquet", help="Default: %(default)s.")
+    add("--layout", choices=["auto", *LAYOUTS], default="auto", help="Default: %(default)s.")
+    add("--object", metavar="NAME", help="Only this object.")
+    add("--split", default="auto", metavar="RULE|FILE", help="As in training. Default: %(default)s.")
+    add("--license", metavar="ID", help="Of the images, as the Hub names it (cc-by-nc-sa-4.0); needed for a push.")
+    add("--source", metavar="TEXT|URL", help="Where the images are from, for the card.")
+    add("--push_to_hub", action="store_true", help="Push the dataset, token from HF_TOKEN or login.")
+    add("--hub_dataset_id", metavar="ID", help="Repository; the output folder's name if not given.")
+    add("--hub_public", action="store_true", help="Publish; the repository is private if not given.")
+    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="When to give up. Default: %(default)g.")
+    return parser.parse_args(input_args)
+
+
+def main(args: argparse.Namespace) -> None:
+    check_license(args)
+    splits, repo_id = checked_splits(args), None
+    if args.push_to_hub:
+        repo_id = check_hub(args.hub_dataset_id, args.hub_public, args.output_dir.resolve().name, "dataset")
+    with sole_writer(args.output_dir):
+        write(splits, args, repo_id)
+        if repo_id:
+            try:
+                push(args.output_dir, repo_id, args.push_timeout, PUBLISHED_DATA[args.format], "dataset")
+            except RuntimeError as error:
+                sys.exit(str(error))
+            print(f"Pushed to {repo_id}")
+
+
+if __name__ == "__main__":
+    exit_on_input_error(lambda: main(parse_args()))

@@ -15,6 +15,7 @@ from .errors import InputError, one_line
 from .images import ORIENTATION, UNREADABLE, load_image, oddities, open_image
 from .layouts import IMAGE_EXTENSIONS, Row
 from .masks import MaskFiles, binarise, to_grid
+from .zoom import Zoom, cut, zoom_boxes
 
 
 LEAST_SIDE = 32  # of an image, in pixels: four cells of the latent grid
@@ -33,6 +34,7 @@ class Look:
         size: (W, H).
         area: share of the image that the mask marks; 0 for a good image, or where there are problems.
         cells: cells of the latent grid that it marks, pooled as training does.
+        zoomed: cells that it marks of the least of its zoom windows.
         nearest: cells that nearest-neighbour sampling would leave.
         mask: digest of the mask's pixels.
         odd: "DFnnn what", for a person to know.
@@ -45,27 +47,36 @@ class Look:
     size: tuple[int, int] = (0, 0)
     area: float = 0.0
     cells: int = 0
+    zoomed: int = 0
     nearest: int = 0
     mask: str = ""
     odd: tuple[str, ...] = ()
 
 
-def look(row: Row, root: str | Path, grid: int) -> Look:
-    """Opens one image and its mask; `grid` is the side of the latent grid they will be brought to."""
+def look(row: Row, root: str | Path, resolution: int = 512, grid: int = 64) -> Look:
+    """`look_at` for one row of a dataset's folder."""
     name = row.image.relative_to(root).as_posix()
-    seen = look_at(name, row.defect, row.image, row.mask.render if row.mask else None, grid)
+    seen = look_at(name, row.defect, row.image, row.mask.render if row.mask else None, resolution, grid)
     if os.path.realpath(row.image).startswith(os.path.realpath(root) + os.sep):
         return seen
     return dataclasses.replace(seen, odd=(*seen.odd, "DF114 is a link to a file outside the dataset"))
 
 
 def look_at(
-    name: str, defect: str, file: Path | io.BytesIO, render: Callable[[], np.ndarray] | None = None, grid: int = 1
+    name: str,
+    defect: str,
+    file: Path | io.BytesIO,
+    render: Callable[[], np.ndarray] | None = None,
+    resolution: int = 512,
+    grid: int = 64,
 ) -> Look:
     """Opens one image and its mask, which `render` gives.
 
     Its problems: DF103 unreadable, DF130 too small, DF140 sizes differ, DF142 no mask, DF145 an empty and DF146 a full
     mask.
+
+    Args:
+        resolution: of the training to come; `grid` is the side of its latent grid.
     """
     try:
         opened = open_image(file)
@@ -94,6 +105,7 @@ def look_at(
         seen,
         area=float(inside.mean()),
         cells=int(to_grid(inside, grid).sum()),
+        zoomed=min(int(to_grid(cut(inside, box), grid).sum()) for box in zoom_boxes(inside, resolution, Zoom())),
         nearest=int(inside[np.ix_(rows, columns)].sum()),
         mask=hashlib.sha256(np.packbits(inside).tobytes()).hexdigest(),
     )
@@ -123,7 +135,7 @@ def check_pairs(references: Dataset, *more: Dataset, resolution: int = 512, grid
     """
     if not len(references):
         raise InputError("DF163 no defect images to train on; check --defect and --split")
-    looks = [_look_at_row(row, grid) for split in (references, *more) for row in _encoded(split)]
+    looks = [_look_at_row(row, resolution, grid) for split in (references, *more) for row in _encoded(split)]
     if problems := [problem for seen in looks for problem in seen.problems]:
         raise InputError(*problems)
     return suspicions(looks, set(references["source_file"]), resolution)
@@ -131,7 +143,7 @@ def check_pairs(references: Dataset, *more: Dataset, resolution: int = 512, grid
 
 def problems_of(rows: Iterable[Row], root: str | Path) -> list[str]:
     """All problems of the defect images among `rows`."""
-    return [problem for row in rows if row.mask for problem in look(row, root, 1).problems]
+    return [problem for row in rows if row.mask for problem in look(row, root).problems]
 
 
 def _encoded(split: Dataset) -> Dataset:
@@ -139,11 +151,12 @@ def _encoded(split: Dataset) -> Dataset:
     return split.cast_column("image", lazy).cast_column("mask", lazy)
 
 
-def _look_at_row(row: dict, grid: int) -> Look:
+def _look_at_row(row: dict, resolution: int, grid: int) -> Look:
     name, image, mask = row["source_file"], row["image"], row["mask"]
     if image is None:
         return Look(name, row["defect"], (f"DF103 {name}: its row holds no image",))
-    return look_at(name, row["defect"], _file(image), (lambda: _read_mask(mask)) if mask else None, grid)
+    render = (lambda: _read_mask(mask)) if mask else None
+    return look_at(name, row["defect"], _file(image), render, resolution, grid)
 
 
 def _file(encoded: dict) -> Path | io.BytesIO:

@@ -42,7 +42,8 @@ def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None) -> list[Box
         return [(0, 0, width, height)]
     greatest = min(height, width)
     least = min(math.ceil(resolution / MAX_ENLARGEMENT), greatest)
-    pieces, boxes = [np.argwhere(mask)], []
+    boxes: list[Box] = []
+    pieces = [np.argwhere(mask)]
     while pieces:
         points = pieces.pop()
         if _covered(points, boxes):

@@ -40,7 +40,8 @@ def check_object(root: Path, name: str, args: argparse.Namespace) -> tuple[dict,
         rows, problems = read_object(root, name, args.layout), []
     except RowsError as error:
         rows, problems = error.rows, list(error.problems)
-    one = functools.partial(look, root=root, grid=args.resolution // args.vae_scale_factor)
+    grid = args.resolution // args.vae_scale_factor
+    one = functools.partial(look, root=root, resolution=args.resolution, grid=grid)
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         looks = list(tqdm(pool.map(one, rows, chunksize=8), desc=name, total=len(rows)))
     problems += [problem for x in looks for problem in x.problems]
@@ -73,6 +74,7 @@ def figures(looks: list[Look]) -> dict:
     if marked:
         found["area_percent"] = spread([100 * x.area for x in marked], 3)
         found["latent_cells"] = spread([x.cells for x in marked])
+        found["latent_cells_with_zoom"] = spread([x.zoomed for x in marked])
         found["lost_by_nearest"] = sum(x.nearest == 0 for x in marked)
     return found
 

@@ -15,13 +15,12 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from .builder import FEATURES
-from .images import load_image
+from .images import ORIENTATION, load_image
 from .layouts import Row
 from .masks import MaskFiles, MaskShapes
 
 
 SHARD_BYTES, GROUP_BYTES = 500 << 20, 32 << 20  # of a Parquet file, and of what is held in memory
-ORIENTATION = 0x0112
 TIFF_OWN = {  # the tags of a TIFF file that are not EXIF: where its pixels are and how they are coded, XMP, IPTC, ICC
     *(254, 255, 256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 282, 283, 284, 296, 317, 320, 322, 323),
     *(324, 325, 338, 339, 347, 530, 531, 532, 700, 33723, 34377, 34675),

@@ -328,7 +328,7 @@ def test_placed_masks_through_the_command(trained, folder, source):
     again, other = masks_of(folder / "again"), masks_of(folder / "other")
     assert all(np.array_equal(masks[k], again[k]) and not np.array_equal(masks[k], other[k]) for k in masks)
     assert not np.array_equal(masks["000"], masks["002"])  # another image, another mask
-    settings = json.loads((folder / "a/settings.json").read_text())
+    settings = json.loads((folder / "a/plan.jsonl").read_text().splitlines()[0])
     assert settings["coverage"] == 1 and settings["foreground"] == "auto" and settings["masks_per_image"] == 2
 
 

@@ -31,7 +31,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
-from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionInpaintPipeline,
+    UniPCMultistepScheduler,
+)
 from PIL import Image, ImageDraw, ImageFont
 from skimage.metrics import structural_similarity
 from tqdm.auto import tqdm
@@ -526,7 +531,7 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sampling").add_argument
     number_help = "Pictures of each defect type, on the good images in turn. Default: one an image."
     add("--num_images", type=int, metavar="N", help=number_help)
-    add("--num_inference_steps", type=int, default=50, metavar="N", help="DDIM steps. Default: %(default)s.")
+    add("--num_inference_steps", type=int, default=50, metavar="N", help="Default: %(default)s (the paper's).")
     add("--guidance_scale", type=float, default=7.5, metavar="X", help="Default: %(default)s.")
     add = parser.add_argument_group("zoom").add_argument
     add(
@@ -572,6 +577,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     precision_help = "Precision of the whole model. Default: fp16 on a GPU, no on a CPU."
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision_help)
     add("--resolution", type=int, metavar="PX", help="Side of the model's square. Default: the LoRA's own.")
+    scheduler_help = "ddim is the paper's; the others need about 20 steps. Default: %(default)s."
+    add("--scheduler", choices=list(SCHEDULERS), default="ddim", help=scheduler_help)
     add = parser.add_argument_group("candidates and selection").add_argument
     add("--num_candidates", type=int, default=8, metavar="N", help="Candidates an image. Default: %(default)s.")
     batch_help = "Candidates in one UNet call, of several images if there is room. Default: one image's."
@@ -668,6 +675,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         "revision": base.revision,
         "variant": args.variant,
         "resolution": resolution,
+        "scheduler": args.scheduler,
         "num_candidates": args.num_candidates,
         "selection": args.selection if args.selection != "lpips" else f"lpips-{args.lpips_net}",
         "mixed_precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
@@ -726,7 +734,8 @@ def paint_all(args: argparse.Namespace, run: Run, done: set[str], state: Partial
     problems: dict[str, str] = {}
     if not mine:
         return problems
-    pipe = load_pipeline(run.base, args.variant, args.cache_dir, run.settings["mixed_precision"], state.device)
+    precision, scheduler = run.settings["mixed_precision"], run.settings["scheduler"]
+    pipe = load_pipeline(run.base, args.variant, args.cache_dir, precision, state.device, scheduler)
     loaded = None
     bar = tqdm(total=sum(map(len, mine)), desc="Images", disable=not state.is_local_main_process)
     with ledger.appending(args.output_dir, state.process_index) as add:
@@ -774,9 +783,14 @@ def finish(folder: Path, problems: dict[str, str]) -> None:
 
 
 def load_pipeline(
-    base: Base, variant: str | None, cache_dir: str | None, precision: str, device: torch.device
+    base: Base,
+    variant: str | None,
+    cache_dir: str | None,
+    precision: str,
+    device: torch.device,
+    scheduler: str = "ddim",
 ) -> StableDiffusionInpaintPipeline:
-    """The base pipeline with DDIM, without the safety checker (it blackens what it takes for wounds)."""
+    """The base pipeline with one of `SCHEDULERS`; no safety checker, which blackens what it takes for wounds."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     try:
         pipe = StableDiffusionInpaintPipeline.from_pretrained(
@@ -791,7 +805,7 @@ def load_pipeline(
         ).to(device)
     except (OSError, ValueError) as error:
         raise InputError(f"DF182 {base.name}: its safetensors weights cannot be loaded: {error}") from error
-    pipe.scheduler = ddim(pipe.scheduler)
+    pipe.scheduler = SCHEDULERS[scheduler](pipe.scheduler)
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -800,6 +814,14 @@ def load_pipeline(
 def ddim(scheduler) -> DDIMScheduler:
     """DDIM with the noise schedule of `scheduler`; latents have no fixed range, so nothing is clipped."""
     return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+
+
+# Each makes a scheduler with the noise schedule of another.
+SCHEDULERS = {
+    "ddim": ddim,
+    "dpmsolver++": lambda scheduler: DPMSolverMultistepScheduler.from_config(scheduler.config),
+    "unipc": lambda scheduler: UniPCMultistepScheduler.from_config(scheduler.config),
+}
 
 
 if __name__ == "__main__":

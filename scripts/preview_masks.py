@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
         case, seed = cases[place], repeat_seed(args.seed, repeat)
         image, placed = case.draw(seed, source)
         if placed is None:
-            without.append(f"DF340 {case.image.name}, --seed {seed}: no place for its mask")
+            without.append(f"DF340 {case.image.name}, picture {repeat + 1}: no place for its mask")
             continue
         areas = case.load()[1]
         if args.foreground == "none":

@@ -138,6 +138,13 @@ def paint(
     return torch.cat(candidates).unflatten(0, (len(seeds), -1))
 
 
+@torch.no_grad()
+def reconstruct(pipe: StableDiffusionInpaintPipeline, images: torch.Tensor) -> torch.Tensor:
+    """(P, 3, S, S) in [0, 1]: what the autoencoder alone makes of images (P, 3, S, S) in [-1, 1]."""
+    latents = pipe.vae.encode(images.to(pipe.device, pipe.vae.dtype)).latent_dist.mode()
+    return (pipe.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Low-Fidelity Selection
 
@@ -296,6 +303,16 @@ class Item:
         return {"name": self.name, **given, **self.case.digests, **self.task.settings, "seed": self.seed}
 
 
+class Gate(NamedTuple):
+    """When a defect counts as not there: the best score below `min_change` times that of the autoencoder alone."""
+
+    min_change: float
+    max_attempts: int
+
+
+NO_GATE = Gate(0, 1)
+
+
 class Progress:
     """An item on its way: the image as painted so far, the mask that is left, what came of each window."""
 
@@ -307,6 +324,7 @@ class Progress:
         self.boxes: list[Box] = []
         self.rows: list[Image.Image] = []
         self.windows: list[dict] = []
+        self.attempt = 1  # at the window
         if placed:
             self.mask, self.parts, self.left = placed.mask, placed.parts, placed.mask.copy()
             self.boxes = zoom_boxes(placed.mask, resolution, item.task.zoom)
@@ -317,11 +335,19 @@ class Progress:
         return self.image.crop(box), cut(self.left, box)
 
     def seeds(self, number: int) -> list[int]:
+        """Of the window's candidates, others for each attempt."""
         first = len(self.windows) * number
-        return [self.item.case.derive_seed(self.item.seed, first + i) for i in range(number)]
+        again = ["attempt", self.attempt] if self.attempt > 1 else []
+        return [self.item.case.derive_seed(self.item.seed, *again, first + i) for i in range(number)]
 
-    def choose(self, candidates: torch.Tensor, seeds: list[int], scorer: Scorer | None) -> None:
-        """Pastes the best of (N, 3, S, S) candidates into the window."""
+    def choose(
+        self, candidates: torch.Tensor, seeds: list[int], scorer: Scorer | None, plain: torch.Tensor | None, gate: Gate
+    ) -> None:
+        """Pastes the best of (N, 3, S, S) candidates into the window, if a defect appeared in it.
+
+        Args:
+            plain: (3, S, S), the window as the autoencoder alone returns it; None without a gate.
+        """
         good, mask = self.window()
         resolution = candidates.shape[-1]
         normal = (image_tensor(good, resolution) / 2 + 0.5).to(candidates.device)
@@ -335,12 +361,25 @@ class Progress:
         except FloatingPointError as error:
             self.problem = f"{self.item.case.image.name}: {error}"
             return
+        floor = (
+            scorer(torch.where(inside > 0.5, plain, normal)[None], normal, inside)[0] if plain is not None else None
+        )
+        if floor is not None and scores[chosen] < gate.min_change * floor:
+            self.attempt += 1
+            if self.attempt > gate.max_attempts:
+                self.problem = (
+                    f"DF342 {self.item.case.image.name}: no defect appeared in {gate.max_attempts} attempts (the last "
+                    f"one's best score is {scores[chosen]:.4g}, the autoencoder's alone {floor:.4g})"
+                )
+            return
         pictures = [composite(good, candidate, mask) for candidate in candidates]
         shown = [s if scorer and math.isfinite(s) else None for s in scores]
         cells = [picture.convert("L") for picture in pictures] if self.grey else pictures
         self.rows.append(contact_row(good, mask, cells, shown, chosen))
         box = self.boxes[len(self.windows)]
-        self.windows.append({"box": box, "candidate_seeds": seeds, "scores": shown, "chosen": chosen})
+        made = {"candidate_seeds": seeds, "scores": shown, "chosen": chosen, "attempts": self.attempt, "floor": floor}
+        self.windows.append({"box": box, **made})
+        self.attempt = 1
         self.image.paste(pictures[chosen], box[:2])
         mask[:] = False
 
@@ -366,10 +405,12 @@ def generate(
     resolution: int,
     num_candidates: int,
     batch_size: int | None = None,
+    gate: Gate = NO_GATE,
 ) -> list[Progress]:
     """Paints items of one task, their candidates in common batches.
 
-    One window of each after the other, each on what the earlier ones left to paint, so that the tiles of a crack join.
+    One window of each after the other, each on what the earlier ones left to paint, so that the tiles of a crack join;
+    a window in which no defect appeared again with other seeds.
     """
     settings = items[0].task.settings
     sampling = {name: settings[name] for name in ("prompt", "num_inference_steps", "guidance_scale")}
@@ -380,8 +421,9 @@ def generate(
         grids = torch.stack([to_grid(mask, resolution // pipe.vae_scale_factor) for _, mask in windows])
         seeds = [work.seeds(num_candidates) for work in todo]
         candidates = paint(pipe, images, grids, seeds=seeds, batch_size=batch_size, **sampling)
-        for work, of_work, its_seeds in zip(todo, candidates, seeds):
-            work.choose(of_work, its_seeds, scorer)
+        plain = reconstruct(pipe, images) if gate.min_change else [None] * len(todo)
+        for work, of_work, its_seeds, its_plain in zip(todo, candidates, seeds, plain):
+            work.choose(of_work, its_seeds, scorer, its_plain, gate)
     return works
 
 
@@ -552,13 +594,17 @@ def check_picture_flags(parser: argparse.ArgumentParser, args: argparse.Namespac
     check_input_flags(parser, args)
     if not args.lora:
         parser.error("give --lora: what train_defectfill.py made")
-    for flag in ("num_images", "num_candidates", "num_inference_steps", "batch_size"):
+    for flag in ("num_images", "num_candidates", "num_inference_steps", "batch_size", "max_attempts"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if args.zoom_context is not None and not 1 <= args.zoom_context < math.inf:
         parser.error(f"--zoom_context {args.zoom_context}: must be a finite number of at least 1")
     if args.zoom_min_area is not None and not 0 <= args.zoom_min_area < 1:
         parser.error(f"--zoom_min_area {args.zoom_min_area}: must be at least 0 and below 1")
+    if not 0 <= args.min_change < math.inf:
+        parser.error(f"--min_change {args.min_change}: must be a finite number of at least 0")
+    if args.min_change and args.selection == "none":
+        parser.error("--min_change: needs a measure; choose another --selection than none")
     if not math.isfinite(args.guidance_scale):
         parser.error(f"--guidance_scale {args.guidance_scale}: must be a finite number")
 
@@ -592,6 +638,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "none the first. Default: %(default)s (the paper's).",
     )
     add("--lpips_net", choices=list(LPIPS_FILES), default="alex", help="LPIPS backbone. Default: %(default)s.")
+    change_help = (
+        "A defect that changes the image less than X times as much as the autoencoder alone does counts as not there "
+        "and is painted again with other seeds. Default: %(default)s, none does."
+    )
+    add("--min_change", type=float, default=0.0, metavar="X", help=change_help)
+    attempts_help = "After which an image is given up. Default: %(default)s."
+    add("--max_attempts", type=int, default=3, metavar="N", help=attempts_help)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR")
     args = parser.parse_args(input_args)
@@ -679,6 +732,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         "scheduler": args.scheduler,
         "num_candidates": args.num_candidates,
         "selection": args.selection if args.selection != "lpips" else f"lpips-{args.lpips_net}",
+        "min_change": args.min_change,
+        "max_attempts": args.max_attempts,
         "mixed_precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
     }
     return Run(plan, base, make_scorer(args.selection, args.lpips_net, device), settings)
@@ -737,7 +792,7 @@ def paint_all(args: argparse.Namespace, run: Run, done: set[str], state: Partial
         return problems
     precision, scheduler = run.settings["mixed_precision"], run.settings["scheduler"]
     pipe = load_pipeline(run.base, args.variant, args.cache_dir, precision, state.device, scheduler)
-    loaded = None
+    loaded, gate = None, Gate(args.min_change, args.max_attempts)
     bar = tqdm(total=sum(map(len, mine)), desc="Images", disable=not state.is_local_main_process)
     with ledger.appending(args.output_dir, state.process_index) as add:
         for group in mine:
@@ -747,7 +802,9 @@ def paint_all(args: argparse.Namespace, run: Run, done: set[str], state: Partial
                 load_lora(pipe, lora)
                 loaded = lora.path
             began = time.monotonic()
-            works = generate(pipe, group, run.scorer, run.settings["resolution"], args.num_candidates, args.batch_size)
+            works = generate(
+                pipe, group, run.scorer, run.settings["resolution"], args.num_candidates, args.batch_size, gate
+            )
             seconds = round((time.monotonic() - began) / len(group), 3)
             for work in works:
                 if work.problem:

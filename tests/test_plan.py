@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, generate, make_mvtec, read_lines, write_image, write_mask
+from conftest import RESOLUTION, ROOT, generate, make_mvtec, read_lines, write_image, write_mask
 from PIL import Image
 from test_generate import content
 
 import generate_defectfill as g
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, image_tensor
 from defectfill_dataset.masks import piece_boxes
 
 
@@ -208,6 +208,52 @@ def test_pictures_painted_in_common_batches_do_not_depend_on_what_is_done(traine
     for file in (f for f in single if f.startswith("images")):
         pictures = [np.asarray(Image.open(folder / file), dtype=int) for folder in (out, tmp_path / "single")]
         assert np.abs(pictures[0] - pictures[1]).max() <= 1  # another batch rounds otherwise
+
+
+# Gates
+
+
+def test_a_picture_without_a_defect_is_painted_again_and_given_up_at_last(trained, good, tmp_path, monkeypatch):
+    paint, calls = g.paint, []
+
+    def faint(pipe, images, grids, prompt, seeds, **sampling):
+        """The first two attempts at the first image, and all at the second, leave what the autoencoder would."""
+        calls.append(seeds)
+        result = paint(pipe, images, grids, prompt, seeds, **sampling)
+        nothing = g.reconstruct(pipe, images)
+        for place in range(len(images)):
+            second = torch.equal(images[place], image_tensor(Image.open(good / "001.png"), RESOLUTION))
+            first = torch.equal(images[place], image_tensor(Image.open(good / "000.png"), RESOLUTION))
+            result[place] = nothing[place] if second or (first and len(calls) < 3) else 1
+        return result
+
+    monkeypatch.setattr(g, "paint", faint)
+    argv = ["--lora", trained, "--image", good, "--mask_source", "random", *FAST, "--batch_size", 6]
+    with pytest.raises(SystemExit, match="Not painted:\nDF342 001.png: no defect appeared in 3 attempts"):
+        generate(*argv, "--min_change", 1.5, "--output_dir", tmp_path / "out")
+    lines = {line["name"]: line["windows"][0] for line in read_lines(tmp_path / "out/manifest.jsonl")}
+    assert {name: window["attempts"] for name, window in lines.items()} == {"000": 3, "002": 1}
+    for window in lines.values():
+        assert max(window["scores"]) > 1.5 * window["floor"] > 0
+    assert [len(seeds) for seeds in calls] == [3, 2, 2] and len({s for c in calls for row in c for s in row}) == 14
+    calls.clear()
+    generate(*argv, "--max_attempts", 1, "--output_dir", tmp_path / "ungated")
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--min_change", "-1"], "--min_change -1.0"),
+        (["--max_attempts", "0"], "--max_attempts 0"),
+        (["--min_change", "2", "--selection", "none"], "--min_change: needs a measure"),
+    ],
+)
+def test_gates_that_cannot_work_are_refused(trained, good, tmp_path, flags, words, capsys):
+    argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit):
+        generate(*argv, *flags)
+    assert words in capsys.readouterr().err
 
 
 # Processes and kills

@@ -64,7 +64,7 @@ def read_generated(folder: Path, several: bool) -> tuple[list[Item], list[str]]:
             line = json.loads(text)
             image, mask = (file_inside(folder, folder, line[key]) for key in ("image", "mask"))
             missing = [line[key] for key, file in (("image", image), ("mask", mask)) if file is None]
-            names = {"object": line["object"], "defect": line.get("defect") or ONE_TYPE}
+            names = {"object": str(line["object"] or ""), "defect": str(line.get("defect") or ONE_TYPE)}
             photograph = str(line.get("good_image_sha256") or line["good_image"])
         except MALFORMED as error:
             problems.append(f"DF196 {place}: is not of a generated image ({error!r}); generate it again")
@@ -73,7 +73,7 @@ def read_generated(folder: Path, several: bool) -> tuple[list[Item], list[str]]:
         problems += [
             f"DF196 {place}: the {kind} '{name}' cannot name a folder of defects; rename it there"
             for kind, name in names.items()
-            if name in (None, "good") or not NAME.fullmatch(str(name)) or RESERVED.fullmatch(str(name))
+            if name == "good" or not NAME.fullmatch(name) or RESERVED.fullmatch(name)
         ]
         if image and mask:
             stem = f"{folder.name}_{image.stem}" if several else image.stem
@@ -89,7 +89,7 @@ def read_photographs(folder: Path, name: str, painted: set[str]) -> list[Item]:
     folder = folder.expanduser().resolve()
     items = []
     for file in image_files(folder):
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest = hashlib.sha256(file.read_bytes() if file.is_file() else b"").hexdigest()
         photograph = file.name if file.name in painted else digest
         items.append(Item(f"good_{file.stem}", folder.parent, Row(file, None, "good", None, name), photograph))
     return items
@@ -99,14 +99,16 @@ def split_items(items: Iterable[Item], share: float, normal_only: bool) -> dict[
     """The items of the splits train and test, by name; all that shows one photograph is in one of them.
 
     Args:
-        share: of the photographs that are `test`, by a hash of each; one with a defect at least, unless it is 0.
+        share: of the photographs that are `test`, by a hash of each; one at least, unless it is 0.
         normal_only: training sees no defect, so that all photographs painted on are `test`.
     """
     items = sorted(items, key=lambda item: item.name)
     number = {item.photograph: derive_seed(item.photograph) / 2**63 for item in items}
     painted = {item.photograph for item in items if item.row.mask}
-    test = {photograph for photograph in number if number[photograph] < share}
-    test |= painted if normal_only else {min(painted, key=lambda photograph: number[photograph])} if share else set()
+    test = {photograph for photograph in number if number[photograph] < share} | (painted if normal_only else set())
+    wanted = {item.photograph for item in items if normal_only == (item.row.mask is None)}
+    if share and wanted and not wanted & test:
+        test.add(min(wanted, key=number.__getitem__))
     return {
         "train": [item for item in items if item.photograph not in test],
         "test": [item for item in items if item.photograph in test],

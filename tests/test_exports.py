@@ -285,9 +285,13 @@ def test_a_photograph_is_known_by_its_content(tmp_path, generated, photos):
     assert {f"good_x{i:03d}.png" for i in range(6)} <= set(files(out / "metal nut/test/good"))
 
 
-def test_a_small_share_still_tests_something(tmp_path, generated):
+def test_a_small_share_still_tests_something(tmp_path, generated, photos):
     out = export(tmp_path / "out", "yolo", generated, "--test_share", 1e-9)
     assert len(files(out / "images/val")) == 2
+    for number in range(6):
+        (photos / f"{number:03d}.png").unlink()
+    out = export(tmp_path / "mvtec", "mvtec", generated, "--good", photos, "--test_share", 1e-9)
+    assert [len(files(out / "metal nut" / split / "good")) for split in ("train", "test")] == [5, 1]
 
 
 # Good photographs
@@ -326,6 +330,7 @@ def test_every_problem_is_told_at_once_and_nothing_written(tmp_path, photos):
     lines = (two / "manifest.jsonl").read_text().splitlines()
     lines[0] = lines[0].replace("metal nut", "../nut")
     lines[1] = lines[1].replace("null", '"good"')
+    lines[4] = lines[4].replace('"metal nut"', "null")
     lines[2:4] = ["[1]", '{"name": "003_0"']
     (two / "manifest.jsonl").write_text("\n".join(lines))
     (tmp_path / "empty").mkdir(), (tmp_path / "none").mkdir()
@@ -345,12 +350,13 @@ def test_every_problem_is_told_at_once_and_nothing_written(tmp_path, photos):
     assert [p[: p.index(": is not of")] for p in problems[6:8]] == [
         f"DF196 {two}/manifest.jsonl, line {number}" for number in (3, 4)
     ]
-    assert problems[8:10] == [
+    assert problems[8].startswith(f"DF196 {two}/manifest.jsonl, line 5: the object '' cannot name")
+    assert problems[9:11] == [
         f"DF196 {tmp_path}/empty: holds no manifest.jsonl; give a folder that generate_defectfill.py wrote",
         f"DF196 {tmp_path}/none/manifest.jsonl: lists no image; generate some",
     ]
-    assert problems[10] == "DF140 run/images/000_0.png: the image is 64x48, its mask 10x10; they must match"
-    assert problems[11:] == [
+    assert problems[11] == "DF140 run/images/000_0.png: the image is 64x48, its mask 10x10; they must match"
+    assert problems[12:] == [
         f"DF198 {one}/images, {two}/images: both hold an image to be called 'run_000_0'; rename one"
     ]
     assert not (tmp_path / "out").exists()
@@ -371,6 +377,10 @@ def test_impossible_wishes(tmp_path, generated, photos):
     assert told(out, "coco", generated, "--good", tmp_path / "none") == [
         f"DF199 --good {tmp_path}/none: no images in it; give a folder of good photographs"
     ]
+    (photos / "lost.png").symlink_to("nowhere.png")
+    (line,) = told(out, "coco", generated, "--good", photos)
+    assert line.startswith("DF103 photos/lost.png: the image cannot be read")
+    (photos / "lost.png").unlink()
     for number in range(6, 12):
         (photos / f"{number:03d}.png").unlink()
     (line,) = told(out, "mvtec", generated, "--good", photos)

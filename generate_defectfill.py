@@ -12,65 +12,62 @@ Source: Song et al., DefectFill, CVPR 2025, arXiv 2503.13985, section 3.4.
 
 import argparse
 import dataclasses
-import functools
-import hashlib
+import datetime
 import json
-import logging
 import math
-import os
 import pickle
+import re
 import time
 import urllib.error
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lpips
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionInpaintPipeline,
+    UniPCMultistepScheduler,
+)
 from PIL import Image, ImageDraw, ImageFont
 from skimage.metrics import structural_similarity
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
+from defectfill import ledger
 from defectfill.base import Base, check_resolution, read_base
 from defectfill.checkpoint import check_identity
 from defectfill.files import clear_leftovers, replacing, sole_writer, write_json
 from defectfill.lora_file import LoraFile, check_fits, load_lora, read_lora
 from defectfill_dataset import (
-    SHAPES,
+    Box,
+    Case,
     InputError,
     MaskSource,
-    Placed,
-    PlacedShapes,
     Zoom,
-    binarise,
     cover,
     cut,
-    derive_seed,
     exit_on_input_error,
-    find_foreground,
-    held_out_source,
+    file_digest,
     image_tensor,
-    load_image,
-    load_masks,
-    masks_digest,
-    procedural_shapes,
-    random_source,
-    reference_shapes,
+    open_image,
+    piece_boxes,
+    repeat_seed,
     tensor_image,
     to_grid,
     zoom_boxes,
 )
-from defectfill_dataset.checks import area_problems, look_at, odd_lines
 from defectfill_dataset.errors import did_you_mean
-from defectfill_dataset.images import UNREADABLE, open_image
-from defectfill_dataset.layouts import image_files, pair_by_name
+from defectfill_dataset.inputs import MASK_FLAGS, add_input_flags, check_input_flags, read_cases, read_source
 
-
-logger = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Candidates
@@ -79,59 +76,65 @@ logger = logging.getLogger(__name__)
 @torch.no_grad()
 def paint(
     pipe: StableDiffusionInpaintPipeline,
-    image: torch.Tensor,
-    grid: torch.Tensor,
+    images: torch.Tensor,
+    grids: torch.Tensor,
     prompt: str,
-    seeds: Sequence[int],
+    seeds: Sequence[Sequence[int]],
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     batch_size: int | None = None,
 ) -> torch.Tensor:
-    """(N, 3, S, S) candidates in [0, 1], one a seed: each depends on its own seed alone, whatever the batch.
+    """(P, N, 3, S, S) candidates in [0, 1], one a seed: each depends on its own seed alone, whatever the batch.
 
     Outside the mask each step's latent is replaced by the clean image's, diffused to the noise level of the next
     step (section 3.4); after the last step it is the clean image's own.
 
     Args:
-        image: (3, S, S) in [-1, 1], defect-free.
-        grid: (1, G, G), 1 where the defect goes.
-        seeds: of the initial noise.
-        batch_size: candidates per UNet call, all by default.
+        images: (P, 3, S, S) in [-1, 1], defect-free.
+        grids: (P, 1, G, G), 1 where the defect goes.
+        seeds: of the initial noise, N for each image.
+        batch_size: candidates per UNet call, of one image or of several; all by default.
     """
     device, dtype = pipe.device, pipe.vae.dtype
-    image, grid = image.to(device, dtype), grid.to(device, dtype)
-    pixel_mask = cover(grid, pipe.vae_scale_factor)
-    both = torch.stack([image, image * (1 - pixel_mask)])
+    images, grids = images.to(device, dtype), grids.to(device, dtype)
+    pixel_masks = cover(grids, pipe.vae_scale_factor)
+    both = torch.cat([images, images * (1 - pixel_masks)])
     # The mode, not a sample: a sample would take its noise from one candidate's seed and hand it to all.
     clean, masked = (pipe.vae.encode(both).latent_dist.mode() * pipe.vae.config.scaling_factor).chunk(2)
+    guided = guidance_scale > 1
+    embeds, negative = pipe.encode_prompt(prompt, device, 1, guided)
+    rows = [(place, seed) for place, of_image in enumerate(seeds) for seed in of_image]
     candidates = []
-    for start in range(0, len(seeds), batch_size or len(seeds)):
-        batch = seeds[start : start + (batch_size or len(seeds))]
-        noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in batch])
+    for start in range(0, len(rows), batch_size or len(rows)):
+        batch = rows[start : start + (batch_size or len(rows))]
+        place = torch.tensor([place for place, _ in batch], device=device)
+        noise = torch.stack(
+            [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(s)) for _, s in batch]
+        )
         noise = noise.to(device, dtype)
 
-        def keep_background(pipe, step, timestep, tensors, noise=noise):
+        def keep_background(pipe, step, timestep, tensors, noise=noise, place=place):
             following = pipe.scheduler.timesteps[step + 1 : step + 2]
-            background = pipe.scheduler.add_noise(clean, noise, following) if len(following) else clean
-            return {"latents": torch.where(grid > 0.5, tensors["latents"], background)}
+            background = pipe.scheduler.add_noise(clean[place], noise, following) if len(following) else clean[place]
+            return {"latents": torch.where(grids[place] > 0.5, tensors["latents"], background)}
 
         candidates.append(
             pipe(
-                prompt,
-                image=image[None] / 2 + 0.5,
-                mask_image=pixel_mask[None],
-                masked_image_latents=masked,
+                prompt_embeds=embeds.expand(len(batch), -1, -1),
+                negative_prompt_embeds=negative.expand(len(batch), -1, -1) if guided else None,
+                image=images[place] / 2 + 0.5,
+                mask_image=pixel_masks[place],
+                masked_image_latents=masked[place],
                 latents=noise,
-                height=image.shape[-2],
-                width=image.shape[-1],
-                num_images_per_prompt=len(batch),
+                height=images.shape[-2],
+                width=images.shape[-1],
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 callback_on_step_end=keep_background,
                 output_type="pt",
             ).images.float()
         )
-    return torch.cat(candidates)
+    return torch.cat(candidates).unflatten(0, (len(seeds), -1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,238 +264,214 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One image
+# Pictures
 
 KINDS = ("images", "masks", "contact")  # folders of the output
+PLAN = "plan.jsonl"
+
+
+class Task(NamedTuple):
+    """How a picture is made, but for its image; the items of a plan share it."""
+
+    lora: LoraFile
+    source: MaskSource | None  # None: the masks given
+    zoom: Zoom | None
+    settings: dict  # what of this decides a pixel, as it is written down
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One good image and the files given for it: its mask (None: from a source), its foreground, its zone.
+class Item:
+    """One picture to make."""
 
-    Everything random is drawn from the image's name and content, so that no two images share a number, in one run or
-    in several.
-    """
-
-    image: Path
-    mask: Path | None = None
-    foreground: Path | None = None
-    zone: Path | None = None
+    name: str
+    case: Case
+    task: Task
+    seed: int
 
     @property
-    def name(self) -> str:
-        return self.image.stem
-
-    @property
-    def areas(self) -> dict[str, Path]:
-        """What is given beside the image, by its flag."""
-        files = {"mask": self.mask, "foreground": self.foreground, "zone": self.zone}
-        return {flag: file for flag, file in files.items() if file}
-
-    @functools.cached_property
-    def digests(self) -> dict[str, str | None]:
-        """sha256 of its files: what a finished image was made from."""
-        files = {"good_image": self.image, "given_mask": None} | {f"given_{k}": f for k, f in self.areas.items()}
-        return {f"{k}_sha256": hashlib.sha256(f.read_bytes()).hexdigest() if f else None for k, f in files.items()}
-
-    def derive_seed(self, seed: int, *parts: int | str) -> int:
-        return derive_seed(seed, self.name, self.digests["good_image_sha256"] or "", *parts)
-
-    def load(self) -> tuple[Image.Image, dict[str, np.ndarray]]:
-        """The image as RGB and its (H, W) bool areas, by their flags."""
-        image = load_image(open_image(self.image))
-        return image, {flag: binarise(open_image(file)) for flag, file in self.areas.items()}
-
-    def draw(self, seed: int, source: MaskSource | None) -> tuple[Image.Image, Placed | None]:
-        """The image and its mask, given or from `source`; None where that finds no place."""
-        image, areas = self.load()
-        if source is None:
-            return image, Placed(areas["mask"], [])
-        return image, source(image, self.derive_seed(seed, "mask"), areas.get("foreground"), areas.get("zone"))
+    def line(self) -> dict:
+        """Its line of the plan: everything that decides its pixels, but for what the whole run shares."""
+        given = {"good_image": self.case.image.name, "given_mask": self.case.mask and self.case.mask.name}
+        return {"name": self.name, **given, **self.case.digests, **self.task.settings, "seed": self.seed}
 
 
-def find_cases(
-    image: Path, mask: Path | None = None, foreground: Path | None = None, zone: Path | None = None
-) -> list[Case]:
-    """The cases of one image or a folder of them, with their masks and areas: a file each, or folders paired by name.
+class Progress:
+    """An item on its way: the image as painted so far, the mask that is left, what came of each window."""
 
-    One foreground or zone file may also serve a folder of images.
+    def __init__(self, item: Item, resolution: int):
+        self.item = item
+        self.image, placed = item.case.draw(item.seed, item.task.source)
+        self.grey = open_image(item.case.image).mode in ("1", "L")  # and so will be the output
+        self.problem = None if placed else f"DF340 {item.case.image.name}: no place for its mask"
+        self.boxes: list[Box] = []
+        self.rows: list[Image.Image] = []
+        self.windows: list[dict] = []
+        if placed:
+            self.mask, self.parts, self.left = placed.mask, placed.parts, placed.mask.copy()
+            self.boxes = zoom_boxes(placed.mask, resolution, item.task.zoom)
 
-    Raises:
-        InputError: nothing there (DF160, DF161), or files that do not pair (DF142-DF144).
-    """
-    given = {"mask": mask, "foreground": foreground, "zone": zone}
-    for flag, path in {"image": image, **given}.items():
-        if path is not None and not path.exists():
-            raise InputError(f"DF160 --{flag} {path}: no such file or folder")
-    if mask is not None and image.is_dir() != mask.is_dir():
-        raise InputError(f"DF161 --image {image}, --mask {mask}: give two files or two folders")
-    if mask is not None and image.samefile(mask):
-        raise InputError(f"DF161 --image {image}, --mask {mask}: are the same; give masks of their own")
-    images = image_files(image) if image.is_dir() else [image]
-    if not images:
-        raise InputError(f"DF161 --image {image}: no images in it")
-    stems: dict[str, list[str]] = {}
-    for file in images:
-        stems.setdefault(file.stem, []).append(file.name)
-    twice = [f"DF144 {', '.join(names)}: one name twice; rename one" for names in stems.values() if len(names) > 1]
-    if twice:
-        raise InputError(*twice)
-    files = {flag: pair_files(images, flag, path) for flag, path in given.items() if path}
-    return [Case(file, **{flag: pairs[file] for flag, pairs in files.items()}) for file in images]
+    def window(self) -> tuple[Image.Image, np.ndarray]:
+        """The next window of the image, and what of the mask it has to paint."""
+        box = self.boxes[len(self.windows)]
+        return self.image.crop(box), cut(self.left, box)
 
+    def seeds(self, number: int) -> list[int]:
+        first = len(self.windows) * number
+        return [self.item.case.derive_seed(self.item.seed, first + i) for i in range(number)]
 
-def pair_files(images: list[Path], flag: str, path: Path) -> dict[Path, Path]:
-    """For each image the file at `path`, or the one of its name in that folder; only masks must all have an image."""
-    if path.is_file():
-        return dict.fromkeys(images, path)
-    root = Path(os.path.commonpath([images[0].absolute(), path.absolute()]))
-    pairs, problems = pair_by_name([f.absolute() for f in images], [f.absolute() for f in image_files(path)], root)
-    problems = [problem for problem in problems if flag == "mask" or not problem.startswith("DF143")]
-    if problems:
-        raise InputError(*(f"{problem} (--{flag} {path})" for problem in problems))
-    return {file: pairs[file.absolute()] for file in images}
+    def choose(self, candidates: torch.Tensor, seeds: list[int], scorer: Scorer | None) -> None:
+        """Pastes the best of (N, 3, S, S) candidates into the window."""
+        good, mask = self.window()
+        resolution = candidates.shape[-1]
+        normal = (image_tensor(good, resolution) / 2 + 0.5).to(candidates.device)
+        inside = to_grid(mask, resolution).to(candidates.device)
+        pasted = torch.where(inside > 0.5, candidates, normal)  # what the composite will hold, at the model's size
+        scores = scorer(pasted, normal, inside) if scorer else [0.0] * len(seeds)
+        whole = candidates.isfinite().flatten(1).all(dim=1).tolist()  # half precision may overflow
+        scores = [score if ok else math.nan for score, ok in zip(scores, whole)]
+        try:
+            chosen = select(scores)
+        except FloatingPointError as error:
+            self.problem = f"{self.item.case.image.name}: {error}"
+            return
+        pictures = [composite(good, candidate, mask) for candidate in candidates]
+        shown = [s if scorer and math.isfinite(s) else None for s in scores]
+        cells = [picture.convert("L") for picture in pictures] if self.grey else pictures
+        self.rows.append(contact_row(good, mask, cells, shown, chosen))
+        box = self.boxes[len(self.windows)]
+        self.windows.append({"box": box, "candidate_seeds": seeds, "scores": shown, "chosen": chosen})
+        self.image.paste(pictures[chosen], box[:2])
+        mask[:] = False
 
-
-def check_cases(cases: list[Case]) -> None:
-    """Opens every file and warns of what is odd; raises InputError with all problems: DF120, and those of training."""
-    looks, problems = [], []
-    for case in cases:
-        name = str(case.image)
-        seen = look_at(name, "good", case.image)
-        looks.append(seen)
-        problems += seen.problems
-        if any(odd.startswith("DF120") for odd in seen.odd):
-            problems.append(
-                f"DF120 {name}: has 16 bits a channel, and the result would have 8 everywhere, not only inside "
-                "the mask; convert it to 8 bits"
-            )
-        for flag, file in case.areas.items():
-            try:
-                problems += area_problems(name, seen.size, binarise(open_image(file)), flag) if seen.pixels else []
-            except UNREADABLE as error:
-                problems.append(f"DF103 {name}: its {flag} cannot be read: {file}: {error}")
-    if problems:
-        raise InputError(*problems)
-    for note in odd_lines(looks):
-        logger.warning(note)
-
-
-class Painted(NamedTuple):
-    """One window with each candidate in it, their scores (NaN for a broken one), and which is kept."""
-
-    pictures: list[Image.Image]
-    scores: list[float]
-    chosen: int
-
-
-def best_of(
-    pipe: StableDiffusionInpaintPipeline,
-    scorer: Scorer | None,
-    image: Image.Image,
-    mask: np.ndarray,
-    prompt: str,
-    resolution: int,
-    seeds: list[int],
-    **sampling,
-) -> Painted:
-    """Paints a candidate a seed into a good image, (H, W), where the (H, W) mask says, and chooses.
-
-    Raises:
-        FloatingPointError: no candidate has a finite score.
-    """
-    grid = to_grid(mask, resolution // pipe.vae_scale_factor)
-    normal = image_tensor(image, resolution)
-    candidates = paint(pipe, normal, grid, prompt, seeds, **sampling)
-    normal, inside = (normal / 2 + 0.5).to(candidates.device), to_grid(mask, resolution).to(candidates.device)
-    pasted = torch.where(inside > 0.5, candidates, normal)  # what the composite will hold, at the model's size
-    scores = scorer(pasted, normal, inside) if scorer else [0.0] * len(seeds)
-    whole = candidates.isfinite().flatten(1).all(dim=1).tolist()  # half precision may overflow
-    scores = [score if ok else math.nan for score, ok in zip(scores, whole)]
-    return Painted([composite(image, candidate, mask) for candidate in candidates], scores, select(scores))
+    def write(self, output_dir: Path) -> dict:
+        """Writes image, mask and contact row; returns the line of the manifest."""
+        files = {kind: f"{kind}/{self.item.name}.png" for kind in KINDS}
+        save_picture(self.image.convert("L") if self.grey else self.image, output_dir / files["images"])
+        save_picture(Image.fromarray(self.mask).convert("L"), output_dir / files["masks"])
+        save_picture(stacked(self.rows), output_dir / files["contact"])
+        return self.item.line | {
+            "image": files["images"],
+            "mask": files["masks"],
+            "mask_parts": [{"from": part.name, "top": part.top, "left": part.left} for part in self.parts],
+            "boxes": piece_boxes(self.mask),
+            "windows": self.windows,
+        }
 
 
 def generate(
     pipe: StableDiffusionInpaintPipeline,
-    case: Case,
-    source: MaskSource | None,
+    items: Sequence[Item],
     scorer: Scorer | None,
-    zoom: Zoom | None,
-    output_dir: Path,
     resolution: int,
     num_candidates: int,
-    seed: int,
-    **sampling,
-) -> dict | None:
-    """Paints one case, writes its image, mask and contact row, and returns its line of the manifest.
+    batch_size: int | None = None,
+) -> list[Progress]:
+    """Paints items of one task, their candidates in common batches.
 
-    One window after the other, each on what the earlier ones left to paint, so that the tiles of a crack join.
-    None, and nothing written, where its mask finds no place.
+    One window of each after the other, each on what the earlier ones left to paint, so that the tiles of a crack join.
     """
-    began = time.monotonic()
-    image, placed = case.draw(seed, source)
-    if placed is None:
-        return None
-    grey = Image.open(case.image).mode in ("1", "L")  # gives a grey output; equal channels convert exactly
-    left, rows, windows = placed.mask.copy(), [], []
-    for box in zoom_boxes(placed.mask, resolution, zoom):
-        good, mask = image.crop(box), cut(left, box)
-        first = len(windows) * num_candidates
-        seeds = [case.derive_seed(seed, first + i) for i in range(num_candidates)]
-        painted = best_of(pipe, scorer, good, mask, resolution=resolution, seeds=seeds, **sampling)
-        shown = [s if scorer and math.isfinite(s) else None for s in painted.scores]
-        pictures = [picture.convert("L") for picture in painted.pictures] if grey else painted.pictures
-        rows.append(contact_row(good, mask, pictures, shown, painted.chosen))
-        windows.append({"box": box, "candidate_seeds": seeds, "scores": shown, "chosen": painted.chosen})
-        image.paste(painted.pictures[painted.chosen], box[:2])
-        mask[:] = False
-    files = {kind: f"{kind}/{case.name}.png" for kind in KINDS}
-    save_picture(image.convert("L") if grey else image, output_dir / files["images"])
-    save_picture(Image.fromarray(placed.mask).convert("L"), output_dir / files["masks"])
-    save_picture(stacked(rows), output_dir / files["contact"])
-    return {
-        "name": case.name,
-        "image": files["images"],
-        "mask": files["masks"],
-        "good_image": case.image.name,
-        "given_mask": case.mask.name if case.mask else None,
-        **case.digests,
-        "mask_parts": [{"from": part.name, "top": part.top, "left": part.left} for part in placed.parts],
-        "prompt": sampling["prompt"],
-        "windows": windows,
-        "seconds": round(time.monotonic() - began, 3),
-    }
+    settings = items[0].task.settings
+    sampling = {name: settings[name] for name in ("prompt", "num_inference_steps", "guidance_scale")}
+    works = [Progress(item, resolution) for item in items]
+    while todo := [work for work in works if not work.problem and len(work.windows) < len(work.boxes)]:
+        windows = [work.window() for work in todo]
+        images = torch.stack([image_tensor(image, resolution) for image, _ in windows])
+        grids = torch.stack([to_grid(mask, resolution // pipe.vae_scale_factor) for _, mask in windows])
+        seeds = [work.seeds(num_candidates) for work in todo]
+        candidates = paint(pipe, images, grids, seeds=seeds, batch_size=batch_size, **sampling)
+        for work, of_work, its_seeds in zip(todo, candidates, seeds):
+            work.choose(of_work, its_seeds, scorer)
+    return works
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+def make_plan(overlays: Sequence[argparse.Namespace]) -> list[Item]:
+    """The items of all overlays: for each LoRA and defect type `--num_images` pictures on the good images in turn.
+
+    Raises:
+        InputError: a picture twice (DF415), or what the files, LoRAs and flags show to be wrong.
+    """
+    known: dict[str, Any] = {}
+    found: list[tuple[Case, Task, int]] = []
+    for args in overlays:
+        cases = read_cases(args)
+        for task in make_tasks(args, known):
+            for i in range(args.num_images or len(cases)):
+                repeat, place = divmod(i, len(cases))
+                found.append((cases[place], task, repeat_seed(args.seed, repeat)))
+    several = len({(task.settings["lora_sha256"], task.settings["defect"]) for _, task, _ in found}) > 1
+    items: list[Item] = []
+    names: set[str] = set()
+    numbers: Counter[str] = Counter()
+    same: dict[str, str] = {}
+    for case, task, seed in found:
+        label = re.sub(r"[^\w-]+", "_", task.settings["defect"] or "defect")
+        stem = f"{case.name}-{label}" if several else case.name
+        name = stem
+        while name in names:
+            numbers[stem] += 1
+            name = f"{stem}-{numbers[stem]:04d}"
+        names.add(name)
+        items.append(Item(name, case, task, seed))
+        key = json.dumps(items[-1].line | {"name": ""}, sort_keys=True)
+        if key in same:
+            raise InputError(
+                f"DF415 {case.image.name}, {label}: is asked for twice with --seed {seed}; change one seed"
+            )
+        same[key] = name
+    return items
+
+
+def make_tasks(args: argparse.Namespace, known: dict[str, Any]) -> list[Task]:
+    """A task for each of `--lora` and each of its defect types that `--defect` names.
+
+    Args:
+        known: LoRAs and mask sources read so far; new ones are added.
+    """
+    tasks = []
+    for path in args.lora:
+        if path not in known:
+            known[path] = read_lora(path)
+        lora = known[path]
+        prompts = lora.record.get("prompts", {})
+        for name in [d for d in args.defect or [None] if d is None or d in prompts or len(args.lora) == 1]:
+            prompt, defect = choose_prompt(lora, name, args.prompt)
+            key = json.dumps([defect, *(str(getattr(args, flag)) for flag in MASK_FLAGS)])
+            if key not in known:
+                known[key] = read_source(args, defect, args.cache_dir)
+            source, mask_settings = known[key]
+            zoom = read_zoom(args.zoom, args.zoom_context, args.zoom_min_area, lora)
+            settings = {
+                "object": lora.record.get("object"),
+                "defect": defect,
+                "prompt": prompt,
+                "lora_sha256": file_digest(lora.path),
+                "mask_source": args.mask_source,
+                **mask_settings,
+                "zoom": zoom and zoom._asdict(),
+                "num_inference_steps": args.num_inference_steps,
+                "guidance_scale": args.guidance_scale,
+            }
+            tasks.append(Task(lora, source, zoom, settings))
+    missing = set(args.defect or ()) - {task.settings["defect"] for task in tasks}
+    if missing:
+        raise InputError(f"DF411 --defect {', '.join(sorted(missing))}: no --lora knows it")
+    return tasks
+
+
+def groups_of(plan: Sequence[Item], size: int) -> list[list[Item]]:
+    """The items in groups to be painted together, of one way to paint each; the same whoever paints them."""
+    alike: dict[str, list[Item]] = {}
+    for item in plan:
+        alike.setdefault(json.dumps(item.task.settings), []).append(item)
+    return [items[i : i + size] for items in alike.values() for i in range(0, len(items), size)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
-
-
-def finished_lines(cases: list[Case], output_dir: Path) -> list[dict]:
-    """The manifest's lines of images whose files are all there; a last line torn by a kill does not count.
-
-    Raises:
-        InputError: a damaged manifest (DF310), or an image made from another good image or mask (DF320).
-    """
-    manifest = output_dir / "manifest.jsonl"
-    if not manifest.exists():
-        return []
-    lines, problems = [], []
-    known = {case.name: case for case in cases}
-    for number, text in enumerate(manifest.read_text().rpartition("\n")[0].splitlines(), 1):
-        try:
-            line = json.loads(text)
-            name = line["name"]
-            changed = name in known and known[name].digests != {k: line[k] for k in known[name].digests}
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"DF310 {manifest}, line {number}: cannot be read ({error!r}); remove it") from error
-        if changed:
-            problems.append(f"DF320 {name}: was painted from another image or mask; choose another --output_dir")
-        if all((output_dir / kind / f"{name}.png").exists() for kind in KINDS):
-            lines.append(line)
-    if problems:
-        raise InputError(*problems)
-    return lines
 
 
 def check_places(cases: list[Case], output_dir: Path) -> None:
@@ -506,10 +485,10 @@ def check_places(cases: list[Case], output_dir: Path) -> None:
 def choose_prompt(lora: LoraFile, defect: str | None, prompt: str | None) -> tuple[str, str | None]:
     """The prompt to paint with and its defect type: given, or the object prompt of the LoRA's record."""
     prompts = lora.record.get("prompts", {})
-    if prompt and (defect is None or defect in prompts or not prompts):
-        return prompt, defect
     if defect is None and len(prompts) == 1:
         defect = next(iter(prompts))
+    if prompt and (defect is None or defect in prompts or not prompts):
+        return prompt, defect
     if defect in prompts:
         return prompts[defect], defect
     if not prompts:
@@ -544,127 +523,16 @@ def check_prompt(prompt: str, base: Base, cache_dir: str | None) -> None:
         )
 
 
-def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that decide which images are taken and which masks they get."""
-    add = parser.add_argument_group("images and masks").add_argument
-    add("--image", required=True, type=Path, metavar="PATH", help="Good image, or a folder of them.")
-    add("--defect", help="Defect type to paint, where the LoRA knows several.")
-    add(
-        "--mask_source",
-        choices=["given", "random", "references", "procedural", "held_out"],
-        default="given",
-        help="given: --mask. random: a seeded irregular blob for each image. references: masks of the dataset's "
-        "reference images, transformed and placed on the part. procedural: drawn shapes placed on the part. held_out: "
-        "the dataset's held-out masks as they are (the paper's protocol, which leaks them). Default: %(default)s.",
-    )
-    add("--mask", type=Path, metavar="PATH", help="Mask of given, white inside, or a folder of the same names.")
-    add("--reference_data", metavar="DIR", help="Dataset folder of references and held_out.")
-    add("--object", help="Object in it, where there are several.")
-    add("--split", default="auto", metavar="RULE|FILE", help="As in training. Default: %(default)s.")
-    rotation_help = "Of references, to either side. Default: %(default)s."
-    add("--max_rotation", type=float, default=180.0, metavar="DEG", help=rotation_help)
-    add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="Of procedural. Default: all.")
-    add("--seed", type=int, default=0, help="Of masks and candidates. Default: %(default)s.")
-    add = parser.add_argument_group("places, of references and procedural").add_argument
-    add(
-        "--foreground",
-        default="auto",
-        metavar="auto|none|PATH",
-        help="Where the part is. auto: what stands out from the rim's colour; a surface that fills the picture is all "
-        "part. none: everywhere. PATH: a mask, or a folder of masks of the images' names. Default: %(default)s.",
-    )
-    add("--zone", type=Path, metavar="PATH", help="Mask of where defects may go, or a folder of them.")
-    coverage_help = "Least share of a defect's pixels on the part and in the zone. Default: %(default)s."
-    add("--coverage", type=float, default=0.99, metavar="X", help=coverage_help)
-    add("--masks_per_image", type=int, default=1, metavar="N", help="Defects in an image. Default: %(default)s.")
-
-
-def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends with a message where flags of images and masks contradict each other."""
-    source = args.mask_source
-    if (source == "given") != (args.mask is not None):
-        parser.error("give --mask, or another --mask_source without it")
-    if (source in ("references", "held_out")) != (args.reference_data is not None):
-        parser.error("give --reference_data with --mask_source references or held_out, and only there")
-    users = {"max_rotation": ["references"], "shapes": ["procedural"]}
-    users |= dict.fromkeys(("object", "split"), ["references", "held_out"])
-    users |= dict.fromkeys(("foreground", "zone", "coverage", "masks_per_image"), ["references", "procedural"])
-    for flag, sources in users.items():
-        if source not in sources and getattr(args, flag) != parser.get_default(flag):
-            parser.error(f"--{flag}: only with --mask_source {' or '.join(sources)}")
-    if not 0 < args.coverage <= 1:
-        parser.error(f"--coverage {args.coverage}: must be above 0 and at most 1")
-    if not 0 <= args.max_rotation <= 180:
-        parser.error(f"--max_rotation {args.max_rotation}: must be from 0 to 180")
-    if args.masks_per_image < 1:
-        parser.error(f"--masks_per_image {args.masks_per_image}: must be at least 1")
-
-
-def read_cases(args: argparse.Namespace) -> list[Case]:
-    """The cases of the flags, every file opened and checked."""
-    foreground = Path(args.foreground) if args.foreground not in ("auto", "none") else None
-    cases = find_cases(args.image, args.mask, foreground, args.zone)
-    check_cases(cases)
-    return cases
-
-
-def read_source(
-    args: argparse.Namespace, defect: str | None, cache_dir: str | None = None
-) -> tuple[MaskSource | None, dict]:
-    """The mask source of the flags, None for given masks, and the settings that decide its masks."""
-    if args.mask_source in ("given", "random"):
-        return (random_source if args.mask_source == "random" else None), {}
-    if args.mask_source == "procedural":
-        shapes, settings = procedural_shapes(args.shapes), {"shapes": args.shapes}
-    else:
-        held_out = args.mask_source == "held_out"
-        masks = load_masks(args.reference_data, args.object, args.split, defect, held_out, cache_dir)
-        settings = {"reference_masks_sha256": masks_digest(masks)}
-        if held_out:
-            return held_out_source(masks), settings
-        shapes, settings["max_rotation"] = reference_shapes(masks, args.max_rotation), args.max_rotation
-    foreground = args.foreground if args.foreground in ("auto", "none") else "given"
-    settings |= {
-        "foreground": foreground,
-        "zone": args.zone is not None,
-        "coverage": args.coverage,
-        "masks_per_image": args.masks_per_image,
-    }
-    finder = find_foreground if foreground == "auto" else None
-    return PlacedShapes(shapes, finder, args.coverage, args.masks_per_image), settings
-
-
-def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("model")
-    group.add_argument("--lora", required=True, metavar="PATH|ID", help="LoRA folder, file or Hub id.")
-    group.add_argument(
-        "--pretrained_model_name_or_path",
-        metavar="PATH|ID",
-        help="Base inpainting model. Default: the LoRA's own base.",
-    )
-    group.add_argument("--revision", help="Revision of the base on the Hub. Default: the one the LoRA was trained on.")
-    group.add_argument("--variant", help="Variant of the base's weight files, such as fp16.")
-    group.add_argument("--cache_dir", help="Where downloaded models are kept.")
-    group.add_argument(
-        "--mixed_precision",
-        choices=["no", "fp16", "bf16"],
-        help="Precision of the whole model. Default: fp16 on a GPU, no on a CPU.",
-    )
-    group.add_argument("--prompt", help="Prompt in place of the LoRA's own.")
-    add_input_flags(parser)
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--num_candidates", type=int, default=8, metavar="N", help="Candidates an image. Default: %(default)s."
-    )
-    group.add_argument("--batch_size", type=int, metavar="N", help="Candidates in one UNet call. Default: all.")
-    group.add_argument(
-        "--num_inference_steps", type=int, default=50, metavar="N", help="DDIM steps. Default: %(default)s."
-    )
-    group.add_argument("--guidance_scale", type=float, default=7.5, metavar="X", help="Default: %(default)s.")
-    group.add_argument(
-        "--resolution", type=int, metavar="PX", help="Side of the model's square. Default: the LoRA's own."
-    )
+def add_picture_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that may differ from picture to picture, besides those of images and masks."""
+    add = parser.add_argument_group("model").add_argument
+    add("--lora", nargs="+", metavar="PATH|ID", help="LoRA folders, files or Hub ids; a set of pictures for each.")
+    add("--prompt", help="Prompt in place of the LoRA's own.")
+    add = parser.add_argument_group("sampling").add_argument
+    number_help = "Pictures of each defect type, on the good images in turn. Default: one an image."
+    add("--num_images", type=int, metavar="N", help=number_help)
+    add("--num_inference_steps", type=int, default=50, metavar="N", help="Default: %(default)s (the paper's).")
+    add("--guidance_scale", type=float, default=7.5, metavar="X", help="Default: %(default)s.")
     add = parser.add_argument_group("zoom").add_argument
     add(
         "--zoom",
@@ -676,21 +544,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--zoom_context", type=float, metavar="X", help="A window's side over its defect's. Default: as trained.")
     min_area_help = "A mask that covers less of its window is tiled along its length. Default: as trained."
     add("--zoom_min_area", type=float, metavar="X", help=min_area_help)
-    group = parser.add_argument_group("selection")
-    group.add_argument(
-        "--selection",
-        choices=["lpips", "ssim", "rmse", "none"],
-        default="lpips",
-        help="Measure of the distance to the normal image inside the mask; the most distant candidate is kept; with "
-        "none the first. Default: %(default)s (the paper's).",
-    )
-    group.add_argument(
-        "--lpips_net", choices=list(LPIPS_FILES), default="alex", help="LPIPS backbone. Default: %(default)s."
-    )
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", required=True, type=Path, metavar="DIR")
-    args = parser.parse_args(input_args)
-    for flag in ("num_candidates", "num_inference_steps", "batch_size"):
+
+
+def check_picture_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with a message where a value cannot work."""
+    check_input_flags(parser, args)
+    if not args.lora:
+        parser.error("give --lora: what train_defectfill.py made")
+    for flag in ("num_images", "num_candidates", "num_inference_steps", "batch_size"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if args.zoom_context is not None and not 1 <= args.zoom_context < math.inf:
@@ -699,117 +560,237 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--zoom_min_area {args.zoom_min_area}: must be at least 0 and below 1")
     if not math.isfinite(args.guidance_scale):
         parser.error(f"--guidance_scale {args.guidance_scale}: must be a finite number")
-    check_input_flags(parser, args)
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_picture_flags(parser)
+    add_input_flags(parser)
+    cases_help = "A JSON object a line, each like a run of its own: flags of the groups above by their names."
+    parser.add_argument("--cases", type=Path, metavar="FILE", help=cases_help)
+    add = parser.add_argument_group("base model").add_argument
+    base_help = "Base inpainting model. Default: the LoRA's own base."
+    add("--pretrained_model_name_or_path", metavar="PATH|ID", help=base_help)
+    add("--revision", help="Revision of the base on the Hub. Default: the one the LoRA was trained on.")
+    add("--variant", help="Variant of the base's weight files, such as fp16.")
+    add("--cache_dir", help="Where downloaded models are kept.")
+    precision_help = "Precision of the whole model. Default: fp16 on a GPU, no on a CPU."
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision_help)
+    add("--resolution", type=int, metavar="PX", help="Side of the model's square. Default: the LoRA's own.")
+    scheduler_help = "ddim is the paper's; the others need about 20 steps. Default: %(default)s."
+    add("--scheduler", choices=list(SCHEDULERS), default="ddim", help=scheduler_help)
+    add = parser.add_argument_group("candidates and selection").add_argument
+    add("--num_candidates", type=int, default=8, metavar="N", help="Candidates an image. Default: %(default)s.")
+    batch_help = "Candidates in one UNet call, of several images if there is room. Default: one image's."
+    add("--batch_size", type=int, metavar="N", help=batch_help)
+    add(
+        "--selection",
+        choices=["lpips", "ssim", "rmse", "none"],
+        default="lpips",
+        help="Measure of the distance to the normal image inside the mask; the most distant candidate is kept; with "
+        "none the first. Default: %(default)s (the paper's).",
+    )
+    add("--lpips_net", choices=list(LPIPS_FILES), default="alex", help="LPIPS backbone. Default: %(default)s.")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", required=True, type=Path, metavar="DIR")
+    args = parser.parse_args(input_args)
+    if args.cases is None:
+        check_picture_flags(parser, args)
     return args
+
+
+def read_overlays(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The flags as they stand, or with those of each line of `--cases` over them.
+
+    Raises:
+        InputError: a line that is no JSON object, or whose flags are unknown or cannot work (DF416).
+    """
+    if args.cases is None:
+        return [args]
+    if not args.cases.is_file():
+        raise InputError(f"DF160 --cases {args.cases}: no such file")
+    overlays, problems = [], []
+    for number, text in enumerate(args.cases.read_text().splitlines(), 1):
+        parser = LineParser(add_help=False, allow_abbrev=False)
+        add_picture_flags(parser)
+        add_input_flags(parser)
+        try:
+            line = {flag: value if isinstance(value, list) else [value] for flag, value in json.loads(text).items()}
+            words = [word for flag, values in line.items() for word in (f"--{flag}", *map(str, values))]
+            overlays.append(parser.parse_args(words, argparse.Namespace(**vars(args))))
+            check_picture_flags(parser, overlays[-1])
+        except (ValueError, AttributeError) as error:
+            problems.append(f"DF416 {args.cases}, line {number}: {error}")
+    if not overlays and not problems:
+        problems.append(f"DF416 {args.cases}: is empty; give a JSON object a line")
+    if problems:
+        raise InputError(*problems)
+    return overlays
+
+
+class LineParser(argparse.ArgumentParser):
+    """Raises ValueError where its parent would end the program."""
+
+    def error(self, message: str):
+        raise ValueError(message)
 
 
 class Run(NamedTuple):
     """What to paint and with what, checked, before any weight is loaded."""
 
-    cases: list[Case]
-    source: MaskSource | None
-    lora: LoraFile
+    plan: list[Item]
     base: Base
     scorer: Scorer | None
-    zoom: Zoom | None
-    device: torch.device
-    settings: dict  # what decides a pixel besides the cases; it must be the same when the run goes on
+    settings: dict  # what decides a pixel besides the plan; it must be the same when the run goes on
 
 
-def prepare(args: argparse.Namespace) -> Run:
+def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     """Checks and reads everything that can be wrong."""
-    cases = read_cases(args)
-    check_places(cases, args.output_dir)
-    lora = read_lora(args.lora)
-    prompt, defect = choose_prompt(lora, args.defect, args.prompt)
-    source, mask_settings = read_source(args, defect, args.cache_dir)
-    zoom = read_zoom(args.zoom, args.zoom_context, args.zoom_min_area, lora)
-    name = args.pretrained_model_name_or_path or lora.record.get("base")
-    resolution = lora.record.get("resolution") if args.resolution is None else args.resolution
+    plan = make_plan(read_overlays(args))
+    check_places([item.case for item in plan], args.output_dir)
+    tasks = list({id(item.task): item.task for item in plan}.values())
+    record = tasks[0].lora.record
+    name = args.pretrained_model_name_or_path or record.get("base")
+    resolution = record.get("resolution") if args.resolution is None else args.resolution
     if not name or resolution is None:
         raise InputError(
-            f"DF412 {lora.path}: carries no record; give --pretrained_model_name_or_path and --resolution"
+            f"DF412 {tasks[0].lora.path}: carries no record; give --pretrained_model_name_or_path and --resolution"
         )
-    revision = args.revision or (lora.record.get("revision") if name == lora.record.get("base") else None)
+    for task in tasks:
+        theirs = (task.lora.record.get("base", name), task.lora.record.get("resolution", resolution))
+        if theirs != (record.get("base", name), record.get("resolution", resolution)):
+            raise InputError(
+                f"DF414 {task.lora.path}: was trained on {theirs[0]} at {theirs[1]} px, unlike {tasks[0].lora.path}; "
+                "paint with each in a run of its own"
+            )
+    revision = args.revision or (record.get("revision") if name == record.get("base") else None)
     base = read_base(name, revision, args.cache_dir)
     check_resolution(base, resolution)
-    check_fits(lora, base)
-    check_prompt(prompt, base, args.cache_dir)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for lora in {task.lora.path: task.lora for task in tasks}.values():
+        check_fits(lora, base)
+    for prompt in {task.settings["prompt"] for task in tasks}:
+        check_prompt(prompt, base, args.cache_dir)
     settings = {
         "base": base.name,
         "revision": base.revision,
         "variant": args.variant,
-        "lora_sha256": hashlib.sha256(lora.path.read_bytes()).hexdigest(),
-        "defect": defect,
-        "prompt": prompt,
         "resolution": resolution,
-        "zoom": zoom and zoom._asdict(),
+        "scheduler": args.scheduler,
         "num_candidates": args.num_candidates,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "seed": args.seed,
-        "mask_source": args.mask_source,
-        **mask_settings,
         "selection": args.selection if args.selection != "lpips" else f"lpips-{args.lpips_net}",
         "mixed_precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
     }
-    scorer = make_scorer(args.selection, args.lpips_net, device)
-    return Run(cases, source, lora, base, scorer, zoom, device, settings)
+    return Run(plan, base, make_scorer(args.selection, args.lpips_net, device), settings)
 
 
-def paint_all(args: argparse.Namespace, run: Run, done: set[str]) -> dict[str, str]:
-    """Paints every case that is not done, a line of the manifest each; returns why for those that cannot be."""
-    pipe = load_pipeline(run.base, args.variant, args.cache_dir, run.settings["mixed_precision"], run.device)
-    load_lora(pipe, run.lora)
-    names = ("prompt", "resolution", "num_candidates", "seed", "num_inference_steps", "guidance_scale")
-    settings = {name: run.settings[name] for name in names} | {"batch_size": args.batch_size}
-    todo = [case for case in run.cases if case.name not in done]
-    skipped = {}
-    with (args.output_dir / "manifest.jsonl").open("a") as lines:
-        for case in tqdm(todo, desc="Images", initial=len(done), total=len(run.cases)):
-            try:
-                line = generate(pipe, case, run.source, run.scorer, run.zoom, args.output_dir, **settings)
-            except FloatingPointError as error:
-                skipped[case.name] = f"{case.image.name}: {error}"
-                continue
-            if line is None:
-                skipped[case.name] = f"DF340 {case.image.name}: no place for its mask"
-                continue
-            lines.write(json.dumps(line) + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
-    return skipped
+def check_plan(plan: list[Item], folder: Path) -> list[dict]:
+    """The lines of the plan, after those of an earlier start of the run.
+
+    Raises:
+        InputError: an item was planned otherwise (DF320).
+    """
+    before = {line["name"]: line for line in ledger.read_lines(folder / PLAN)}
+    problems: dict[str, None] = {}
+    for line in (item.line for item in plan if item.name in before):
+        old = before[line["name"]]
+        for key in [k for k in line.keys() | old.keys() if line.get(k) != old.get(k)]:
+            if key.startswith(("good_image", "given_")):
+                problems[f"DF320 {line['name']}: was painted from another image or mask"] = None
+            else:
+                problems[f"DF320 {key}: the run began with {old.get(key)!r}, now it is {line.get(key)!r}"] = None
+    if problems:
+        raise InputError(*sorted(problems), "Go on with what it began with, or choose another --output_dir.")
+    return list((before | {item.name: item.line for item in plan}).values())
+
+
+def begin(run: Run, folder: Path) -> list[str]:
+    """Writes settings and plan, and puts in order what an earlier start left; returns the names of what is made."""
+    clear_leftovers(folder, *(folder / kind for kind in KINDS))
+    if (folder / "settings.json").exists():
+        check_identity(json.loads((folder / "settings.json").read_text()), run.settings)
+    lines = check_plan(run.plan, folder)
+    write_json(folder / "settings.json", run.settings)
+    ledger.write_lines(folder / PLAN, lines)
+    for kind in KINDS:
+        (folder / kind).mkdir(exist_ok=True)
+    return [line["name"] for line in gather(folder)]
+
+
+def gather(folder: Path) -> list[dict]:
+    """The manifest's lines, those of pictures whose files are all there, in the order of the plan."""
+    order = [line["name"] for line in ledger.read_lines(folder / PLAN)]
+    return ledger.gather(
+        folder, order, lambda line: all((folder / kind / f"{line['name']}.png").exists() for kind in KINDS)
+    )
+
+
+def paint_all(args: argparse.Namespace, run: Run, done: set[str], state: PartialState) -> dict[str, str]:
+    """Paints this process's share of the plan; returns why for those items that cannot be.
+
+    A group with an item to make is painted whole, so that no pixel depends on what was done before.
+    """
+    groups = groups_of(run.plan, max(1, (args.batch_size or 1) // args.num_candidates))
+    mine = [g for g in groups if {item.name for item in g} - done][state.process_index :: state.num_processes]
+    problems: dict[str, str] = {}
+    if not mine:
+        return problems
+    precision, scheduler = run.settings["mixed_precision"], run.settings["scheduler"]
+    pipe = load_pipeline(run.base, args.variant, args.cache_dir, precision, state.device, scheduler)
+    loaded = None
+    bar = tqdm(total=sum(map(len, mine)), desc="Images", disable=not state.is_local_main_process)
+    with ledger.appending(args.output_dir, state.process_index) as add:
+        for group in mine:
+            lora = group[0].task.lora
+            if loaded != lora.path:
+                pipe.unload_lora_weights()
+                load_lora(pipe, lora)
+                loaded = lora.path
+            began = time.monotonic()
+            works = generate(pipe, group, run.scorer, run.settings["resolution"], args.num_candidates, args.batch_size)
+            seconds = round((time.monotonic() - began) / len(group), 3)
+            for work in works:
+                if work.problem:
+                    problems[work.item.name] = work.problem
+                elif work.item.name not in done:
+                    add(work.write(args.output_dir) | {"seconds": seconds})
+            bar.update(len(group))
+    return problems
 
 
 def main(args: argparse.Namespace) -> None:
-    run = prepare(args)
-    with sole_writer(args.output_dir):
-        clear_leftovers(args.output_dir, *(args.output_dir / kind for kind in KINDS))
-        settings_file = args.output_dir / "settings.json"
-        if settings_file.exists():
-            check_identity(json.loads(settings_file.read_text()), run.settings)
-        write_json(settings_file, run.settings)
-        for folder in KINDS:
-            (args.output_dir / folder).mkdir(exist_ok=True)
-        lines = finished_lines(run.cases, args.output_dir)
-        with replacing(args.output_dir / "manifest.jsonl") as manifest:
-            manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        done = {line["name"] for line in lines}
-        skipped = paint_all(args, run, done) if {case.name for case in run.cases} - done else {}
-        painted = [case.name for case in run.cases if case.name not in skipped]
-        if painted:
-            rows = [Image.open(args.output_dir / "contact" / f"{name}.png") for name in painted[:SHEET_CASES]]
-            save_picture(stacked(rows), args.output_dir / "contact_sheet.png")
-    print(f"{len(painted)} images in {args.output_dir}: images/, masks/, manifest.jsonl, contact_sheet.png")
-    if skipped:
-        raise SystemExit("Not painted:\n" + "\n".join(skipped.values()))
+    on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(on_cpu, timeout=datetime.timedelta(days=7))  # processes wait for the slowest
+    run = prepare(args, state.device)
+    folder = args.output_dir
+    with sole_writer(folder) if state.is_main_process else nullcontext():
+        [done] = broadcast_object_list([begin(run, folder) if state.is_main_process else None])
+        problems = gather_object([paint_all(args, run, set(done), state)])
+        if state.is_main_process:
+            finish(folder, {name: why for of_process in problems for name, why in of_process.items()})
+        state.wait_for_everyone()
+
+
+def finish(folder: Path, problems: dict[str, str]) -> None:
+    """Writes manifest and contact sheet; ends with exit status 1 if something could not be painted."""
+    lines = gather(folder)
+    if lines:
+        ledger.write_table(folder / "manifest.parquet", lines)
+        rows = [Image.open(folder / "contact" / f"{line['name']}.png") for line in lines[:SHEET_CASES]]
+        save_picture(stacked(rows), folder / "contact_sheet.png")
+    print(f"{len(lines)} images in {folder}: images/, masks/, {ledger.MANIFEST}, contact_sheet.png")
+    if problems:
+        raise SystemExit("Not painted:\n" + "\n".join(problems.values()))
 
 
 def load_pipeline(
-    base: Base, variant: str | None, cache_dir: str | None, precision: str, device: torch.device
+    base: Base,
+    variant: str | None,
+    cache_dir: str | None,
+    precision: str,
+    device: torch.device,
+    scheduler: str = "ddim",
 ) -> StableDiffusionInpaintPipeline:
-    """The base pipeline with DDIM, without the safety checker (it blackens what it takes for wounds)."""
+    """The base pipeline with one of `SCHEDULERS`; no safety checker, which blackens what it takes for wounds."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     try:
         pipe = StableDiffusionInpaintPipeline.from_pretrained(
@@ -824,7 +805,7 @@ def load_pipeline(
         ).to(device)
     except (OSError, ValueError) as error:
         raise InputError(f"DF182 {base.name}: its safetensors weights cannot be loaded: {error}") from error
-    pipe.scheduler = ddim(pipe.scheduler)
+    pipe.scheduler = SCHEDULERS[scheduler](pipe.scheduler)
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -833,6 +814,14 @@ def load_pipeline(
 def ddim(scheduler) -> DDIMScheduler:
     """DDIM with the noise schedule of `scheduler`; latents have no fixed range, so nothing is clipped."""
     return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+
+
+# Each makes a scheduler with the noise schedule of another.
+SCHEDULERS = {
+    "ddim": ddim,
+    "dpmsolver++": lambda scheduler: DPMSolverMultistepScheduler.from_config(scheduler.config),
+    "unipc": lambda scheduler: UniPCMultistepScheduler.from_config(scheduler.config),
+}
 
 
 if __name__ == "__main__":

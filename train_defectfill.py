@@ -416,7 +416,7 @@ def validation_picture(
     for case in cases:
         image, grid = case["pixel_values"], case["mask"]
         models.store.stop()
-        result = paint(pipe, image, grid, case["prompt"], [case["seed"]], inference_steps)[0]
+        result = paint(pipe, image[None], grid[None], case["prompt"], [[case["seed"]]], inference_steps)[0, 0]
         size = image.shape[-1]
         pixels = cover(grid, size // grid.shape[-1])[0].numpy() > 0.5
         good = tensor_image(image)

@@ -7,13 +7,14 @@ Polarity and ranges, everywhere in the project:
 Shapes: H, W image pixels; h, w cells of the latent grid; L prompt tokens.
 """
 
-from .builder import DefectPairs, data_digest, load_defect_pairs, load_prepared, select_defects
+from .builder import DefectPairs, data_digest, file_digest, load_defect_pairs, load_prepared, select_defects
+from .cases import Case, check_cases, find_cases, repeat_seed
 from .checks import check_pairs
 from .discovery import LAYOUTS, find_objects
 from .errors import InputError, exit_on_input_error
 from .foreground import find_foreground
-from .images import heat_overlay, image_tensor, load_image, tensor_image
-from .masks import binarise, boxes_mask, cover, random_boxes, random_mask, to_grid
+from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image
+from .masks import binarise, boxes_mask, cover, piece_boxes, random_boxes, random_mask, to_grid
 from .placement import (
     MaskSource,
     Placed,
@@ -35,6 +36,7 @@ from .zoom import Box, Zoom, choose_zoom, cut, zoom_boxes
 
 __all__ = [
     "Box",
+    "Case",
     "LAYOUTS",
     "DefectPairs",
     "InputError",
@@ -50,6 +52,7 @@ __all__ = [
     "binarise",
     "boxes_mask",
     "build_prompts",
+    "check_cases",
     "check_pairs",
     "choose_zoom",
     "cover",
@@ -57,6 +60,8 @@ __all__ = [
     "data_digest",
     "derive_seed",
     "exit_on_input_error",
+    "file_digest",
+    "find_cases",
     "find_foreground",
     "find_objects",
     "heat_overlay",
@@ -67,12 +72,15 @@ __all__ = [
     "load_masks",
     "load_prepared",
     "masks_digest",
+    "open_image",
+    "piece_boxes",
     "principal_axis",
     "procedural_shapes",
     "random_boxes",
     "random_mask",
     "random_source",
     "reference_shapes",
+    "repeat_seed",
     "sampling_schedule",
     "select_defects",
     "tensor_image",

@@ -146,14 +146,15 @@ def _fingerprint(splits: dict[str, list[Row]]) -> str:
     for split, rows in splits.items():
         for row in rows:
             paths = row.mask.paths if isinstance(row.mask, MaskFiles) else ()
-            files = [(str(file), _file_digest(file)) for file in (row.image, *paths)]
+            files = [(str(file), file_digest(file)) for file in (row.image, *paths)]
             digest.update(json.dumps([split, row.defect, repr(row.mask), files]).encode())
     return digest.hexdigest()
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """sha256 of a file; empty where it cannot be read, which is a problem for the checks."""
     if not (file.is_file() and os.access(file, os.R_OK)):
-        return ""  # a problem for the checks
+        return ""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

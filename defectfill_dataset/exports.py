@@ -7,7 +7,6 @@ files) and the defect types to files; it returns the name of the file that makes
 import csv
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from .annotations import MALFORMED
+from .builder import file_digest
 from .discovery import NAME, RESERVED
 from .images import ORIENTATION, load_image
 from .layouts import ONE_TYPE, Row, file_inside, image_files
@@ -89,8 +89,7 @@ def read_photographs(folder: Path, name: str, painted: set[str]) -> list[Item]:
     folder = folder.expanduser().resolve()
     items = []
     for file in image_files(folder):
-        digest = hashlib.sha256(file.read_bytes() if file.is_file() else b"").hexdigest()
-        photograph = file.name if file.name in painted else digest
+        photograph = file.name if file.name in painted else file_digest(file)
         items.append(Item(f"good_{file.stem}", folder.parent, Row(file, None, "good", None, name), photograph))
     return items
 

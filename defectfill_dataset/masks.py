@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco_mask
+from scipy import ndimage
 from skimage import draw
 
 from .images import FULL_16_BITS, UNREADABLE, load_image, open_image
@@ -136,6 +137,12 @@ class MaskShapes:
                 raise ValueError(f"its run lengths do not fill {self.size[0]}x{self.size[1]} pixels")
             mask |= part > 0
         return mask
+
+
+def piece_boxes(mask: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of each connected piece of a (H, W) mask."""
+    pieces, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    return [(x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(pieces)]
 
 
 def to_grid(mask: np.ndarray, size: int) -> torch.Tensor:

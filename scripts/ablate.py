@@ -114,9 +114,10 @@ def paint_parts(
     painted = []
     for i, (image, mask) in enumerate(zip(good, masks)):
         grid = to_grid(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor)
-        seeds = [derive_seed(seed, "ablation", i)]
-        [candidate] = paint(pipe, image, grid, prompt, seeds, args.num_inference_steps, args.guidance_scale)
-        painted.append(torch.where(mask > 0.5, candidate * 2 - 1, image))
+        seeds = [[derive_seed(seed, "ablation", i)]]
+        steps, guidance = args.num_inference_steps, args.guidance_scale
+        candidates = paint(pipe, image[None], grid[None], prompt, seeds, steps, guidance)
+        painted.append(torch.where(mask > 0.5, candidates[0, 0] * 2 - 1, image))
     return torch.stack(painted)
 
 

@@ -496,10 +496,8 @@ def measure(pipe: StableDiffusionInpaintPipeline, scenes: Scenes) -> tuple[dict[
         pixel_mask = random_mask(rng, image.width, image.width) | random_mask(rng, image.width, image.width)
         grid = to_grid(pixel_mask, image.width // pipe.vae_scale_factor)
         prompt = scenes.captions[index][0]
-        z = (
-            paint(pipe, x, grid, prompt, [derive_seed(0, index)], num_inference_steps=30, guidance_scale=1.0)[0] * 2
-            - 1
-        )
+        seeds = [[derive_seed(0, index)]]
+        [[z]] = paint(pipe, x[None], grid[None], prompt, seeds, num_inference_steps=30, guidance_scale=1.0) * 2 - 1
         inside = cover(grid, pipe.vae_scale_factor)[0] > 0.5
         inpainted.append(psnr((x - z)[:, inside] / 2))
         painted = composite(image, (z.cpu() + 1) / 2, inside.cpu().numpy())

@@ -26,14 +26,10 @@ from defectfill_dataset import (  # noqa: E402
     find_foreground,
     load_masks,
     principal_axis,
+    repeat_seed,
 )
-from generate_defectfill import (  # noqa: E402
-    add_input_flags,
-    check_input_flags,
-    read_cases,
-    read_source,
-    save_picture,
-)
+from defectfill_dataset.inputs import add_input_flags, check_input_flags, read_cases, read_source  # noqa: E402
+from generate_defectfill import save_picture  # noqa: E402
 
 
 CELL = 192  # pixels a side of the grid's pictures
@@ -81,6 +77,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="The picture, PNG.")
     args = parser.parse_args(input_args)
     check_input_flags(parser, args)
+    if len(args.defect or ()) > 1:
+        parser.error(f"--defect {' '.join(args.defect)}: one at a time")
     for flag in ("number", "shown"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
@@ -88,15 +86,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    [defect] = args.defect or [None]
     cases = read_cases(args)
-    source, _ = read_source(args, args.defect)
+    source, _ = read_source(args, defect)
     pictures, shares, drawn, without = [], [], [], []
     number = args.number or len(cases)
     for index in tqdm(range(number), desc="Masks"):
-        case, seed = cases[index % len(cases)], args.seed + index // len(cases)
+        repeat, place = divmod(index, len(cases))
+        case, seed = cases[place], repeat_seed(args.seed, repeat)
         image, placed = case.draw(seed, source)
         if placed is None:
-            without.append(f"DF340 {case.image.name}, --seed {seed}: no place for its mask")
+            without.append(f"DF340 {case.image.name}, picture {repeat + 1}: no place for its mask")
             continue
         areas = case.load()[1]
         if args.foreground == "none":
@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"drawn: {figures_of(drawn)}")
         print(f"on the part: {100 * np.mean(shares):.2f} % of a mask's pixels, {100 * min(shares):.2f} % at least")
     if args.reference_data:
-        references = load_masks(args.reference_data, args.object, args.split, args.defect, held_out=False)
+        references = load_masks(args.reference_data, args.object, args.split, defect, held_out=False)
         print(f"references: {figures_of([(mask.pixels, mask.pixels.size) for mask in references])}")
     if without:
         raise SystemExit(f"Without a mask, {len(without)} of {number}:\n" + "\n".join(without))

@@ -9,11 +9,9 @@ import pytest
 from bad_data import ACCEPTED, FOLDERS, NAMES, REFUSED, SIZE, make_pair, png, write_table
 from test_checks import run
 
-import generate_defectfill
 import train_defectfill
-from defectfill_dataset import InputError, binarise, find_objects, load_defect_pairs, load_image
+from defectfill_dataset import Case, InputError, binarise, check_cases, find_objects, load_defect_pairs, load_image
 from defectfill_dataset.images import open_image
-from generate_defectfill import Case
 
 
 @pytest.fixture
@@ -56,7 +54,7 @@ def test_all_bad_pairs_are_told_at_once_by_check_data_training_and_generation(tm
     told = refused(tmp_path / "bolt")
     cases = [Case(pair.image, pair.mask) for pair in pairs.values() if pair.mask.exists()]
     with pytest.raises(InputError) as caught:
-        generate_defectfill.check_cases(cases)
+        check_cases(cases)
     assert status == 2 and sum(file.stat().st_size for file in tmp_path.rglob("*.*") if file.is_file()) < 2e6
     for row, (_, code, words) in REFUSED.items():
         for found in (lines, told):
@@ -106,7 +104,7 @@ def test_training_and_generation_warn_of_what_is_odd(train, tmp_path, caplog, mo
     monkeypatch.setattr(train_defectfill, "train", lambda *args: None)
     with caplog.at_level(logging.WARNING):
         train("--split", "all", data=tmp_path / "bolt")
-        generate_defectfill.check_cases([Case(pair.image, pair.mask) for pair in pairs])
+        check_cases([Case(pair.image, pair.mask) for pair in pairs])
     told = [record.getMessage() for record in caplog.records]
     assert "DF104 test/hole/000.png, test/hole/001.png: does not end as PNG does" in told[0]
     assert told[-1].startswith(f"DF104 {pairs[0].image}, {pairs[1].image}: does not end") and len(told) == 2

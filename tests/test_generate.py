@@ -74,19 +74,32 @@ def alex():
 
 
 def test_a_candidate_depends_on_its_own_seed_alone(pipe, good, grid):
-    together = g.paint(pipe, good, grid, "a nut", [1, 2, 3], num_inference_steps=3)
-    in_twos = g.paint(pipe, good, grid, "a nut", [1, 2, 3], num_inference_steps=3, batch_size=2)
-    alone = g.paint(pipe, good, grid, "a nut", [3], num_inference_steps=3)
+    good, grid = good[None], grid[None]
+    [together] = g.paint(pipe, good, grid, "a nut", [[1, 2, 3]], num_inference_steps=3)
+    [in_twos] = g.paint(pipe, good, grid, "a nut", [[1, 2, 3]], num_inference_steps=3, batch_size=2)
+    [alone] = g.paint(pipe, good, grid, "a nut", [[3]], num_inference_steps=3)
     assert together.shape == (3, 3, RESOLUTION, RESOLUTION) and together.min() >= 0 and together.max() <= 1
     assert torch.allclose(together[2:], alone, atol=2e-4) and torch.allclose(together, in_twos, atol=2e-4)
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
-def test_background_latents_follow_the_clean_image_at_each_steps_noise_level(pipe, good, grid):
-    scheduler, seen = pipe.scheduler, []
+def test_a_pair_comes_out_the_same_among_others_in_its_batch(pipe, good, grid):
+    other, elsewhere = good.flip(1), grid.flip(1)
+    images, grids = torch.stack([good, other]), torch.stack([grid, elsewhere])
+    both = g.paint(pipe, images, grids, "a nut", [[1, 2], [3, 4]], num_inference_steps=3, batch_size=3)
+    assert both.shape == (2, 2, 3, RESOLUTION, RESOLUTION)
+    for place, seeds in enumerate(([1, 2], [3, 4])):
+        alone = g.paint(pipe, images[place][None], grids[place][None], "a nut", [seeds], num_inference_steps=3)
+        assert torch.allclose(both[place], alone[0], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", g.SCHEDULERS)
+def test_background_latents_follow_the_clean_image_at_each_steps_noise_level(pipe, good, grid, name):
+    pipe.scheduler = g.SCHEDULERS[name](pipe.scheduler)
+    scheduler, seen = g.ddim(pipe.scheduler), []  # noise levels, as all of them have them
     record = pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     decoded = pipe.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    g.paint(pipe, good, grid, "a nut", [5], num_inference_steps=4, guidance_scale=1.0)
+    g.paint(pipe, good[None], grid[None], "a nut", [[5]], num_inference_steps=4, guidance_scale=1.0)
     record.remove(), decoded.remove()
     pixels = cover(grid, 4)
     with torch.no_grad():
@@ -99,9 +112,9 @@ def test_background_latents_follow_the_clean_image_at_each_steps_noise_level(pip
     noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(5))[None]
     outside = (grid < 0.5).expand(4, -1, -1)
     assert torch.equal(seen[0][:, :4], noise)  # pure noise to begin with
-    for model_input, t in zip(seen[1:4], scheduler.timesteps[1:]):
+    for model_input, t in zip(seen[1:4], pipe.scheduler.timesteps[1:]):
         expected = scheduler.add_noise(clean, noise, t[None])
-        assert torch.allclose(model_input[0, :4][outside], expected[0][outside], atol=1e-6)
+        assert torch.allclose(model_input[0, :4][outside], expected[0][outside], atol=1e-5)
     for model_input in seen[:4]:
         assert torch.equal(model_input[0, 4:5], grid) and torch.allclose(model_input[:, 5:], masked, atol=1e-6)
     assert torch.allclose(seen[4][0][outside], final[0][outside], atol=1e-5)  # the last step is not left noised
@@ -227,9 +240,8 @@ def test_the_lora_decides_what_is_painted(trained, base, inputs, tmp_path):
     load_lora(pipe, read_lora(trained))
     image, mask = Image.open(tmp_path / "good/000.png"), np.asarray(Image.open(tmp_path / "masks/000_mask.png")) > 0
     [window] = line["windows"]
-    candidates = g.paint(
-        pipe, image_tensor(image, RESOLUTION), to_grid(mask, GRID), line["prompt"], window["candidate_seeds"], 2, 7.5
-    )
+    good, grid = image_tensor(image, RESOLUTION)[None], to_grid(mask, GRID)[None]
+    [candidates] = g.paint(pipe, good, grid, line["prompt"], [window["candidate_seeds"]], 2, 7.5)
     expected = g.composite(image, candidates[window["chosen"]], mask)
     assert np.array_equal(np.asarray(expected), np.asarray(Image.open(tmp_path / "out" / line["image"])))
 
@@ -296,11 +308,12 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, inputs, tmp_path):
             generate("--lora", trained, *inputs, "--output_dir", out, *FAST)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        assert len(read_lines(out / "manifest.jsonl")) == 1 and list(out.rglob(f"{files.TEMPORARY}*"))
-        with (out / "manifest.jsonl").open("a") as manifest:
-            manifest.write('{"name": "001", "sco')  # a line torn by the kill
+        part = out / "manifest-part-00000.jsonl"
+        assert len(read_lines(part)) == 1 and list(out.rglob(f"{files.TEMPORARY}*"))
+        with part.open("a") as lines:
+            lines.write('{"name": "001", "sco')  # torn by the kill
         generate("--lora", trained, *inputs, "--output_dir", out, *FAST)
-        assert not list(out.rglob(f"{files.TEMPORARY}*"))
+        assert not list(out.rglob(f"{files.TEMPORARY}*")) and not part.exists()
         assert content(out) == content(tmp_path / "whole")
 
 
@@ -389,6 +402,16 @@ def test_runs_on_other_images_of_the_same_names_share_no_seed(trained, inputs, t
     assert masks[0] != masks[1]
 
 
+def test_the_scheduler_that_is_asked_for_paints(trained, inputs, tmp_path):
+    pictures = set()
+    for name in g.SCHEDULERS:
+        argv = [*FAST, "--num_inference_steps", 5, "--scheduler", name]
+        generate("--lora", trained, *inputs, "--output_dir", tmp_path / name, *argv)
+        pictures.add((tmp_path / name / "images/000.png").read_bytes())
+        assert json.loads((tmp_path / name / "settings.json").read_text())["scheduler"] == name
+    assert len(pictures) == len(g.SCHEDULERS)
+
+
 def test_bf16_in_small_batches(trained, inputs, tmp_path):
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST, "--mixed_precision", "bf16",
              "--batch_size", 2)  # fmt: skip
@@ -408,7 +431,7 @@ def test_a_black_candidate_is_never_kept_even_without_selection(trained, inputs,
 
     def overflowing(*args, **kwargs):
         candidates = paint(*args, **kwargs)
-        candidates[0, 0, 0, 0] = math.nan
+        candidates[:, 0, 0, 0, 0] = math.nan
         return candidates
 
     monkeypatch.setattr(g, "paint", overflowing)
@@ -522,4 +545,8 @@ def test_an_image_beside_a_folder_of_masks(trained, inputs, tmp_path):
 def test_settings_name_the_lora_and_the_base(trained, inputs, tmp_path):
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST)
     settings = json.loads((tmp_path / "out/settings.json").read_text())
-    assert len(settings["lora_sha256"]) == 64 and settings["selection"] == "rmse" and settings["defect"] == "hole"
+    assert settings["selection"] == "rmse" and settings["base"].endswith("base0")
+    for name in ("plan.jsonl", "manifest.jsonl"):
+        for line in read_lines(tmp_path / "out" / name):
+            assert len(line["lora_sha256"]) == 64 and line["defect"] == "hole" and line["object"] == "nut"
+            assert line["num_inference_steps"] == 2 and line["seed"] == 0 and line["mask_source"] == "given"

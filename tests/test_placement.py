@@ -328,7 +328,7 @@ def test_placed_masks_through_the_command(trained, folder, source):
     again, other = masks_of(folder / "again"), masks_of(folder / "other")
     assert all(np.array_equal(masks[k], again[k]) and not np.array_equal(masks[k], other[k]) for k in masks)
     assert not np.array_equal(masks["000"], masks["002"])  # another image, another mask
-    settings = json.loads((folder / "a/settings.json").read_text())
+    settings = json.loads((folder / "a/plan.jsonl").read_text().splitlines()[0])
     assert settings["coverage"] == 1 and settings["foreground"] == "auto" and settings["masks_per_image"] == 2
 
 
@@ -447,15 +447,15 @@ def preview(*argv) -> None:
 def test_the_preview_shows_the_masks_of_the_command(trained, folder, capsys, monkeypatch):
     common = ["--image", folder / "good", "--mask_source", "references", "--reference_data", folder / "data/nut"]
     common += ["--max_rotation", 20]
-    for seed in (0, 1):
-        generate("--lora", trained, *common, "--seed", seed, "--output_dir", folder / f"out-{seed}", *FAST)
+    generate("--lora", trained, *common, "--num_images", 6, "--output_dir", folder / "out", *FAST)
     shown, outlined = [], preview_masks.outlined
     monkeypatch.setattr(
         preview_masks, "outlined", lambda i, areas: (shown.append(areas[-1][0]), outlined(i, areas))[1]
     )
     capsys.readouterr()
     preview(*common, "--defect", "hole", "--number", 6, "--output", folder / "new/masks.png")
-    expected = [*masks_of(folder / "out-0").values(), *masks_of(folder / "out-1").values()]
+    lines = read_lines(folder / "out/manifest.jsonl")
+    expected = [np.asarray(Image.open(folder / "out" / line["mask"])) > 0 for line in lines]
     assert len(shown) == 6 and all(np.array_equal(a, b) for a, b in zip(shown, expected))
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("drawn: 6 masks, area ") and told[2].startswith("references: 2 masks, area ")
@@ -479,7 +479,7 @@ def test_the_preview_of_given_and_random_masks_and_without_a_place(folder, capsy
     assert told.count("drawn: 3 masks, area") == 2 and "area 50.000 | 50.000 | 50.000 %" in told
     argv = ["--image", folder / "good", "--mask_source", "held_out", "--reference_data", folder / "data/bolt"]
     with pytest.raises(
-        SystemExit, match="Without a mask, 2 of 6:\nDF340 001.png, --seed 0.*\nDF340 001.png, --seed 1"
+        SystemExit, match="Without a mask, 2 of 6:\nDF340 001.png, picture 1.*\nDF340 001.png, picture 2"
     ):
         preview(*argv, "--number", 6, "--output", folder / "held_out.png")
     with pytest.raises(SystemExit) as ended:

@@ -125,7 +125,7 @@ def test_the_base_that_ships_fills_a_hole_with_the_parts_own_texture():
     image, _ = make_demo_data.draw("nut", None, 128, (5, 5))
     x, grid = image_tensor(image, 128), torch.zeros(1, 32, 32)
     grid[:, 13:18, 13:18] = 1
-    painted = paint(pipe, x, grid, "A photo of a nut", [0], num_inference_steps=10, guidance_scale=1.0)[0] * 2 - 1
+    [[painted]] = paint(pipe, x[None], grid[None], "A photo of a nut", [[0]], 10, guidance_scale=1.0) * 2 - 1
     inside = cover(grid, 4)[0] > 0.5
     assert (painted - x)[:, inside].square().mean() < 0.25 * x[:, inside].square().mean()
 

@@ -1,7 +1,5 @@
 """Zoom: windows around small and thin defects, in training and in generation."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -190,13 +188,14 @@ def tiled(tmp_path):
 
 def test_a_crack_is_painted_tile_by_tile_and_the_rest_of_the_image_is_untouched(trained, tiled, tmp_path, monkeypatch):
     flags, mask = tiled
-    best_of, seen = generate_defectfill.best_of, []
+    choose, seen = generate_defectfill.Progress.choose, []
 
-    def watched(pipe, scorer, image, inside, **options):
+    def watched(self, *args):
+        image, inside = self.window()
         seen.append((np.asarray(image), inside.copy()))
-        return best_of(pipe, scorer, image, inside, **options)
+        return choose(self, *args)
 
-    monkeypatch.setattr(generate_defectfill, "best_of", watched)
+    monkeypatch.setattr(generate_defectfill.Progress, "choose", watched)
     generate("--lora", trained, *flags, *FAST, "--zoom", "on")
     [line] = read_lines(tmp_path / "out/manifest.jsonl")
     boxes = [tuple(window["box"]) for window in line["windows"]]
@@ -224,7 +223,7 @@ def test_generation_zooms_as_the_lora_was_trained_unless_told(train, large, tile
     def boxes(*more):
         out = tmp_path / f"boxes{len(more)}{more[-1:]}"
         generate("--lora", lora, *flags, "--output_dir", out, *FAST, *more)
-        saved = json.loads((out / "settings.json").read_text())["zoom"]
+        saved = read_lines(out / "plan.jsonl")[0]["zoom"]
         return [tuple(w["box"]) for w in read_lines(out / "manifest.jsonl")[0]["windows"]], saved
 
     assert boxes() == (zoom_boxes(mask, RESOLUTION, Zoom(context=2)), {"context": 2.0, "min_area": 0.01})

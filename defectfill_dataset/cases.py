@@ -1,0 +1,140 @@
+"""What to generate on: good images, and the files given for each."""
+
+import dataclasses
+import functools
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .builder import file_digest
+from .checks import Look, area_problems, look_at, odd_lines
+from .errors import InputError
+from .images import UNREADABLE, load_image, open_image
+from .layouts import image_files, pair_by_name
+from .masks import binarise
+from .placement import MaskSource, Placed
+from .seeds import derive_seed
+
+
+logger = logging.getLogger(__name__)
+
+
+def repeat_seed(seed: int, repeat: int) -> int:
+    """The seed of an image's `repeat`-th picture in one run; the first has the run's own."""
+    return derive_seed(seed, "repeat", repeat) if repeat else seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One good image and the files given for it: its mask (None: from a source), its foreground, its zone.
+
+    Everything random is drawn from the image's name and content, so that no two images share a number, in one run or
+    in several.
+    """
+
+    image: Path
+    mask: Path | None = None
+    foreground: Path | None = None
+    zone: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.image.stem
+
+    @property
+    def areas(self) -> dict[str, Path]:
+        """What is given beside the image, by its flag."""
+        files = {"mask": self.mask, "foreground": self.foreground, "zone": self.zone}
+        return {flag: file for flag, file in files.items() if file}
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str | None]:
+        """sha256 of its files: what a finished image was made from."""
+        files = {"good_image": self.image, "given_mask": None} | {f"given_{k}": f for k, f in self.areas.items()}
+        return {f"{k}_sha256": file_digest(f) if f else None for k, f in files.items()}
+
+    def derive_seed(self, seed: int, *parts: int | str) -> int:
+        return derive_seed(seed, self.name, self.digests["good_image_sha256"] or "", *parts)
+
+    def load(self) -> tuple[Image.Image, dict[str, np.ndarray]]:
+        """The image as RGB and its (H, W) bool areas, by their flags."""
+        image = load_image(open_image(self.image))
+        return image, {flag: binarise(open_image(file)) for flag, file in self.areas.items()}
+
+    def draw(self, seed: int, source: MaskSource | None) -> tuple[Image.Image, Placed | None]:
+        """The image and its mask, given or from `source`; None where that finds no place."""
+        image, areas = self.load()
+        if source is None:
+            return image, Placed(areas["mask"], [])
+        return image, source(image, self.derive_seed(seed, "mask"), areas.get("foreground"), areas.get("zone"))
+
+
+def find_cases(
+    image: Path, mask: Path | None = None, foreground: Path | None = None, zone: Path | None = None
+) -> list[Case]:
+    """The cases of one image or a folder of them, with their masks and areas: a file each, or folders paired by name.
+
+    One foreground or zone file may also serve a folder of images.
+
+    Raises:
+        InputError: nothing there (DF160, DF161), or files that do not pair (DF142-DF144).
+    """
+    given = {"mask": mask, "foreground": foreground, "zone": zone}
+    for flag, path in {"image": image, **given}.items():
+        if path is not None and not path.exists():
+            raise InputError(f"DF160 --{flag} {path}: no such file or folder")
+    if mask is not None and image.is_dir() != mask.is_dir():
+        raise InputError(f"DF161 --image {image}, --mask {mask}: give two files or two folders")
+    if mask is not None and image.samefile(mask):
+        raise InputError(f"DF161 --image {image}, --mask {mask}: are the same; give masks of their own")
+    images = image_files(image) if image.is_dir() else [image]
+    if not images:
+        raise InputError(f"DF161 --image {image}: no images in it")
+    stems: dict[str, list[str]] = {}
+    for file in images:
+        stems.setdefault(file.stem, []).append(file.name)
+    twice = [f"DF144 {', '.join(names)}: one name twice; rename one" for names in stems.values() if len(names) > 1]
+    if twice:
+        raise InputError(*twice)
+    files = {flag: pair_files(images, flag, path) for flag, path in given.items() if path}
+    return [Case(file, **{flag: pairs[file] for flag, pairs in files.items()}) for file in images]
+
+
+def pair_files(images: list[Path], flag: str, path: Path) -> dict[Path, Path]:
+    """For each image the file at `path`, or the one of its name in that folder; only masks must all have an image."""
+    if path.is_file():
+        return dict.fromkeys(images, path)
+    root = Path(os.path.commonpath([images[0].absolute(), path.absolute()]))
+    pairs, problems = pair_by_name([f.absolute() for f in images], [f.absolute() for f in image_files(path)], root)
+    problems = [problem for problem in problems if flag == "mask" or not problem.startswith("DF143")]
+    if problems:
+        raise InputError(*(f"{problem} (--{flag} {path})" for problem in problems))
+    return {file: pairs[file.absolute()] for file in images}
+
+
+def check_cases(cases: list[Case]) -> None:
+    """Opens every file and warns of what is odd; raises InputError with all problems: DF120, and those of training."""
+    looks: list[Look] = []
+    problems: list[str] = []
+    for case in cases:
+        name = str(case.image)
+        seen = look_at(name, "good", case.image)
+        looks.append(seen)
+        problems += seen.problems
+        if any(odd.startswith("DF120") for odd in seen.odd):
+            problems.append(
+                f"DF120 {name}: has 16 bits a channel, and the result would have 8 everywhere, not only inside "
+                "the mask; convert it to 8 bits"
+            )
+        for flag, file in case.areas.items():
+            try:
+                problems += area_problems(name, seen.size, binarise(open_image(file)), flag) if seen.pixels else []
+            except UNREADABLE as error:
+                problems.append(f"DF103 {name}: its {flag} cannot be read: {file}: {error}")
+    if problems:
+        raise InputError(*problems)
+    for note in odd_lines(looks):
+        logger.warning(note)

@@ -1,0 +1,252 @@
+"""Many pictures in one run: the plan, several LoRAs, cases from a file, processes, kills."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, generate, make_mvtec, read_lines, write_image, write_mask
+from PIL import Image
+from test_generate import content
+
+import generate_defectfill as g
+from defectfill_dataset import InputError
+from defectfill_dataset.masks import piece_boxes
+
+
+FAST = ["--num_inference_steps", 1, "--num_candidates", 2, "--selection", "rmse"]
+
+
+@pytest.fixture
+def good(tmp_path):
+    for i in range(3):
+        write_image(tmp_path / "good" / f"{i:03d}.png", 40)
+    return tmp_path / "good"
+
+
+@pytest.fixture(scope="module")
+def several(base, tmp_path_factory):
+    """A LoRA that knows holes and scratches."""
+    from conftest import options, reset_accelerate
+
+    import train_defectfill
+
+    folder = tmp_path_factory.mktemp("several")
+    reset_accelerate()
+    data = make_mvtec(folder / "bolt", {"hole": 2, "scratch": 2})
+    train_defectfill.main(train_defectfill.parse_args(options(base, data, folder / "lora", "--seed", "3")))
+    reset_accelerate()
+    return folder / "lora"
+
+
+def test_more_pictures_than_images_differ_in_mask_and_seed(trained, good, tmp_path):
+    out = tmp_path / "out"
+    argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--output_dir", out, *FAST]
+    generate(*argv, "--num_images", 5)
+    lines = read_lines(out / "manifest.jsonl")
+    names = ["000", "001", "002", "000-0001", "001-0001"]
+    assert [line["name"] for line in lines] == [line["name"] for line in read_lines(out / "plan.jsonl")] == names
+    assert len({s for line in lines for w in line["windows"] for s in w["candidate_seeds"]}) == 10
+    assert len({(out / line["mask"]).read_bytes() for line in lines}) == 5
+    before = content(out)
+    generate(*argv, "--num_images", 7)  # a run grows, and keeps what it has
+    after = content(out)
+    assert all(after[file] == before[file] for file in before if file.startswith(("images", "masks")))
+    assert [line["name"] for line in after["manifest"]] == [*names, "002-0001", "000-0002"]
+    assert after["manifest"][:5] == before["manifest"]
+
+
+def test_the_manifest_says_what_each_picture_is_and_is_a_table_too(trained, good, tmp_path):
+    out = tmp_path / "out"
+    source = ["--mask_source", "procedural", "--masks_per_image", 2, "--foreground", "none"]
+    generate("--lora", trained, "--image", good, *source, "--output_dir", out, *FAST)
+    lines = read_lines(out / "manifest.jsonl")
+    for line in lines:
+        mask = np.asarray(Image.open(out / line["mask"])) > 0
+        assert [tuple(box) for box in line["boxes"]] == piece_boxes(mask) and line["boxes"]
+        assert line["defect"] == "hole" and line["object"] == "nut" and len(line["mask_parts"]) == 2
+    table = pq.read_table(out / "manifest.parquet").to_pylist()
+    assert [row["name"] for row in table] == [line["name"] for line in lines]
+    assert [row["windows"][0]["scores"] for row in table] == [line["windows"][0]["scores"] for line in lines]
+
+
+def test_piece_boxes_are_those_of_connected_pieces():
+    mask = np.zeros((20, 30), dtype=bool)
+    mask[2:5, 3:9], mask[5, 9], mask[15, 20] = True, True, True
+    assert piece_boxes(mask) == [(3, 2, 10, 6), (20, 15, 21, 16)]
+
+
+def test_several_loras_and_defects_paint_their_share_each(trained, several, good, tmp_path):
+    out = tmp_path / "out"
+    argv = ["--image", good, "--mask_source", "random", "--num_images", 2, *FAST, "--output_dir", out]
+    generate("--lora", trained, several, "--defect", "hole", "scratch", *argv)
+    lines = read_lines(out / "manifest.jsonl")
+    made = [(line["name"], line["prompt"]) for line in lines]
+    assert made == [
+        ("000-hole", "A nut with sks"), ("001-hole", "A nut with sks"),
+        ("000-hole-0001", "A bolt with hole"), ("001-hole-0001", "A bolt with hole"),
+        ("000-scratch", "A bolt with scratch"), ("001-scratch", "A bolt with scratch"),
+    ]  # fmt: skip
+    assert len({line["lora_sha256"] for line in lines}) == 2
+    alone = tmp_path / "alone"
+    generate("--lora", several, "--defect", "scratch", *argv[:-1], alone)
+    for line in read_lines(alone / "manifest.jsonl"):  # the LoRA before left nothing behind
+        other = out / "images" / f"{line['name']}-scratch.png"
+        assert (alone / line["image"]).read_bytes() == other.read_bytes()
+
+
+def test_defects_that_no_lora_knows_and_loras_of_other_sizes_are_refused(
+    trained, several, good, tmp_path, train, monkeypatch
+):
+    larger = train("--resolution", "64", output=tmp_path / "larger")
+    monkeypatch.setattr(g, "load_pipeline", None)
+    argv = ["--image", good, "--mask_source", "random", *FAST, "--output_dir", tmp_path / "out"]
+    with pytest.raises(InputError, match="DF411 --defect dent: no --lora knows it"):
+        generate("--lora", trained, several, "--defect", "hole", "dent", *argv)
+    with pytest.raises(InputError, match="DF414 .*larger.*at 64 px"):
+        generate("--lora", trained, larger, *argv)
+    with pytest.raises(InputError, match="DF411.*knows several defects"):
+        generate("--lora", trained, several, *argv)
+
+
+def test_cases_come_from_a_file_each_line_over_the_flags(trained, good, tmp_path):
+    mask = write_mask(tmp_path / "mask.png", 40)
+    lines = [
+        {"image": str(good / "000.png"), "mask": str(tmp_path / "mask.png"), "seed": 5, "guidance_scale": 3},
+        {"image": str(good), "mask_source": "procedural", "shapes": ["blob", "box"], "foreground": "none",
+         "num_images": 2, "num_inference_steps": 2, "zoom": "on", "zoom_context": 2, "prompt": "A nut with moss"},
+    ]  # fmt: skip
+    file = tmp_path / "cases.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    generate("--lora", trained, "--cases", file, *FAST, "--output_dir", out)
+    first, *others = read_lines(out / "manifest.jsonl")
+    assert [first["name"], *(line["name"] for line in others)] == ["000", "000-0001", "001"]
+    assert (first["seed"], first["guidance_scale"], first["zoom"]) == (5, 3, None)
+    assert np.array_equal(np.asarray(Image.open(out / first["mask"])) > 0, mask)
+    for line in others:
+        assert (line["prompt"], line["num_inference_steps"], line["seed"]) == ("A nut with moss", 2, 0)
+        assert line["zoom"]["context"] == 2 and line["shapes"] == ["blob", "box"]
+
+
+def test_all_wrong_lines_of_cases_are_told_at_once(trained, good, tmp_path, monkeypatch):
+    monkeypatch.setattr(g, "load_pipeline", None)
+    lines = [
+        json.dumps({"image": str(good), "mask_source": "random"}),
+        "{",
+        "[1]",
+        json.dumps({"image": str(good), "mask_source": "drawn"}),
+        json.dumps({"image": str(good), "mask_source": "random", "sede": 3}),
+        json.dumps({"image": str(good)}),
+        json.dumps({"image": str(good), "mask_source": "random", "num_inference_steps": 0}),
+        json.dumps({"mask_source": "random"}),
+        json.dumps({"image": str(good), "mask_source": "random", "output_dir": "elsewhere"}),
+    ]
+    file = tmp_path / "cases.jsonl"
+    file.write_text("\n".join(lines))
+    argv = ["--lora", trained, "--cases", file, *FAST, "--output_dir", tmp_path / "out"]
+    with pytest.raises(InputError) as caught:
+        generate(*argv)
+    told = str(caught.value).splitlines()
+    assert [int(line.split("line ")[1].split(":")[0]) for line in told] == list(range(2, 10))
+    for words, line in zip(("", "", "drawn", "--sede", "--mask", "at least 1", "--image", "--output_dir"), told):
+        assert line.startswith("DF416") and words in line
+    file.write_text("")
+    with pytest.raises(InputError, match="DF416 .*is empty"):
+        generate(*argv)
+    twice = json.dumps({"image": str(good / "000.png"), "mask_source": "random"})
+    file.write_text(f"{twice}\n{twice}\n")
+    with pytest.raises(InputError, match="DF415 000.png, hole: is asked for twice with --seed 0"):
+        generate(*argv)
+    with pytest.raises(InputError, match="DF160 --cases"):
+        generate(*argv[:3], tmp_path / "none.jsonl", *argv[4:])
+
+
+def test_pictures_painted_in_common_batches_do_not_depend_on_what_is_done(trained, good, tmp_path):
+    out = tmp_path / "out"
+    argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 6, *FAST]
+    generate(*argv, "--batch_size", 8, "--output_dir", out)  # four pictures in the first batch, two in the second
+    before = content(out)
+    for name in ("001", "002-0001"):
+        (out / "images" / f"{name}.png").unlink()
+    generate(*argv, "--batch_size", 8, "--output_dir", out)
+    assert content(out) == before
+    generate(*argv, "--output_dir", tmp_path / "single")
+    single = content(tmp_path / "single")
+    assert all(single[file] == before[file] for file in single if file.startswith("masks"))
+    for file in (f for f in single if f.startswith("images")):
+        pictures = [np.asarray(Image.open(folder / file), dtype=int) for folder in (out, tmp_path / "single")]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 1  # another batch rounds otherwise
+
+
+# Processes and kills
+
+
+def test_two_processes_make_the_same_bytes_as_one(trained, good, tmp_path):
+    argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 5, *FAST, "--batch_size", 4]
+    generate(*argv, "--output_dir", tmp_path / "one")
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, ROOT / "generate_defectfill.py"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    words = [str(word) for word in (*command, *argv, "--output_dir", tmp_path / "two")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert not list((tmp_path / "two").glob("manifest-part-*"))
+
+
+def stub_paint(pipe, images, grids, prompt, seeds, **_):
+    """Candidates that are noise of their seeds."""
+    size = images.shape[-1]
+    noise = [[torch.rand(3, size, size, generator=torch.Generator().manual_seed(s)) for s in row] for row in seeds]
+    return torch.stack([torch.stack(row) for row in noise])
+
+
+def kill_at_random(argv, kills: int, longest: float) -> int:
+    """Starts the run again and again, each time until a random moment; returns how many starts were killed."""
+    rng, killed = random.Random(0), 0
+    for _ in range(kills):
+        pid = os.fork()
+        if not pid:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            generate(*argv)
+            os._exit(0)
+        time.sleep(rng.uniform(0.05, longest))
+        os.kill(pid, signal.SIGKILL)
+        killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    return killed
+
+
+def test_whatever_the_moment_of_a_kill_nothing_is_lost_or_twice(trained, good, tmp_path, monkeypatch):
+    monkeypatch.setattr(g, "load_pipeline", lambda *args: type("Pipe", (), {
+        "vae_scale_factor": 4, "unload_lora_weights": lambda self: None})())  # fmt: skip
+    monkeypatch.setattr(g, "load_lora", lambda *args: None)
+    monkeypatch.setattr(g, "paint", stub_paint)
+    argv = [
+        "--lora",
+        trained,
+        "--image",
+        good,
+        "--mask_source",
+        "random",
+        "--num_images",
+        60,
+        *FAST,
+        "--batch_size",
+        6,
+    ]
+    argv += ["--batch_size", 6]
+    generate(*argv, "--output_dir", tmp_path / "whole")
+    out = tmp_path / "killed"
+    killed = kill_at_random([*argv, "--output_dir", out], 8, 1.5)
+    assert killed >= 3
+    generate(*argv, "--output_dir", out)
+    assert content(out) == content(tmp_path / "whole")
+    assert {f.name for f in out.iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}

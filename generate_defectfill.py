@@ -47,6 +47,7 @@ from defectfill.base import Base, check_resolution, read_base
 from defectfill.checkpoint import check_identity
 from defectfill.files import clear_leftovers, replacing, sole_writer, write_json
 from defectfill.lora_file import LoraFile, check_fits, load_lora, read_lora
+from defectfill.page import write_page
 from defectfill_dataset import (
     Box,
     Case,
@@ -775,9 +776,11 @@ def finish(folder: Path, problems: dict[str, str]) -> None:
     lines = gather(folder)
     if lines:
         ledger.write_table(folder / "manifest.parquet", lines)
+        with replacing(folder / "summary.html") as temporary:
+            write_page(temporary, ledger.read_lines(folder / PLAN), lines, problems.values())
         rows = [Image.open(folder / "contact" / f"{line['name']}.png") for line in lines[:SHEET_CASES]]
         save_picture(stacked(rows), folder / "contact_sheet.png")
-    print(f"{len(lines)} images in {folder}: images/, masks/, {ledger.MANIFEST}, contact_sheet.png")
+    print(f"{len(lines)} images in {folder}: images/, masks/, {ledger.MANIFEST}, contact_sheet.png, summary.html")
     if problems:
         raise SystemExit("Not painted:\n" + "\n".join(problems.values()))
 

@@ -30,12 +30,10 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import is_bitsandbytes_available, is_xformers_available
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -46,6 +44,7 @@ from defectfill import checkpoint as checkpoints
 from defectfill.base import Base, check_resolution, read_base
 from defectfill.files import clear_leftovers, sole_writer, write_json
 from defectfill.lora_file import ADAPTER, LORA_FILE, lora_parameters, read_lora, reload_and_compare, save_lora
+from defectfill.options import check_options
 from defectfill.publish import check_hub, push, write_model_card
 from defectfill.record import LossLog, log_picture, lora_record, run_record
 from defectfill.signals import StopSignal
@@ -792,52 +791,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and the description as it is written."""
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Raises InputError (DF187-DF189) for values and combinations that cannot work."""
-    at_least = {
-        1: """resolution max_resize_scale zoom_context num_random_boxes rank max_train_steps train_batch_size
-            checkpointing_steps gradient_accumulation_steps num_validation_images validation_inference_steps
-            checkpoints_total_limit""",
-        0: """seed lambda_def lambda_obj lambda_attn background_alpha lora_dropout learning_rate text_encoder_lr
-            lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon adam_weight_decay dataloader_num_workers
-            validation_steps push_timeout zoom_min_area""",
-    }
-    problems = [
-        f"DF187 --{name} {getattr(args, name)}: must be a finite number of at least {bound}"
-        for bound, names in at_least.items()
-        for name in names.split()
-        if getattr(args, name) is not None and not bound <= getattr(args, name) < math.inf
-    ]
-    below = {"zoom_min_area": 1, "lora_dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
-    problems += [
-        f"DF187 --{k} {getattr(args, k)}: must be below {v}" for k, v in below.items() if getattr(args, k) >= v
-    ]
-    for name in ("lora_alpha", "max_grad_norm"):
-        if not 0 < getattr(args, name) < math.inf:
-            problems.append(f"DF187 --{name} {getattr(args, name)}: must be above 0, or nothing is learnt")
-    if args.phrase is not None and not args.phrase.strip():
-        problems.append("DF187 --phrase '': is empty; leave it out for the default")
-    if args.dataset_name and args.split != "auto":
-        problems.append("DF188 --split: a prepared dataset has its own split; leave it out with --dataset_name")
-    if args.dataset_name and args.layout != "auto":
-        problems.append("DF188 --layout: is of --train_data_dir; leave it out with --dataset_name")
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        problems.append("DF188 give either --train_data_dir or --dataset_name")
-    if args.use_8bit_adam and not is_bitsandbytes_available():
-        problems.append("DF189 --use_8bit_adam: bitsandbytes is not installed; run 'pip install bitsandbytes'")
-    if args.enable_xformers_memory_efficient_attention:
-        flag = "DF189 --enable_xformers_memory_efficient_attention"
-        if not torch.cuda.is_available():
-            problems.append(f"{flag}: needs a CUDA device, and there is none here; leave it out")
-        elif not is_xformers_available():
-            problems.append(f"{flag}: xformers is not installed; see requirements-xformers.txt")
-    known = ["all", "none", *(str(tracker) for tracker in get_available_trackers())]
-    if args.report_to not in known:
-        problems.append(f"DF189 --report_to {args.report_to}: not installed or unknown; there are: {', '.join(known)}")
-    if problems:
-        raise InputError(*problems)
 
 
 def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:

@@ -77,6 +77,30 @@ def test_the_manifest_says_what_each_picture_is_and_is_a_table_too(trained, good
     assert [row["windows"][0]["scores"] for row in table] == [line["windows"][0]["scores"] for line in lines]
 
 
+def test_the_page_shows_every_defect_type_in_one_file(trained, several, good, tmp_path):
+    out = tmp_path / "<b>out"
+    argv = ["--image", good, "--mask_source", "random", "--num_images", 2, *FAST, "--output_dir", out]
+    generate("--lora", trained, several, "--defect", "hole", "scratch", *argv)
+    page = (out / "summary.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 6 and page.count("<svg") == 3 and "http" not in page
+    assert "<tr><td>bolt<td>scratch<td>2<td>2<td>0" in page and "&lt;b&gt;out" in page and "<b>" not in page
+    assert "Not painted" not in page
+
+
+def test_the_page_lists_what_was_not_painted(trained, good, tmp_path):
+    (tmp_path / "zones").mkdir()
+    for name in ("000", "001", "002"):  # the first may be painted anywhere, the others in a corner without room
+        zone = np.full((40, 40), 255, dtype=np.uint8)
+        zone[2 if name != "000" else 40 :] = 0
+        zone[:, 2 if name != "000" else 40 :] = 0
+        Image.fromarray(zone).save(tmp_path / f"zones/{name}.png")
+    source = ["--mask_source", "procedural", "--shapes", "box", "--foreground", "none", "--zone", tmp_path / "zones"]
+    with pytest.raises(SystemExit, match="Not painted:\nDF340 001.png"):
+        generate("--lora", trained, "--image", good, *source, "--output_dir", tmp_path / "out", *FAST)
+    page = (tmp_path / "out/summary.html").read_text()
+    assert "<li>DF340 001.png: no place for its mask" in page and "<tr><td>nut<td>hole<td>3<td>1<td>2" in page
+
+
 def test_piece_boxes_are_those_of_connected_pieces():
     mask = np.zeros((20, 30), dtype=bool)
     mask[2:5, 3:9], mask[5, 9], mask[15, 20] = True, True, True

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train_defectfill
+from defectfill import options as option_checks
 from defectfill.base import read_base
 from defectfill.lora_file import LORA_FILE, load_lora, read_lora
 from defectfill_dataset import InputError
@@ -483,7 +484,7 @@ def test_xformers_without_cuda_is_refused(train, no_models, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs a CUDA device" in refused(train, "--enable_xformers_memory_efficient_attention")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train_defectfill, "is_xformers_available", lambda: False)
+    monkeypatch.setattr(option_checks, "is_xformers_available", lambda: False)
     assert "xformers is not installed" in refused(train, "--enable_xformers_memory_efficient_attention")
 
 
@@ -498,7 +499,7 @@ def test_xformers_keeps_the_recording_processors(base, monkeypatch):
             "--enable_xformers_memory_efficient_attention",
         ]
     )
-    job = train_defectfill.Job(read_base(str(base)), *[None] * 8)
+    job = train_defectfill.Job(read_base(str(base)), *[None] * 9)
     replace_all = train_defectfill.UNet2DConditionModel.set_default_attn_processor
     name = "enable_xformers_memory_efficient_attention"
     monkeypatch.setattr(train_defectfill.UNet2DConditionModel, name, replace_all)
@@ -508,7 +509,7 @@ def test_xformers_keeps_the_recording_processors(base, monkeypatch):
 
 
 def test_8bit_adam_without_bitsandbytes_is_refused(train, no_models, monkeypatch):
-    monkeypatch.setattr(train_defectfill, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(option_checks, "is_bitsandbytes_available", lambda: False)
     assert "pip install bitsandbytes" in refused(train, "--use_8bit_adam")
 
 

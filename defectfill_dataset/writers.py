@@ -44,15 +44,15 @@ def image_bytes(file: Path) -> tuple[bytes, bool]:
             return file.read_bytes(), False
         bare = ImageOps.exif_transpose(image) if image.mode in PNG_MODES else load_image(image)
     bare.info.clear()
-    return _png(bare), True
+    return png_bytes(bare), True
 
 
 def mask_bytes(mask: MaskFiles | MaskShapes) -> bytes:
     """A PNG: 255 inside the defect, 0 outside."""
-    return _png(Image.fromarray(mask.render()).convert("L"))
+    return png_bytes(Image.fromarray(mask.render()).convert("L"))
 
 
-def _png(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format="PNG")
     return stream.getvalue()

@@ -1,0 +1,65 @@
+"""Masks as shapes: their connected pieces, and the closed lines along the borders of the pixels."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from .masks import polygon_mask
+
+
+STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # right, down, left, up, with the inside on the right hand
+STARTS = ((0, 0), (1, 0), (1, 1), (0, 1))  # the corner of its pixel from which each of them leaves
+
+
+def pieces(mask: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(left, top, its (h, w) bool array) of each piece of an (H, W) mask; pixels that touch at a corner are one."""
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
+        yield columns.start, rows.start, labels[rows, columns] == number
+
+
+def outlines(piece: np.ndarray) -> list[np.ndarray]:
+    """The (n, 2) corners (x, y) of each closed line around an (h, w) piece: the outer one, then those of its holes."""
+    inside = np.pad(piece, 1)
+    edges: dict[tuple[int, int, int], None] = {}  # (x, y, direction), in the order of the rows
+    for direction, ((dx, dy), (right, down)) in enumerate(zip(STEPS, STARTS)):
+        rows, columns = np.nonzero(inside & ~np.roll(inside, (dx, -dy), axis=(0, 1)))
+        corners = np.stack([columns - 1 + right, rows - 1 + down, np.full_like(rows, direction)], axis=1)
+        edges |= dict.fromkeys(map(tuple, corners.tolist()))
+    lines = []
+    while edges:
+        first = edge = next(iter(edges))
+        line = []
+        while True:
+            x, y, direction = edge
+            x, y = x + STEPS[direction][0], y + STEPS[direction][1]
+            turns = ((direction - 1) % 4, direction, (direction + 1) % 4)  # left first: on to the pixel at the corner
+            edge = next((x, y, turn) for turn in turns if (x, y, turn) in edges)
+            if edge[2] != direction:
+                line.append((x, y))
+            del edges[edge]
+            if edge == first:
+                break
+        lines.append(np.array(line))
+    return lines
+
+
+def exact_polygon(piece: np.ndarray) -> np.ndarray | None:
+    """The (n, 2) corners (x, y) of an (h, w) piece if `polygon_mask` gives just it back: no hole, and not too thin."""
+    outer = outlines(piece)[0]
+    height, width = piece.shape
+    seen = polygon_mask([(x + 1, y + 1) for x, y in outer], (width + 2, height + 2))
+    return outer if np.array_equal(seen, np.pad(piece, 1)) else None
+
+
+def joined_polygon(piece: np.ndarray) -> np.ndarray:
+    """The (n, 2) corners (x, y) of one closed line around an (h, w) piece, led into each hole and back by one way."""
+    whole, *holes = outlines(piece)
+    for hole in holes:
+        distances, nearest = cKDTree(whole).query(hole)
+        there = int(distances.argmin())
+        here = nearest[there]
+        whole = np.concatenate([whole[: here + 1], hole[there:], hole[: there + 1], whole[here:]])
+    return whole

@@ -1,0 +1,153 @@
+"""Generated images in a format that people train on: MVTec AD, anomalib, COCO, YOLO, imagefolder, Parquet.
+
+    python scripts/export_generated.py generated --output_dir export --format yolo --good good_images
+
+All is checked first; the exit status is 2 if anything cannot be used.
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from defectfill.files import TEMPORARY, clear_leftovers, move_in, sole_writer  # noqa: E402
+from defectfill.publish import write_dataset_card  # noqa: E402
+from defectfill_dataset import InputError, exit_on_input_error  # noqa: E402
+from defectfill_dataset.checks import look  # noqa: E402
+from defectfill_dataset.exports import (  # noqa: E402
+    EXPORTERS,
+    NORMAL_ONLY,
+    Item,
+    read_generated,
+    read_items,
+    read_photographs,
+    split_items,
+)
+from defectfill_dataset.writers import WRITERS  # noqa: E402
+
+
+def check_options(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options (DF199)."""
+    problems = []
+    if args.format in NORMAL_ONLY and not args.good:
+        problems.append(f"DF199 --format {args.format}: trains on good photographs; give a folder of them with --good")
+    if args.good and not args.good.is_dir():
+        problems.append(f"DF199 --good {args.good}: no such folder; give one of good photographs")
+    if not 0 <= args.test_share < 1:
+        problems.append(f"DF199 --test_share {args.test_share:g}: must be at least 0 and less than 1")
+    return problems
+
+
+def checked_items(args: argparse.Namespace) -> list[Item]:
+    """All images to export; raises InputError with every problem of every folder."""
+    problems, items = check_options(args), list[Item]()
+    for folder in args.generated:
+        found, wrong = read_generated(folder, several=len(args.generated) > 1)
+        items += found
+        problems += wrong
+    if args.good and args.good.is_dir():
+        objects = sorted({str(item.row.object) for item in items})
+        if len(objects) > 1:
+            problems.append(
+                f"DF199 --good {args.good}: is of one object, the generated images of {', '.join(objects)}; "
+                "export one object at a time"
+            )
+        painted = {item.photograph for item in items}
+        good = read_photographs(args.good, "".join(objects[:1]), painted)
+        if not good:
+            problems.append(f"DF199 --good {args.good}: no images in it; give a folder of good photographs")
+        items += good
+    problems += [problem for item in items for problem in look(item.row, item.root).problems]
+    if problems := problems + same_names(items):
+        raise InputError(*problems)
+    return items
+
+
+def same_names(items: list[Item]) -> list[str]:
+    """A problem (DF198) for each two folders with images that would get one name."""
+    first: dict[str, Item] = {}
+    pairs: dict[tuple[Path, Path], str] = {}
+    for item in items:
+        other = first.setdefault(item.name, item)
+        if other is not item:
+            pairs.setdefault((other.row.image.parent, item.row.image.parent), item.name)
+    return [f"DF198 {a}, {b}: both hold an image to be called '{name}'; rename one" for (a, b), name in pairs.items()]
+
+
+def checked_splits(items: list[Item], args: argparse.Namespace) -> dict[str, list[Item]]:
+    """The items of each split that the format has; raises InputError (DF199) if one that it needs is empty."""
+    splits = split_items(items, args.test_share, args.format in NORMAL_ONLY)
+    if args.format in NORMAL_ONLY and not splits["train"]:
+        raise InputError(
+            f"DF199 --good {args.good}: leaves no photograph to train on, for one that a defect was painted on is for "
+            "tests alone; add others, or lower --test_share"
+        )
+    needed = [] if args.format in NORMAL_ONLY else ["train", "test"] if args.format.startswith("yolo") else ["train"]
+    for split in needed:
+        if not any(item.row.mask for item in splits[split]):
+            raise InputError(
+                f"DF199 --test_share {args.test_share:g}: leaves no defect to {split}; all that was painted on one "
+                "photograph stays together: change it, or generate on more photographs"
+            )
+    if args.format in WRITERS and args.good:
+        splits["good"] = [item for item in items if not item.row.mask]
+        splits |= {name: [item for item in splits[name] if item.row.mask] for name in ("train", "test")}
+    return {split: found for split, found in splits.items() if found}
+
+
+def shown(split: str, items: list[Item], bared: list[str]) -> Iterator[dict]:
+    """`read_items` with a bar."""
+    yield from tqdm(read_items(items, bared), desc=split, total=len(items))
+
+
+def write(splits: dict[str, list[Item]], args: argparse.Namespace) -> None:
+    """Writes the export to the output folder, whole or not at all."""
+    clear_leftovers(args.output_dir)
+    counts = Counter(
+        (str(item.row.object), item.row.defect, split) for split, items in splits.items() for item in items
+    )
+    defects = sorted({item.row.defect for item in itertools.chain(*splits.values()) if item.row.mask})
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=args.output_dir) as temporary:
+        folder, bared = Path(temporary), list[str]()
+        examples = {split: shown(split, items, bared) for split, items in splits.items()}
+        last = EXPORTERS[args.format](folder, examples, defects)
+        if args.format in WRITERS:
+            write_dataset_card(folder, counts, args.format, "photographs", None, None, len(bared), None)
+        move_in(folder, args.output_dir, last)
+    for (_, defect, split), number in sorted(counts.items(), key=lambda entry: entry[0][::-1]):
+        print(f"{split} {defect}: {number}")
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("generated", type=Path, nargs="+", metavar="GENERATED", help="What generate_defectfill.py wrote.")
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="Empty, or with this very export.")
+    add("--format", choices=list(EXPORTERS), required=True)
+    add("--good", type=Path, metavar="DIR", help="Good photographs, as normal images; mvtec and anomalib need them.")
+    add(
+        "--test_share",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="Of the photographs, with all that was painted on them, for test or val. Default: %(default)g.",
+    )
+    return parser.parse_args(input_args)
+
+
+def main(args: argparse.Namespace) -> None:
+    splits = checked_splits(checked_items(args), args)
+    with sole_writer(args.output_dir):
+        write(splits, args)
+
+
+if __name__ == "__main__":
+    exit_on_input_error(lambda: main(parse_args()))

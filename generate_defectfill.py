@@ -22,7 +22,7 @@ import urllib.error
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,20 +235,24 @@ def composite(image: Image.Image, candidate: torch.Tensor, mask: np.ndarray) -> 
 
 
 CELL = 160  # pixels a side of a contact sheet's pictures
-SHEET_CASES = 24  # on the contact sheet
+SHEET_CASES, SHEET_WINDOWS = 24, 12  # on the contact sheet; of each picture
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    return picture.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
 
 
 def contact_row(
-    image: Image.Image, mask: np.ndarray, pictures: list[Image.Image], scores: list, chosen: int
+    good: Image.Image, mask: Image.Image, pictures: list[Image.Image], scores: list, chosen: int
 ) -> Image.Image:
-    """One row of the contact sheet: good | mask | each candidate with its score, the chosen one outlined."""
-    cells = [image, Image.fromarray(mask), *pictures]
+    """One row of the contact sheet, of thumbnails: good | mask | each candidate with its score, the kept one red."""
+    cells = [good, mask, *pictures]
     labels = ["good", "mask", *(f"{s:.4f}" if s is not None else "" for s in scores)]
     row = Image.new("RGB", (len(cells) * (CELL + 4) + 4, CELL + 24), "white")
     draw = ImageDraw.Draw(row)
     for i, (cell, label) in enumerate(zip(cells, labels)):
         left = 4 + i * (CELL + 4)
-        row.paste(cell.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS), (left, 4))
+        row.paste(cell, (left, 4))
         if i - 2 == chosen:
             draw.rectangle((left - 2, 2, left + CELL + 1, CELL + 5), outline="red", width=3)
             label += "  kept"
@@ -372,15 +376,16 @@ class Progress:
                     f"one's best score is {scores[chosen]:.4g}, the autoencoder's alone {floor:.4g})"
                 )
             return
-        pictures = [composite(good, candidate, mask) for candidate in candidates]
         shown = [s if scorer and math.isfinite(s) else None for s in scores]
-        cells = [picture.convert("L") for picture in pictures] if self.grey else pictures
-        self.rows.append(contact_row(good, mask, cells, shown, chosen))
+        if len(self.rows) < SHEET_WINDOWS:
+            pictures = (composite(good, candidate, mask) for candidate in candidates)
+            cells = [thumbnail(picture.convert("L") if self.grey else picture) for picture in pictures]
+            self.rows.append(contact_row(thumbnail(good), thumbnail(Image.fromarray(mask)), cells, shown, chosen))
         box = self.boxes[len(self.windows)]
         made = {"candidate_seeds": seeds, "scores": shown, "chosen": chosen, "attempts": self.attempt, "floor": floor}
         self.windows.append({"box": box, **made})
         self.attempt = 1
-        self.image.paste(pictures[chosen], box[:2])
+        self.image.paste(composite(good, candidates[chosen], mask), box[:2])
         mask[:] = False
 
     def write(self, output_dir: Path) -> dict:
@@ -440,7 +445,10 @@ def make_plan(overlays: Sequence[argparse.Namespace]) -> list[Item]:
     known: dict[str, Any] = {}
     found: list[tuple[Case, Task, int]] = []
     for args in overlays:
-        cases = read_cases(args)
+        key = json.dumps(["cases", *(str(x) for x in (args.image, args.mask, args.foreground, args.zone))])
+        if key not in known:
+            known[key] = read_cases(args)
+        cases = known[key]
         for task in make_tasks(args, known):
             for i in range(args.num_images or len(cases)):
                 repeat, place = divmod(i, len(cases))
@@ -477,10 +485,15 @@ def make_tasks(args: argparse.Namespace, known: dict[str, Any]) -> list[Task]:
     tasks = []
     for path in args.lora:
         if path not in known:
-            known[path] = read_lora(path)
-        lora = known[path]
+            lora = read_lora(path)
+            known[path] = lora, file_digest(lora.path)
+        lora, digest = known[path]
         prompts = lora.record.get("prompts", {})
-        for name in [d for d in args.defect or [None] if d is None or d in prompts or len(args.lora) == 1]:
+        alone = len(args.lora) == 1 or not prompts
+        wanted = [d for d in args.defect or [None] if d is None or d in prompts or alone]
+        if not wanted:
+            raise InputError(f"DF411 {lora.path}: knows none of --defect {' '.join(args.defect)}; leave it out")
+        for name in wanted:
             prompt, defect = choose_prompt(lora, name, args.prompt)
             key = json.dumps([defect, *(str(getattr(args, flag)) for flag in MASK_FLAGS)])
             if key not in known:
@@ -491,7 +504,7 @@ def make_tasks(args: argparse.Namespace, known: dict[str, Any]) -> list[Task]:
                 "object": lora.record.get("object"),
                 "defect": defect,
                 "prompt": prompt,
-                "lora_sha256": file_digest(lora.path),
+                "lora_sha256": digest,
                 "mask_source": args.mask_source,
                 **mask_settings,
                 "zoom": zoom and zoom._asdict(),
@@ -518,11 +531,16 @@ def groups_of(plan: Sequence[Item], size: int) -> list[list[Item]]:
 
 
 def check_places(cases: list[Case], output_dir: Path) -> None:
-    """Raises InputError (DF192) if results would be written among the inputs, over them."""
-    written = {(output_dir / kind).resolve() for kind in KINDS}
+    """Raises InputError (DF192) if results would be written among the inputs, or over files of something else."""
+    written = {output_dir.resolve(), *((output_dir / kind).resolve() for kind in KINDS)}
     for file in [f for case in cases for f in (case.image, *case.areas.values())]:
         if file.resolve().parent in written:
             raise InputError(f"DF192 --output_dir {output_dir}: would overwrite {file}; choose another folder")
+    foreign = [kind for kind in KINDS if (output_dir / kind).is_dir() and any((output_dir / kind).iterdir())]
+    if foreign and not (output_dir / PLAN).exists():
+        raise InputError(
+            f"DF192 --output_dir {output_dir}: holds {', '.join(foreign)} of something else; choose another folder"
+        )
 
 
 def choose_prompt(lora: LoraFile, defect: str | None, prompt: str | None) -> tuple[str, str | None]:
@@ -627,8 +645,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     scheduler_help = "ddim is the paper's; the others need about 20 steps. Default: %(default)s."
     add("--scheduler", choices=list(SCHEDULERS), default="ddim", help=scheduler_help)
     add = parser.add_argument_group("candidates and selection").add_argument
-    add("--num_candidates", type=int, default=8, metavar="N", help="Candidates an image. Default: %(default)s.")
-    batch_help = "Candidates in one UNet call, of several images if there is room. Default: one image's."
+    add("--num_candidates", type=int, default=8, metavar="N", help="Candidates a window. Default: %(default)s.")
+    batch_help = "Candidates in one UNet call; with room for those of several images, theirs. Default: one's."
     add("--batch_size", type=int, metavar="N", help=batch_help)
     add(
         "--selection",
@@ -665,13 +683,21 @@ def read_overlays(args: argparse.Namespace) -> list[argparse.Namespace]:
         raise InputError(f"DF160 --cases {args.cases}: no such file")
     overlays, problems = [], []
     for number, text in enumerate(args.cases.read_text().splitlines(), 1):
+        if not text.strip():
+            continue
         parser = LineParser(add_help=False, allow_abbrev=False)
         add_picture_flags(parser)
         add_input_flags(parser)
         try:
-            line = {flag: value if isinstance(value, list) else [value] for flag, value in json.loads(text).items()}
-            words = [word for flag, values in line.items() for word in (f"--{flag}", *map(str, values))]
-            overlays.append(parser.parse_args(words, argparse.Namespace(**vars(args))))
+            over, words = dict(vars(args)), []
+            for flag, value in json.loads(text).items():
+                if value is None:  # as if the command had not said it
+                    over[flag] = parser.get_default(flag)
+                elif isinstance(value, list):
+                    words += [f"--{flag}", *map(str, value)]
+                else:
+                    words.append(f"--{flag}={value}")
+            overlays.append(parser.parse_args(words, argparse.Namespace(**over)))
             check_picture_flags(parser, overlays[-1])
         except (ValueError, AttributeError) as error:
             problems.append(f"DF416 {args.cases}, line {number}: {error}")
@@ -698,6 +724,10 @@ class Run(NamedTuple):
     settings: dict  # what decides a pixel besides the plan; it must be the same when the run goes on
 
 
+# What a LoRA says of its base, and the flag that overrules it.
+BASE_FLAGS = {"base": "pretrained_model_name_or_path", "revision": "revision", "resolution": "resolution"}
+
+
 def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     """Checks and reads everything that can be wrong."""
     plan = make_plan(read_overlays(args))
@@ -711,12 +741,13 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
             f"DF412 {tasks[0].lora.path}: carries no record; give --pretrained_model_name_or_path and --resolution"
         )
     for task in tasks:
-        theirs = (task.lora.record.get("base", name), task.lora.record.get("resolution", resolution))
-        if theirs != (record.get("base", name), record.get("resolution", resolution)):
-            raise InputError(
-                f"DF414 {task.lora.path}: was trained on {theirs[0]} at {theirs[1]} px, unlike {tasks[0].lora.path}; "
-                "paint with each in a run of its own"
-            )
+        for key, flag in BASE_FLAGS.items():
+            theirs, ours = task.lora.record.get(key), record.get(key)
+            if theirs != ours and getattr(args, flag) is None:
+                raise InputError(
+                    f"DF414 {task.lora.path}: was trained with {key} {theirs}, {tasks[0].lora.path} with {ours}; give "
+                    f"--{flag}, or paint with each in a run of its own"
+                )
     revision = args.revision or (record.get("revision") if name == record.get("base") else None)
     base = read_base(name, revision, args.cache_dir)
     check_resolution(base, resolution)
@@ -731,6 +762,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         "resolution": resolution,
         "scheduler": args.scheduler,
         "num_candidates": args.num_candidates,
+        "batch_size": args.batch_size,
         "selection": args.selection if args.selection != "lpips" else f"lpips-{args.lpips_net}",
         "min_change": args.min_change,
         "max_attempts": args.max_attempts,
@@ -754,9 +786,14 @@ def check_plan(plan: list[Item], folder: Path) -> list[dict]:
                 problems[f"DF320 {line['name']}: was painted from another image or mask"] = None
             else:
                 problems[f"DF320 {key}: the run began with {old.get(key)!r}, now it is {line.get(key)!r}"] = None
+    gone = sorted(before.keys() - {item.name for item in plan})
+    if gone:
+        problems[
+            f"DF320 {', '.join(gone[:4])}: {len(gone)} pictures that the run began with are not asked for now"
+        ] = None
     if problems:
         raise InputError(*sorted(problems), "Go on with what it began with, or choose another --output_dir.")
-    return list((before | {item.name: item.line for item in plan}).values())
+    return [item.line for item in plan]
 
 
 def begin(run: Run, folder: Path) -> list[str]:
@@ -819,13 +856,20 @@ def main(args: argparse.Namespace) -> None:
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(on_cpu, timeout=datetime.timedelta(days=7))  # processes wait for the slowest
     run = prepare(args, state.device)
-    folder = args.output_dir
-    with sole_writer(folder) if state.is_main_process else nullcontext():
-        [done] = broadcast_object_list([begin(run, folder) if state.is_main_process else None])
+    with ExitStack() as held:
+        done, problem = None, None
+        if state.is_main_process:
+            try:
+                held.enter_context(sole_writer(args.output_dir))
+                done = begin(run, args.output_dir)
+            except InputError as error:
+                problem = error
+        [done] = broadcast_object_list([done])
+        if done is None:
+            raise problem or SystemExit(2)  # the main process tells why
         problems = gather_object([paint_all(args, run, set(done), state)])
         if state.is_main_process:
-            finish(folder, {name: why for of_process in problems for name, why in of_process.items()})
-        state.wait_for_everyone()
+            finish(args.output_dir, {name: why for of_process in problems for name, why in of_process.items()})
 
 
 def finish(folder: Path, problems: dict[str, str]) -> None:

@@ -78,6 +78,12 @@ def move_in(source: Path, folder: Path, last: str) -> None:
             raise InputError(
                 f"DF193 {folder}: holds another {name}, of other data; choose another --output_dir or empty it"
             )
+    for part in source.iterdir():
+        missing = [name for name in new if name.startswith(f"{part.name}/") and not (folder / name).exists()]
+        if missing and (folder / part.name).exists():
+            raise InputError(
+                f"DF193 {folder}: holds a {part.name}/ without {missing[0]}; choose another --output_dir or empty it"
+            )
     for file in new.values():
         flush(file)
     for part in sorted(source.iterdir(), key=lambda part: part.name == last):

@@ -32,7 +32,7 @@ class Case:
     """One good image and the files given for it: its mask (None: from a source), its foreground, its zone.
 
     Everything random is drawn from the image's name and content, so that no two images share a number, in one run or
-    in several.
+    in several; pictures of several defect types on one image do.
     """
 
     image: Path
@@ -124,6 +124,8 @@ def check_cases(cases: list[Case]) -> None:
         seen = look_at(name, "good", case.image)
         looks.append(seen)
         problems += seen.problems
+        if name != name.encode(errors="replace").decode():
+            problems.append(f"DF115 {name}: the file's name is not UTF-8; rename it")
         if any(odd.startswith("DF120") for odd in seen.odd):
             problems.append(
                 f"DF120 {name}: has 16 bits a channel, and the result would have 8 everywhere, not only inside "

@@ -56,7 +56,9 @@ class Look:
 def look(row: Row, root: str | Path, resolution: int = 512, grid: int = 64) -> Look:
     """`look_at` for one row of a dataset's folder."""
     name = row.image.relative_to(root).as_posix()
-    seen = look_at(name, row.defect, row.image, row.mask.render if row.mask else None, resolution, grid)
+    seen = look_at(
+        name, row.defect, row.image, row.mask.render if row.mask else None, resolution, grid, with_zoom=True
+    )
     if os.path.realpath(row.image).startswith(os.path.realpath(root) + os.sep):
         return seen
     return dataclasses.replace(seen, odd=(*seen.odd, "DF114 is a link to a file outside the dataset"))
@@ -69,6 +71,7 @@ def look_at(
     render: Callable[[], np.ndarray] | None = None,
     resolution: int = 512,
     grid: int = 64,
+    with_zoom: bool = False,
 ) -> Look:
     """Opens one image and its mask, which `render` gives.
 
@@ -77,6 +80,7 @@ def look_at(
 
     Args:
         resolution: of the training to come; `grid` is the side of its latent grid.
+        with_zoom: lay zoom windows too.
     """
     try:
         opened = open_image(file)
@@ -105,10 +109,15 @@ def look_at(
         seen,
         area=float(inside.mean()),
         cells=int(to_grid(inside, grid).sum()),
-        zoomed=min(int(to_grid(cut(inside, box), grid).sum()) for box in zoom_boxes(inside, resolution, Zoom())),
+        zoomed=least_cells(inside, resolution, grid) if with_zoom else 0,
         nearest=int(inside[np.ix_(rows, columns)].sum()),
         mask=hashlib.sha256(np.packbits(inside).tobytes()).hexdigest(),
     )
+
+
+def least_cells(mask: np.ndarray, resolution: int, grid: int) -> int:
+    """Cells of the latent grid that a (H, W) mask marks of the one of its zoom windows in which they are fewest."""
+    return min(int(to_grid(cut(mask, box), grid).sum()) for box in zoom_boxes(mask, resolution, Zoom()))
 
 
 def area_problems(name: str, size: tuple[int, int], inside: np.ndarray, what: str = "mask") -> list[str]:

@@ -64,10 +64,11 @@ def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None) -> list[Box
 
 def _covered(points: np.ndarray, boxes: list[Box]) -> bool:
     """Whether each of the (n, 2) points (y, x) lies in one of the boxes."""
-    outside = np.ones(len(points), dtype=bool)
-    for left, top, right, bottom in boxes:
-        outside &= ((points < (top, left)) | (points >= (bottom, right))).any(axis=1)
-    return not outside.any()
+    for left, top, right, bottom in reversed(boxes):  # the latest are the nearest
+        points = points[((points < (top, left)) | (points >= (bottom, right))).any(axis=1)]
+        if not len(points):
+            return True
+    return not len(points)
 
 
 def cut(mask: np.ndarray, box: Box) -> np.ndarray:

@@ -3,7 +3,7 @@
     python scripts/preview_masks.py --image good_images --mask_source references --reference_data mvtec/hazelnut \\
         --defect hole --number 200 --output masks.png
 
-The flags of images and masks are the same. With more masks than images, round r shows the masks of --seed plus r.
+The flags of images and masks are the same; more masks than images are those of --num_images.
 Writes a grid of good images, the part's outline in blue, the zone's in yellow, the mask's in red; prints how much of
 the masks lies on the part, and their areas and angles beside those of the references.
 """

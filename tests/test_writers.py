@@ -23,7 +23,6 @@ from defectfill.publish import escaped, size_category
 from defectfill_dataset import (
     InputError,
     binarise,
-    check_good,
     check_pairs,
     find_objects,
     load_defect_pairs,
@@ -103,7 +102,7 @@ def test_parquet_of_several_objects_is_the_same_data(tmp_path):
     assert data["train"].features == writers.FEATURES and pixels(data) == before
     nut = load_prepared(str(tmp_path / "out"), None, "nut")
     assert set(nut["train"]["object"]) == {"nut"} and len(nut["good"]) == 3
-    check_pairs(nut["train"]), check_good(nut["good"])
+    check_pairs(nut["train"], nut["good"])
 
 
 def test_one_object_of_several_and_a_split(tmp_path):
@@ -363,6 +362,9 @@ def test_the_same_data_stays_other_data_is_refused(tmp_path, data, capsys):
     write_image(data / "test/hole/000.png", seed=7)
     assert "holds another data/train-00000-of-00001.parquet" in told(data, out)[0]
     assert "DF193" in told(data, out, "--format", "imagefolder")[0]
+    write_image(data / "test/hole/000.png")
+    (out / "data/good-00000-of-00001.parquet").unlink()  # a part of it is not the dataset
+    assert "holds a data/ without data/good-00000-of-00001.parquet" in told(data, out)[0]
     assert {k: v for k, v in contents(out).items() if k != ".env"} == before
     assert "DF193" in told(data, data)[0] and not list(data.glob(".tmp*"))
 

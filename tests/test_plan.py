@@ -137,7 +137,7 @@ def test_several_loras_and_defects_paint_their_share_each(trained, several, good
 def test_a_run_is_not_continued_with_other_pictures(trained, several, good, tmp_path):
     argv = ["--image", good, "--mask_source", "random", *FAST, "--output_dir", tmp_path / "out"]
     generate("--lora", trained, *argv)
-    with pytest.raises(InputError, match="DF320 000, 001, 002: 3 pictures of the run's plan are not asked for now"):
+    with pytest.raises(InputError, match="DF320 000, 001, 002: 3 pictures that the run began with are not"):
         generate("--lora", trained, several, "--defect", "hole", *argv)
 
 

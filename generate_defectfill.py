@@ -2,7 +2,7 @@
 
     python generate_defectfill.py --lora lora-hazelnut-hole --image good.png --mask mask.png --output_dir generated
 
-Reads top to bottom: candidates, selection, compositing, one image, the command.
+Reads top to bottom: candidates, selection, compositing, pictures, the plan, the command.
 
 Shapes: N candidates, S side of the square the model works on, G = S // vae_scale_factor cells a side of the latent
 grid, H x W the input's own size. Masks are 1 inside the defect.
@@ -47,6 +47,7 @@ from defectfill.base import Base, check_resolution, read_base
 from defectfill.checkpoint import check_identity
 from defectfill.files import clear_leftovers, replacing, sole_writer, write_json
 from defectfill.lora_file import LoraFile, check_fits, load_lora, read_lora
+from defectfill.options import overlays
 from defectfill.page import write_page
 from defectfill_dataset import (
     Box,
@@ -314,9 +315,6 @@ class Gate(NamedTuple):
     max_attempts: int
 
 
-NO_GATE = Gate(0, 1)
-
-
 class Progress:
     """An item on its way: the image as painted so far, the mask that is left, what came of each window."""
 
@@ -345,17 +343,23 @@ class Progress:
         return [self.item.case.derive_seed(self.item.seed, *again, first + i) for i in range(number)]
 
     def choose(
-        self, candidates: torch.Tensor, seeds: list[int], scorer: Scorer | None, plain: torch.Tensor | None, gate: Gate
+        self,
+        normal: torch.Tensor,
+        candidates: torch.Tensor,
+        seeds: list[int],
+        scorer: Scorer | None,
+        plain: torch.Tensor | None,
+        gate: Gate,
     ) -> None:
         """Pastes the best of (N, 3, S, S) candidates into the window, if a defect appeared in it.
 
         Args:
-            plain: (3, S, S), the window as the autoencoder alone returns it; None without a gate.
+            normal: (3, S, S) in [-1, 1], the window as it was painted on.
+            plain: (3, S, S) in [0, 1], the window as the autoencoder alone returns it; None without a gate.
         """
         good, mask = self.window()
-        resolution = candidates.shape[-1]
-        normal = (image_tensor(good, resolution) / 2 + 0.5).to(candidates.device)
-        inside = to_grid(mask, resolution).to(candidates.device)
+        normal = (normal / 2 + 0.5).to(candidates.device)
+        inside = to_grid(mask, candidates.shape[-1]).to(candidates.device)
         pasted = torch.where(inside > 0.5, candidates, normal)  # what the composite will hold, at the model's size
         scores = scorer(pasted, normal, inside) if scorer else [0.0] * len(seeds)
         whole = candidates.isfinite().flatten(1).all(dim=1).tolist()  # half precision may overflow
@@ -365,9 +369,9 @@ class Progress:
         except FloatingPointError as error:
             self.problem = f"{self.item.case.image.name}: {error}"
             return
-        floor = (
-            scorer(torch.where(inside > 0.5, plain, normal)[None], normal, inside)[0] if plain is not None else None
-        )
+        floor = None
+        if scorer and plain is not None:
+            [floor] = scorer(torch.where(inside > 0.5, plain, normal)[None], normal, inside)
         if floor is not None and scores[chosen] < gate.min_change * floor:
             self.attempt += 1
             if self.attempt > gate.max_attempts:
@@ -409,8 +413,8 @@ def generate(
     scorer: Scorer | None,
     resolution: int,
     num_candidates: int,
-    batch_size: int | None = None,
-    gate: Gate = NO_GATE,
+    batch_size: int | None,
+    gate: Gate,
 ) -> list[Progress]:
     """Paints items of one task, their candidates in common batches.
 
@@ -427,8 +431,8 @@ def generate(
         seeds = [work.seeds(num_candidates) for work in todo]
         candidates = paint(pipe, images, grids, seeds=seeds, batch_size=batch_size, **sampling)
         plain = reconstruct(pipe, images) if gate.min_change else [None] * len(todo)
-        for work, of_work, its_seeds, its_plain in zip(todo, candidates, seeds, plain):
-            work.choose(of_work, its_seeds, scorer, its_plain, gate)
+        for work, normal, of_work, its_seeds, its_plain in zip(todo, images, candidates, seeds, plain):
+            work.choose(normal, of_work, its_seeds, scorer, its_plain, gate)
     return works
 
 
@@ -457,7 +461,7 @@ def make_plan(overlays: Sequence[argparse.Namespace]) -> list[Item]:
     items: list[Item] = []
     names: set[str] = set()
     numbers: Counter[str] = Counter()
-    same: dict[str, str] = {}
+    asked: set[str] = set()
     for case, task, seed in found:
         label = re.sub(r"[^\w-]+", "_", task.settings["defect"] or "defect")
         stem = f"{case.name}-{label}" if several else case.name
@@ -468,11 +472,11 @@ def make_plan(overlays: Sequence[argparse.Namespace]) -> list[Item]:
         names.add(name)
         items.append(Item(name, case, task, seed))
         key = json.dumps(items[-1].line | {"name": ""}, sort_keys=True)
-        if key in same:
+        if key in asked:
             raise InputError(
                 f"DF415 {case.image.name}, {label}: is asked for twice with --seed {seed}; change one seed"
             )
-        same[key] = name
+        asked.add(key)
     return items
 
 
@@ -607,6 +611,12 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     add("--zoom_min_area", type=float, metavar="X", help=min_area_help)
 
 
+def add_case_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that a line of `--cases` may hold."""
+    add_picture_flags(parser)
+    add_input_flags(parser)
+
+
 def check_picture_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with a message where a value cannot work."""
     check_input_flags(parser, args)
@@ -629,8 +639,7 @@ def check_picture_flags(parser: argparse.ArgumentParser, args: argparse.Namespac
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_picture_flags(parser)
-    add_input_flags(parser)
+    add_case_flags(parser)
     cases_help = "A JSON object a line, each like a run of its own: flags of the groups above by their names."
     parser.add_argument("--cases", type=Path, metavar="FILE", help=cases_help)
     add = parser.add_argument_group("base model").add_argument
@@ -671,50 +680,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_overlays(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The flags as they stand, or with those of each line of `--cases` over them.
-
-    Raises:
-        InputError: a line that is no JSON object, or whose flags are unknown or cannot work (DF416).
-    """
-    if args.cases is None:
-        return [args]
-    if not args.cases.is_file():
-        raise InputError(f"DF160 --cases {args.cases}: no such file")
-    overlays, problems = [], []
-    for number, text in enumerate(args.cases.read_text().splitlines(), 1):
-        if not text.strip():
-            continue
-        parser = LineParser(add_help=False, allow_abbrev=False)
-        add_picture_flags(parser)
-        add_input_flags(parser)
-        try:
-            over, words = dict(vars(args)), []
-            for flag, value in json.loads(text).items():
-                if value is None:  # as if the command had not said it
-                    over[flag] = parser.get_default(flag)
-                elif isinstance(value, list):
-                    words += [f"--{flag}", *map(str, value)]
-                else:
-                    words.append(f"--{flag}={value}")
-            overlays.append(parser.parse_args(words, argparse.Namespace(**over)))
-            check_picture_flags(parser, overlays[-1])
-        except (ValueError, AttributeError) as error:
-            problems.append(f"DF416 {args.cases}, line {number}: {error}")
-    if not overlays and not problems:
-        problems.append(f"DF416 {args.cases}: is empty; give a JSON object a line")
-    if problems:
-        raise InputError(*problems)
-    return overlays
-
-
-class LineParser(argparse.ArgumentParser):
-    """Raises ValueError where its parent would end the program."""
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-
 class Run(NamedTuple):
     """What to paint and with what, checked, before any weight is loaded."""
 
@@ -730,7 +695,7 @@ BASE_FLAGS = {"base": "pretrained_model_name_or_path", "revision": "revision", "
 
 def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     """Checks and reads everything that can be wrong."""
-    plan = make_plan(read_overlays(args))
+    plan = make_plan(overlays(args, add_case_flags, check_picture_flags) if args.cases else [args])
     check_places([item.case for item in plan], args.output_dir)
     tasks = list({id(item.task): item.task for item in plan}.values())
     record = tasks[0].lora.record
@@ -771,29 +736,22 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     return Run(plan, base, make_scorer(args.selection, args.lpips_net, device), settings)
 
 
-def check_plan(plan: list[Item], folder: Path) -> list[dict]:
-    """The lines of the plan, after those of an earlier start of the run.
-
-    Raises:
-        InputError: an item was planned otherwise (DF320).
-    """
+def check_plan(lines: list[dict], folder: Path) -> None:
+    """Raises InputError (DF320) if an earlier start of the run planned an item otherwise, or one that is gone now."""
     before = {line["name"]: line for line in ledger.read_lines(folder / PLAN)}
-    problems: dict[str, None] = {}
-    for line in (item.line for item in plan if item.name in before):
-        old = before[line["name"]]
+    problems: set[str] = set()
+    for line in lines:
+        old = before.pop(line["name"], line)
         for key in [k for k in line.keys() | old.keys() if line.get(k) != old.get(k)]:
             if key.startswith(("good_image", "given_")):
-                problems[f"DF320 {line['name']}: was painted from another image or mask"] = None
+                problems.add(f"DF320 {line['name']}: was painted from another image or mask")
             else:
-                problems[f"DF320 {key}: the run began with {old.get(key)!r}, now it is {line.get(key)!r}"] = None
-    gone = sorted(before.keys() - {item.name for item in plan})
-    if gone:
-        problems[
-            f"DF320 {', '.join(gone[:4])}: {len(gone)} pictures that the run began with are not asked for now"
-        ] = None
+                problems.add(f"DF320 {key}: the run began with {old.get(key)!r}, now it is {line.get(key)!r}")
+    if before:
+        names = ", ".join(sorted(before)[:4])
+        problems.add(f"DF320 {names}: {len(before)} pictures that the run began with are not asked for now")
     if problems:
         raise InputError(*sorted(problems), "Go on with what it began with, or choose another --output_dir.")
-    return [item.line for item in plan]
 
 
 def begin(run: Run, folder: Path) -> list[str]:
@@ -801,7 +759,8 @@ def begin(run: Run, folder: Path) -> list[str]:
     clear_leftovers(folder, *(folder / kind for kind in KINDS))
     if (folder / "settings.json").exists():
         check_identity(json.loads((folder / "settings.json").read_text()), run.settings)
-    lines = check_plan(run.plan, folder)
+    lines = [item.line for item in run.plan]
+    check_plan(lines, folder)
     write_json(folder / "settings.json", run.settings)
     ledger.write_lines(folder / PLAN, lines)
     for kind in KINDS:

@@ -1,7 +1,9 @@
-"""Values and combinations of the training script's options that cannot work."""
+"""Options: values of the training script's that cannot work, and lines of a file as options."""
 
 import argparse
+import json
 import math
+from collections.abc import Callable
 
 import torch
 from accelerate.tracking import get_available_trackers
@@ -54,3 +56,52 @@ def check_options(args: argparse.Namespace) -> None:
         problems.append(f"DF189 --report_to {args.report_to}: not installed or unknown; there are: {', '.join(known)}")
     if problems:
         raise InputError(*problems)
+
+
+class LineParser(argparse.ArgumentParser):
+    """Raises ValueError where its parent would end the program."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def overlays(
+    args: argparse.Namespace,
+    add_flags: Callable[[argparse.ArgumentParser], None],
+    check: Callable[[argparse.ArgumentParser, argparse.Namespace], None],
+) -> list[argparse.Namespace]:
+    """The flags of the command with those of each line of `--cases` over them.
+
+    Args:
+        add_flags: adds those that a line may hold.
+        check: calls the parser's `error` where a value cannot work.
+
+    Raises:
+        InputError: no file (DF160), or a line that is no JSON object or whose flags cannot work (DF416).
+    """
+    if not args.cases.is_file():
+        raise InputError(f"DF160 --cases {args.cases}: no such file")
+    parser = LineParser(add_help=False, allow_abbrev=False)
+    add_flags(parser)
+    found, problems = [], []
+    for number, text in enumerate(args.cases.read_text().splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            over, words = dict(vars(args)), []
+            for flag, value in json.loads(text).items():
+                if value is None:  # as if the command had not said it
+                    over[flag] = parser.get_default(flag)
+                elif isinstance(value, list):
+                    words += [f"--{flag}", *map(str, value)]
+                else:
+                    words.append(f"--{flag}={value}")
+            found.append(parser.parse_args(words, argparse.Namespace(**over)))
+            check(parser, found[-1])
+        except (ValueError, AttributeError) as error:
+            problems.append(f"DF416 {args.cases}, line {number}: {error}")
+    if not found and not problems:
+        problems.append(f"DF416 {args.cases}: is empty; give a JSON object a line")
+    if problems:
+        raise InputError(*problems)
+    return found

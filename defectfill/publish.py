@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, ModelCardData
 
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, file_digest
 
 from .files import replacing, visible_files
 from .lora_file import LORA_FILE
@@ -250,8 +250,7 @@ def write_dataset_card(
 def _content_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for name, file in visible_files(folder).items():
-        with file.open("rb") as stream:
-            digest.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{name} {file_digest(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -53,12 +53,11 @@ class Look:
     odd: tuple[str, ...] = ()
 
 
-def look(row: Row, root: str | Path, resolution: int = 512, grid: int = 64) -> Look:
+def look(row: Row, root: str | Path, resolution: int = 512, grid: int = 64, with_zoom: bool = False) -> Look:
     """`look_at` for one row of a dataset's folder."""
     name = row.image.relative_to(root).as_posix()
-    seen = look_at(
-        name, row.defect, row.image, row.mask.render if row.mask else None, resolution, grid, with_zoom=True
-    )
+    render = row.mask.render if row.mask else None
+    seen = look_at(name, row.defect, row.image, render, resolution, grid, with_zoom)
     if os.path.realpath(row.image).startswith(os.path.realpath(root) + os.sep):
         return seen
     return dataclasses.replace(seen, odd=(*seen.odd, "DF114 is a link to a file outside the dataset"))

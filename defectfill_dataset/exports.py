@@ -22,8 +22,8 @@ from .builder import file_digest
 from .discovery import NAME, RESERVED
 from .images import ORIENTATION, load_image
 from .layouts import ONE_TYPE, Row, file_inside, image_files
-from .masks import MaskFiles, binarise
-from .outlines import exact_polygon, joined_polygon, pieces
+from .masks import MaskFiles, binarise, pieces
+from .outlines import exact_polygon, joined_polygon
 from .seeds import derive_seed
 from .writers import WRITERS, png_bytes, read_examples
 

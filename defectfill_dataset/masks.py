@@ -1,7 +1,7 @@
 """Defect masks: read from files or shapes, brought to the latent grid without losing thin parts, drawn at random."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -139,10 +139,16 @@ class MaskShapes:
         return mask
 
 
+def pieces(mask: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(left, top, its (h, w) bool array) of each piece of an (H, W) mask; pixels that touch at a corner are one."""
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
+        yield columns.start, rows.start, labels[rows, columns] == number
+
+
 def piece_boxes(mask: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """(left, top, right, bottom) of each connected piece of a (H, W) mask."""
-    pieces, _ = ndimage.label(mask, structure=np.ones((3, 3)))
-    return [(x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(pieces)]
+    """(left, top, right, bottom) of each connected piece of an (H, W) mask."""
+    return [(left, top, left + piece.shape[1], top + piece.shape[0]) for left, top, piece in pieces(mask)]
 
 
 def to_grid(mask: np.ndarray, size: int) -> torch.Tensor:

@@ -1,9 +1,6 @@
-"""Masks as shapes: their connected pieces, and the closed lines along the borders of the pixels."""
-
-from collections.abc import Iterator
+"""Masks as shapes: the closed lines along the borders of their pixels."""
 
 import numpy as np
-from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from .masks import polygon_mask
@@ -11,13 +8,6 @@ from .masks import polygon_mask
 
 STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # right, down, left, up, with the inside on the right hand
 STARTS = ((0, 0), (1, 0), (1, 1), (0, 1))  # the corner of its pixel from which each of them leaves
-
-
-def pieces(mask: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(left, top, its (h, w) bool array) of each piece of an (H, W) mask; pixels that touch at a corner are one."""
-    labels, _ = ndimage.label(mask, np.ones((3, 3)))
-    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
-        yield columns.start, rows.start, labels[rows, columns] == number
 
 
 def outlines(piece: np.ndarray) -> list[np.ndarray]:

@@ -41,7 +41,7 @@ def check_object(root: Path, name: str, args: argparse.Namespace) -> tuple[dict,
     except RowsError as error:
         rows, problems = error.rows, list(error.problems)
     grid = args.resolution // args.vae_scale_factor
-    one = functools.partial(look, root=root, resolution=args.resolution, grid=grid)
+    one = functools.partial(look, root=root, resolution=args.resolution, grid=grid, with_zoom=True)
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         looks = list(tqdm(pool.map(one, rows, chunksize=8), desc=name, total=len(rows)))
     problems += [problem for x in looks for problem in x.problems]

@@ -23,8 +23,8 @@ from defectfill_dataset import InputError, binarise, find_objects
 from defectfill_dataset.annotations import SPLITS
 from defectfill_dataset.discovery import read_object
 from defectfill_dataset.exports import EXPORTERS, NORMAL_ONLY
-from defectfill_dataset.masks import polygon_mask
-from defectfill_dataset.outlines import exact_polygon, joined_polygon, outlines, pieces
+from defectfill_dataset.masks import pieces, polygon_mask
+from defectfill_dataset.outlines import exact_polygon, joined_polygon, outlines
 
 
 SIZE = (64, 48)  # W, H

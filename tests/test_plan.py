@@ -12,11 +12,22 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import RESOLUTION, ROOT, generate, make_mvtec, read_lines, write_image, write_mask
+from conftest import (
+    RESOLUTION,
+    ROOT,
+    generate,
+    make_mvtec,
+    options,
+    read_lines,
+    reset_accelerate,
+    write_image,
+    write_mask,
+)
 from PIL import Image
 from test_generate import content
 
 import generate_defectfill as g
+import train_defectfill
 from defectfill_dataset import InputError, image_tensor
 from defectfill_dataset.masks import piece_boxes
 
@@ -34,10 +45,6 @@ def good(tmp_path):
 @pytest.fixture(scope="module")
 def several(base, tmp_path_factory):
     """A LoRA that knows holes and scratches."""
-    from conftest import options, reset_accelerate
-
-    import train_defectfill
-
     folder = tmp_path_factory.mktemp("several")
     reset_accelerate()
     data = make_mvtec(folder / "bolt", {"hole": 2, "scratch": 2})

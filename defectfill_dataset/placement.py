@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage, signal
+from scipy import ndimage
 
 from .builder import load_defect_pairs, select_defects
 from .checks import check_pairs
@@ -169,6 +169,8 @@ def _search(
     shape: np.ndarray, allowed: np.ndarray, taken: np.ndarray, needed: int, rng: np.random.Generator
 ) -> tuple[int, int] | None:
     """`find_place` over every place near an allowed pixel."""
+    from scipy import signal  # a second to load, and rarely used
+
     window = []
     for axis, side in enumerate(shape.shape):
         there = np.flatnonzero(allowed.any(axis=1 - axis))

@@ -35,6 +35,7 @@ def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None) -> list[Box
     earlier box get none of their own.
 
     Args:
+        mask: not empty.
         resolution: side of the square that the model sees.
     """
     height, width = mask.shape
@@ -43,7 +44,9 @@ def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None) -> list[Box
     greatest = min(height, width)
     least = min(math.ceil(resolution / MAX_ENLARGEMENT), greatest)
     boxes: list[Box] = []
-    pieces = [np.argwhere(mask)]
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    top, left = rows[0], columns[0]
+    pieces = [np.argwhere(mask[top : rows[-1] + 1, left : columns[-1] + 1]) + (top, left)]
     while pieces:
         points = pieces.pop()
         if _covered(points, boxes):

@@ -37,7 +37,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     UniPCMultistepScheduler,
 )
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from skimage.metrics import structural_similarity
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
@@ -45,10 +45,10 @@ from transformers import CLIPTokenizer
 from defectfill import ledger
 from defectfill.base import Base, check_resolution, read_base
 from defectfill.checkpoint import check_identity
-from defectfill.files import clear_leftovers, replacing, sole_writer, write_json
+from defectfill.files import clear_leftovers, replacing, save_picture, sole_writer, write_json
 from defectfill.lora_file import LoraFile, check_fits, load_lora, read_lora
 from defectfill.options import overlays
-from defectfill.page import write_page
+from defectfill.page import contact_row, stacked, thumbnail, write_page
 from defectfill_dataset import (
     Box,
     Case,
@@ -235,45 +235,7 @@ def composite(image: Image.Image, candidate: torch.Tensor, mask: np.ndarray) -> 
     return Image.fromarray(np.where(mask[..., None], np.asarray(painted), np.asarray(image)))
 
 
-CELL = 160  # pixels a side of a contact sheet's pictures
 SHEET_CASES, SHEET_WINDOWS = 24, 12  # on the contact sheet; of each picture
-
-
-def thumbnail(picture: Image.Image) -> Image.Image:
-    return picture.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
-
-
-def contact_row(
-    good: Image.Image, mask: Image.Image, pictures: list[Image.Image], scores: list, chosen: int
-) -> Image.Image:
-    """One row of the contact sheet, of thumbnails: good | mask | each candidate with its score, the kept one red."""
-    cells = [good, mask, *pictures]
-    labels = ["good", "mask", *(f"{s:.4f}" if s is not None else "" for s in scores)]
-    row = Image.new("RGB", (len(cells) * (CELL + 4) + 4, CELL + 24), "white")
-    draw = ImageDraw.Draw(row)
-    for i, (cell, label) in enumerate(zip(cells, labels)):
-        left = 4 + i * (CELL + 4)
-        row.paste(cell, (left, 4))
-        if i - 2 == chosen:
-            draw.rectangle((left - 2, 2, left + CELL + 1, CELL + 5), outline="red", width=3)
-            label += "  kept"
-        draw.text((left, CELL + 7), label, fill="red" if i - 2 == chosen else "black", font=ImageFont.load_default(12))
-    return row
-
-
-def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
-    """The pictures one below the other."""
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
-    return sheet
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from defectfill import checkpoint as checkpoints
 from defectfill.base import Base, check_resolution, read_base
-from defectfill.files import clear_leftovers, sole_writer, write_json
+from defectfill.files import clear_leftovers, save_picture, sole_writer, write_json
 from defectfill.lora_file import ADAPTER, LORA_FILE, lora_parameters, read_lora, reload_and_compare, save_lora
 from defectfill.options import check_options
 from defectfill.publish import check_hub, push, write_model_card
@@ -74,7 +74,7 @@ from defectfill_dataset import (
     to_words,
     tokenize_prompts,
 )
-from generate_defectfill import composite, ddim, paint, save_picture
+from generate_defectfill import composite, ddim, paint
 
 
 logger = get_logger(__name__, log_level="INFO")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
+from PIL import Image
 
 from defectfill_dataset import InputError
 
@@ -51,6 +52,12 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG file."""
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def visible_files(folder: Path) -> dict[str, Path]:

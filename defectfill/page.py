@@ -1,4 +1,4 @@
-"""A page for a person to look a run over: counts, scores and pictures of each defect type, in one file."""
+"""What a person looks a run over with: contact sheets, and a page of counts, scores and pictures."""
 
 import base64
 import html
@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 
+CELL = 160  # pixels a side of a contact sheet's pictures
 SHOWN = 12  # contact rows of each defect type
 BINS = 24
 
@@ -25,6 +26,38 @@ img {{ display: block; max-width: 100% }} .all {{ fill: #bbb }} .kept {{ fill: #
 <table><tr><th>object<th>defect<th>planned<th>made<th>not painted{rows}</table>
 {problems}{sections}
 """
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    return picture.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
+
+
+def contact_row(
+    good: Image.Image, mask: Image.Image, pictures: list[Image.Image], scores: list, chosen: int
+) -> Image.Image:
+    """One row of the contact sheet, of thumbnails: good | mask | each candidate with its score, the kept one red."""
+    cells = [good, mask, *pictures]
+    labels = ["good", "mask", *(f"{s:.4f}" if s is not None else "" for s in scores)]
+    row = Image.new("RGB", (len(cells) * (CELL + 4) + 4, CELL + 24), "white")
+    draw = ImageDraw.Draw(row)
+    for i, (cell, label) in enumerate(zip(cells, labels)):
+        left = 4 + i * (CELL + 4)
+        row.paste(cell, (left, 4))
+        if i - 2 == chosen:
+            draw.rectangle((left - 2, 2, left + CELL + 1, CELL + 5), outline="red", width=3)
+            label += "  kept"
+        draw.text((left, CELL + 7), label, fill="red" if i - 2 == chosen else "black", font=ImageFont.load_default(12))
+    return row
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """The pictures one below the other."""
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    return sheet
 
 
 def histogram(all_scores: Sequence[float], kept: Sequence[float]) -> str:

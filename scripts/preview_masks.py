@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from defectfill.files import save_picture  # noqa: E402
 from defectfill_dataset import (  # noqa: E402
     exit_on_input_error,
     find_foreground,
@@ -29,7 +30,6 @@ from defectfill_dataset import (  # noqa: E402
     repeat_seed,
 )
 from defectfill_dataset.inputs import add_input_flags, check_input_flags, read_cases, read_source  # noqa: E402
-from generate_defectfill import save_picture  # noqa: E402
 
 
 CELL = 192  # pixels a side of the grid's pictures

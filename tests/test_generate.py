@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torchvision.models import alexnet
 
 import generate_defectfill as g
-from defectfill import files
+from defectfill import files, page
 from defectfill.lora_file import LORA_FILE
 from defectfill_dataset import InputError, cover, image_tensor, to_grid
 
@@ -223,11 +223,11 @@ def test_a_run_leaves_images_masks_scores_and_a_contact_sheet(trained, inputs, t
     seeds = [s for line in lines for s in line["windows"][0]["candidate_seeds"]]
     assert len(set(seeds)) == 9
     sheet = Image.open(out / "contact_sheet.png")
-    assert sheet.size == (5 * (g.CELL + 4) + 4, 3 * (g.CELL + 24))
+    assert sheet.size == (5 * (page.CELL + 4) + 4, 3 * (page.CELL + 24))
     red = np.all(np.asarray(sheet) == (255, 0, 0), axis=-1)
     for row, line in enumerate(lines):  # the outline stands around the candidate that was kept
-        columns = np.flatnonzero(red[row * (g.CELL + 24) + 50])
-        left = 4 + (line["windows"][0]["chosen"] + 2) * (g.CELL + 4)
+        columns = np.flatnonzero(red[row * (page.CELL + 24) + 50])
+        left = 4 + (line["windows"][0]["chosen"] + 2) * (page.CELL + 4)
         assert left - 3 <= columns.min() <= left
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 import generate_defectfill as g
+from defectfill import page
 from defectfill_dataset import (
     SHAPES,
     InputError,
@@ -342,7 +343,7 @@ def test_held_out_masks_through_the_command(trained, folder, caplog):
     held_out = [np.asarray(Image.open(folder / f"data/nut/ground_truth/hole/{i:03d}_mask.png")) > 0 for i in (2, 3)]
     masks = masks_of(folder / "out")
     assert list(masks) == ["000", "002"] and all(any(np.array_equal(m, h) for h in held_out) for m in masks.values())
-    assert Image.open(folder / "out/contact_sheet.png").height == 2 * (g.CELL + 24)
+    assert Image.open(folder / "out/contact_sheet.png").height == 2 * (page.CELL + 24)
 
 
 def test_images_without_a_place_are_listed_and_the_rest_goes_on(trained, folder, capsys):

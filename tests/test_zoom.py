@@ -9,6 +9,7 @@ from skimage.draw import line
 from test_dataset import make_samples
 
 import generate_defectfill
+from defectfill import page
 from defectfill.lora_file import read_lora
 from defectfill_dataset import InputError, load_defect_pairs
 from defectfill_dataset.images import image_tensor
@@ -212,7 +213,7 @@ def test_a_crack_is_painted_tile_by_tile_and_the_rest_of_the_image_is_untouched(
     assert any((cut(mask, box) & ~inside).any() for (_, inside), box in zip(seen, boxes))
     seeds = [seed for window in line["windows"] for seed in window["candidate_seeds"]]
     assert len(set(seeds)) == 2 * len(boxes)
-    row = generate_defectfill.CELL + 24
+    row = page.CELL + 24
     assert Image.open(tmp_path / "out/contact_sheet.png").height == len(boxes) * row
 
 

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import lpips
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from diffusers import (
@@ -225,6 +226,47 @@ def select(scores: Sequence[float]) -> int:
     return max(finite, key=lambda i: scores[i])
 
 
+COLOUR_QUANTILES = torch.linspace(0.05, 0.95, 10)
+
+
+def appearance(picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(10, 3) quantiles of the colours inside a defect's mask, less the mean colour of its surroundings.
+
+    Its surroundings are a sixteenth of the picture's side wide; without any, all of the picture.
+
+    Args:
+        picture: (3, S, S) in [0, 1].
+        mask: (1, S, S).
+    """
+    reach = max(1, picture.shape[-1] // 16)
+    around = (F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach) > mask)[0]
+    surroundings = picture[:, around] if around.any() else picture.flatten(1)
+    colours = picture[:, mask[0] > 0.5] - surroundings.mean(dim=1, keepdim=True)
+    return torch.quantile(colours, COLOUR_QUANTILES.to(colours), dim=1)
+
+
+def learn_appearance(looks: Sequence[torch.Tensor]) -> dict:
+    """What a LoRA's record says of the references of a defect type, given each one's `appearance`.
+
+    `colours` is their mean; `spread` how far the strangest of them is from the mean of the others, None for one alone.
+    """
+    each = torch.stack(list(looks))
+    others = (each.sum(dim=0) - each) / max(1, len(each) - 1)
+    spread = (each - others).abs().mean(dim=(1, 2)).max().item() if len(each) > 1 else None
+    rounded = [[round(x, 4) for x in colour] for colour in each.mean(dim=0).tolist()]
+    return {"colours": rounded, "spread": spread and round(spread, 4)}
+
+
+def deviations(candidates: torch.Tensor, mask: torch.Tensor, known: dict) -> list[float]:
+    """How far (N, 3, S, S) candidates look from the references' defects; 1 is as far as the strangest of these.
+
+    The distance is that of Wasserstein between the colours, averaged over the channels.
+    """
+    looks = torch.stack([appearance(candidate, mask) for candidate in candidates])
+    distance = (looks - torch.tensor(known["colours"]).to(looks)).abs().mean(dim=(1, 2))
+    return (distance / known["spread"]).tolist()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Compositing
 
@@ -253,6 +295,12 @@ class Task(NamedTuple):
     zoom: Zoom | None
     settings: dict  # what of this decides a pixel, as it is written down
 
+    @property
+    def known_appearance(self) -> dict | None:
+        """What the LoRA's record says of the references' defects, if there were several."""
+        known = self.lora.record.get("appearance", {}).get(self.settings["defect"])
+        return known if known and known["spread"] else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Item:
@@ -270,11 +318,33 @@ class Item:
         return {"name": self.name, **given, **self.case.digests, **self.task.settings, "seed": self.seed}
 
 
-class Gate(NamedTuple):
-    """When a defect counts as not there: the best score below `min_change` times that of the autoencoder alone."""
+REFUSALS = ("not a number", "no defect", "artefact")
+
+
+class Gates(NamedTuple):
+    """What keeps a candidate from being chosen, and how often a window is painted before it is given up.
+
+    Args:
+        min_change: times that the autoencoder alone changes the inside of the mask; what changes it less is no defect.
+        max_deviation: of `deviations`; what deviates more is an artefact. None for no such gate.
+    """
 
     min_change: float
+    max_deviation: float | None
     max_attempts: int
+
+    def verdict(self, score: float, change: float, deviation: float | None) -> str | None:
+        """Which of `REFUSALS` a candidate meets, if any."""
+        if not math.isfinite(score):
+            return "not a number"
+        if change < self.min_change:
+            return "no defect"
+        return "artefact" if self.max_deviation is not None and deviation > self.max_deviation else None
+
+
+def finite(values: Sequence[float | None]) -> list[float | None]:
+    """None in place of what is not a number, as JSON needs it."""
+    return [value if value is not None and math.isfinite(value) else None for value in values]
 
 
 class Progress:
@@ -288,7 +358,7 @@ class Progress:
         self.boxes: list[Box] = []
         self.rows: list[Image.Image] = []
         self.windows: list[dict] = []
-        self.attempt = 1  # at the window
+        self.attempt, self.refused = 1, dict.fromkeys(REFUSALS, 0)  # at the window
         if placed:
             self.mask, self.parts, self.left = placed.mask, placed.parts, placed.mask.copy()
             self.boxes = zoom_boxes(placed.mask, resolution, item.task.zoom)
@@ -307,17 +377,17 @@ class Progress:
     def choose(
         self,
         normal: torch.Tensor,
+        plain: torch.Tensor,
         candidates: torch.Tensor,
         seeds: list[int],
         scorer: Scorer | None,
-        plain: torch.Tensor | None,
-        gate: Gate,
+        gates: Gates,
     ) -> None:
-        """Pastes the best of (N, 3, S, S) candidates into the window, if a defect appeared in it.
+        """Pastes the best of (N, 3, S, S) candidates that pass the gates into the window, if any does.
 
         Args:
             normal: (3, S, S) in [-1, 1], the window as it was painted on.
-            plain: (3, S, S) in [0, 1], the window as the autoencoder alone returns it; None without a gate.
+            plain: (3, S, S) in [0, 1], the window as the autoencoder alone returns it.
         """
         good, mask = self.window()
         normal = (normal / 2 + 0.5).to(candidates.device)
@@ -326,31 +396,32 @@ class Progress:
         scores = scorer(pasted, normal, inside) if scorer else [0.0] * len(seeds)
         whole = candidates.isfinite().flatten(1).all(dim=1).tolist()  # half precision may overflow
         scores = [score if ok else math.nan for score, ok in zip(scores, whole)]
+        *changes, floor = rmse_score(torch.cat([pasted, plain[None]]), normal, inside)
+        changes = [change / max(floor, 1e-6) for change in changes]
+        known = self.item.task.known_appearance
+        strange = deviations(pasted, inside, known) if known else [None] * len(seeds)
+        verdicts = [gates.verdict(*figures) for figures in zip(scores, changes, strange)]
+        self.refused = {refusal: n + verdicts.count(refusal) for refusal, n in self.refused.items()}
+        passed = [math.nan if verdict else score for score, verdict in zip(scores, verdicts)]
         try:
-            chosen = select(scores)
-        except FloatingPointError as error:
-            self.problem = f"{self.item.case.image.name}: {error}"
-            return
-        floor = None
-        if scorer and plain is not None:
-            [floor] = scorer(torch.where(inside > 0.5, plain, normal)[None], normal, inside)
-        if floor is not None and scores[chosen] < gate.min_change * floor:
+            chosen = select(passed)
+        except FloatingPointError:
             self.attempt += 1
-            if self.attempt > gate.max_attempts:
-                self.problem = (
-                    f"DF342 {self.item.case.image.name}: no defect appeared in {gate.max_attempts} attempts (the last "
-                    f"one's best score is {scores[chosen]:.4g}, the autoencoder's alone {floor:.4g})"
-                )
+            if self.attempt > gates.max_attempts:
+                counts = ", ".join(f"{number} {verdict}" for verdict, number in self.refused.items())
+                attempts = f"no candidate passed in {gates.max_attempts} attempts: {counts}"
+                self.problem = f"DF342 {self.item.case.image.name}: {attempts}"
             return
-        shown = [s if scorer and math.isfinite(s) else None for s in scores]
+        shown = finite(scores) if scorer else [None] * len(seeds)
         if len(self.rows) < SHEET_WINDOWS:
             pictures = (composite(good, candidate, mask) for candidate in candidates)
             cells = [thumbnail(picture.convert("L") if self.grey else picture) for picture in pictures]
             self.rows.append(contact_row(thumbnail(good), thumbnail(Image.fromarray(mask)), cells, shown, chosen))
         box = self.boxes[len(self.windows)]
-        made = {"candidate_seeds": seeds, "scores": shown, "chosen": chosen, "attempts": self.attempt, "floor": floor}
-        self.windows.append({"box": box, **made})
-        self.attempt = 1
+        made = {"box": box, "candidate_seeds": seeds, "scores": shown, "changes": finite(changes)}
+        judged = {"deviations": finite(strange), "chosen": chosen, "attempts": self.attempt, "refused": self.refused}
+        self.windows.append(made | judged)
+        self.attempt, self.refused = 1, dict.fromkeys(REFUSALS, 0)
         self.image.paste(composite(good, candidates[chosen], mask), box[:2])
         mask[:] = False
 
@@ -376,7 +447,7 @@ def generate(
     resolution: int,
     num_candidates: int,
     batch_size: int | None,
-    gate: Gate,
+    gates: Gates,
 ) -> list[Progress]:
     """Paints items of one task, their candidates in common batches.
 
@@ -392,9 +463,9 @@ def generate(
         grids = torch.stack([to_grid(mask, resolution // pipe.vae_scale_factor) for _, mask in windows])
         seeds = [work.seeds(num_candidates) for work in todo]
         candidates = paint(pipe, images, grids, seeds=seeds, batch_size=batch_size, **sampling)
-        plain = reconstruct(pipe, images) if gate.min_change else [None] * len(todo)
-        for work, normal, of_work, its_seeds, its_plain in zip(todo, images, candidates, seeds, plain):
-            work.choose(normal, of_work, its_seeds, scorer, its_plain, gate)
+        plain = reconstruct(pipe, images)
+        for work, *of_work in zip(todo, images, plain, candidates, seeds):
+            work.choose(*of_work, scorer, gates)
     return works
 
 
@@ -593,8 +664,8 @@ def check_picture_flags(parser: argparse.ArgumentParser, args: argparse.Namespac
         parser.error(f"--zoom_min_area {args.zoom_min_area}: must be at least 0 and below 1")
     if not 0 <= args.min_change < math.inf:
         parser.error(f"--min_change {args.min_change}: must be a finite number of at least 0")
-    if args.min_change and args.selection == "none":
-        parser.error("--min_change: needs a measure; choose another --selection than none")
+    if args.max_deviation is not None and not 0 < args.max_deviation < math.inf:
+        parser.error(f"--max_deviation {args.max_deviation}: must be a finite number above 0")
     if not math.isfinite(args.guidance_scale):
         parser.error(f"--guidance_scale {args.guidance_scale}: must be a finite number")
 
@@ -628,11 +699,16 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add("--lpips_net", choices=list(LPIPS_FILES), default="alex", help="LPIPS backbone. Default: %(default)s.")
     change_help = (
-        "A defect that changes the image less than X times as much as the autoencoder alone does counts as not there "
-        "and is painted again with other seeds. Default: %(default)s, none does."
+        "A candidate that changes the inside of its mask less than X times as much as the autoencoder alone does "
+        "shows no defect and is not kept. Default: %(default)s, all may be."
     )
     add("--min_change", type=float, default=0.0, metavar="X", help=change_help)
-    attempts_help = "After which an image is given up. Default: %(default)s."
+    deviation_help = (
+        "A candidate whose colours are X times as far from the references' defects as the strangest of these is an "
+        "artefact and is not kept. Default: all may be."
+    )
+    add("--max_deviation", type=float, metavar="X", help=deviation_help)
+    attempts_help = "With other seeds each, where no candidate may be kept. Default: %(default)s."
     add("--max_attempts", type=int, default=3, metavar="N", help=attempts_help)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR")
@@ -675,6 +751,11 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
                     f"DF414 {task.lora.path}: was trained with {key} {theirs}, {tasks[0].lora.path} with {ours}; give "
                     f"--{flag}, or paint with each in a run of its own"
                 )
+        if args.max_deviation is not None and not task.known_appearance:
+            raise InputError(
+                f"DF417 {task.lora.path}: does not say how several references of '{task.settings['defect']}' look; "
+                "train it anew, on two or more, or leave out --max_deviation"
+            )
     revision = args.revision or (record.get("revision") if name == record.get("base") else None)
     base = read_base(name, revision, args.cache_dir)
     check_resolution(base, resolution)
@@ -692,6 +773,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         "batch_size": args.batch_size,
         "selection": args.selection if args.selection != "lpips" else f"lpips-{args.lpips_net}",
         "min_change": args.min_change,
+        "max_deviation": args.max_deviation,
         "max_attempts": args.max_attempts,
         "mixed_precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
     }
@@ -750,7 +832,7 @@ def paint_all(args: argparse.Namespace, run: Run, done: set[str], state: Partial
         return problems
     precision, scheduler = run.settings["mixed_precision"], run.settings["scheduler"]
     pipe = load_pipeline(run.base, args.variant, args.cache_dir, precision, state.device, scheduler)
-    loaded, gate = None, Gate(args.min_change, args.max_attempts)
+    loaded, gates = None, Gates(args.min_change, args.max_deviation, args.max_attempts)
     bar = tqdm(total=sum(map(len, mine)), desc="Images", disable=not state.is_local_main_process)
     with ledger.appending(args.output_dir, state.process_index) as add:
         for group in mine:
@@ -761,7 +843,7 @@ def paint_all(args: argparse.Namespace, run: Run, done: set[str], state: Partial
                 loaded = lora.path
             began = time.monotonic()
             works = generate(
-                pipe, group, run.scorer, run.settings["resolution"], args.num_candidates, args.batch_size, gate
+                pipe, group, run.scorer, run.settings["resolution"], args.num_candidates, args.batch_size, gates
             )
             seconds = round((time.monotonic() - began) / len(group), 3)
             for work in works:

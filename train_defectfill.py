@@ -71,10 +71,11 @@ from defectfill_dataset import (
     select_defects,
     split_names,
     tensor_image,
+    to_grid,
     to_words,
     tokenize_prompts,
 )
-from generate_defectfill import composite, ddim, paint
+from generate_defectfill import appearance, composite, ddim, learn_appearance, paint
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -446,6 +447,7 @@ class Job(NamedTuple):
     prompts: dict[str, PromptPair]  # by defect type
     tokenizer: CLIPTokenizer
     tokens: TokenizedPrompts
+    samples: TrainingSamples
     zoom: Zoom | None
     record: dict  # what the LoRA file says of itself, all but its steps
     split: dict[str, list[str]]  # image names of train and test, of all defect types
@@ -511,10 +513,7 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
         args.lr_scheduler, optimizer.optimizer,
         num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
     )  # fmt: skip
-    samples = TrainingSamples(
-        job.data["train"], job.prompts, job.tokens, args.resolution, job.base.vae_scale_factor, args.seed,
-        args.max_resize_scale, args.center_crop, args.num_random_boxes, job.zoom,
-    )  # fmt: skip
+    samples = job.samples
     models = bare_models._replace(unet=unet, text_encoder=text_encoder)
     if job.zoom:
         logger.info(f"Zoom: {len(samples)} windows around the defects of {len(job.data['train'])} images")
@@ -834,11 +833,24 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     checkpoint = checkpoints.find_resume(args.output_dir, args.resume_from_checkpoint, identity, args.max_train_steps)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, args.output_dir.resolve().name)
+    samples = TrainingSamples(
+        data["train"], prompts, tokens, args.resolution, base.vae_scale_factor, args.seed,
+        args.max_resize_scale, args.center_crop, args.num_random_boxes, zoom,
+    )  # fmt: skip
     record = lora_record(
-        base, object_words, prompts, args.push_to_hub,
+        base, object_words, prompts, args.push_to_hub, appearance=appearances(samples),
         resolution=args.resolution, zoom=identity["zoom"], rank=args.rank, alpha=args.lora_alpha, seed=args.seed,
     )  # fmt: skip
-    return Job(base, data, prompts, tokenizer, tokens, zoom, record, split, identity, checkpoint)
+    return Job(base, data, prompts, tokenizer, tokens, samples, zoom, record, split, identity, checkpoint)
+
+
+def appearances(samples: TrainingSamples) -> dict[str, dict]:
+    """How the references of each defect type look, for generation to tell artefacts by."""
+    looks: dict[str, list[torch.Tensor]] = {}
+    for window in samples.windows:
+        picture = image_tensor(window.image, samples.resolution) / 2 + 0.5
+        looks.setdefault(window.defect, []).append(appearance(picture, to_grid(window.mask, samples.resolution)))
+    return {defect: learn_appearance(of_defect) for defect, of_defect in looks.items()}
 
 
 def main(args: argparse.Namespace) -> None:

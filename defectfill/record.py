@@ -38,7 +38,7 @@ def git_revision() -> str | None:
 
 
 def lora_record(
-    base: Base, object_words: str, prompts: dict[str, PromptPair], published: bool, **training: float
+    base: Base, object_words: str, prompts: dict[str, PromptPair], published: bool, **training: object
 ) -> dict:
     """What the LoRA file carries about itself, all but its steps; a local base is published without its path."""
     return {

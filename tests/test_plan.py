@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import (
+    COLOURS,
     RESOLUTION,
     ROOT,
     generate,
@@ -28,7 +29,8 @@ from test_generate import content
 
 import generate_defectfill as g
 import train_defectfill
-from defectfill_dataset import InputError, image_tensor
+from defectfill.lora_file import read_lora
+from defectfill_dataset import InputError, image_tensor, load_defect_pairs, to_grid
 from defectfill_dataset.masks import piece_boxes
 
 
@@ -269,40 +271,154 @@ def test_pictures_painted_in_common_batches_do_not_depend_on_what_is_done(traine
 # Gates
 
 
-def test_a_picture_without_a_defect_is_painted_again_and_given_up_at_last(trained, good, tmp_path, monkeypatch):
-    paint, calls = g.paint, []
+def test_appearance_is_of_the_colours_against_their_surroundings():
+    rng = np.random.default_rng(0)
+    picture, mask = torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
+    mask[:, 20:30, 40:52] = 1
+    picture[:, 10:40, 30:62] = 0.25  # the surroundings, 4 pixels wide, and more
+    inside = rng.uniform(size=(3, 10, 12)).astype(np.float32)
+    picture[:, 20:30, 40:52] = torch.from_numpy(inside)
+    expected = np.quantile(inside.reshape(3, -1), np.linspace(0.05, 0.95, 10), axis=1) - 0.25
+    np.testing.assert_allclose(g.appearance(picture, mask), expected, atol=1e-6)
+    np.testing.assert_allclose(g.appearance(picture + 0.1, mask), expected, atol=1e-6)
+    whole = g.appearance(picture, torch.ones(1, 64, 64))  # no surroundings
+    assert whole.isfinite().all() and whole.mean().abs() < 0.1
 
-    def faint(pipe, images, grids, prompt, seeds, **sampling):
+
+def test_deviation_is_measured_in_the_references_own_spread():
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 8:16, 8:16] = 1
+
+    def spot(value: float) -> torch.Tensor:
+        return (torch.full((3, 32, 32), 0.5) + mask * value).clamp(0, 1)
+
+    known = g.learn_appearance([g.appearance(spot(value), mask) for value in (-0.5, -0.4, -0.3)])
+    assert known["spread"] == pytest.approx(0.15) and np.allclose(known["colours"], -0.4)
+    found = g.deviations(torch.stack([spot(-0.4), spot(-0.25), spot(0.5)]), mask, known)
+    assert found == pytest.approx([0, 1, 6], abs=1e-5)
+    assert g.learn_appearance([g.appearance(spot(0.1), mask)])["spread"] is None
+
+
+@pytest.mark.parametrize("lora, data, number", [("several", "bolt", 1), ("trained", "nut", 2)])
+def test_the_record_says_how_the_references_look(lora, data, number, request):
+    folder = request.getfixturevalue(lora)
+    record = read_lora(folder).record
+    train = load_defect_pairs(folder.parent / data)["train"]
+    assert set(record["appearance"]) == set(train["defect"])
+    for defect, known in record["appearance"].items():
+        looks = []
+        for row in (row for row in train if row["defect"] == defect):
+            picture = image_tensor(row["image"].convert("RGB"), RESOLUTION) / 2 + 0.5
+            mask = to_grid(np.asarray(row["mask"].convert("L")) > 127, RESOLUTION)
+            looks.append(g.appearance(picture, mask))
+        assert known == g.learn_appearance(looks) and len(looks) == number
+
+
+@pytest.fixture
+def painted(good, monkeypatch):
+    """Call it with what `paint` is to give; the list of the seeds of each call comes back.
+
+    What it gives is a function of the image's number, the attempt at it and the (3, S, S) image in [0, 1].
+    """
+    calls: list = []
+
+    def replace(picture):
+        images = [image_tensor(Image.open(file), RESOLUTION) for file in sorted(good.iterdir())]
+        attempts = [0] * len(images)
+
+        def paint(pipe, batch, grids, prompt, seeds, **sampling):
+            calls.append(seeds)
+            result = torch.empty(len(batch), len(seeds[0]), 3, RESOLUTION, RESOLUTION)
+            for place, image in enumerate(batch):
+                [number] = [i for i, known in enumerate(images) if torch.equal(known, image)]
+                attempts[number] += 1
+                for candidate in range(len(seeds[0])):
+                    result[place, candidate] = picture(pipe, number, attempts[number], candidate, image / 2 + 0.5)
+            return result
+
+        monkeypatch.setattr(g, "paint", paint)
+        return calls
+
+    return replace
+
+
+def refusals(**numbers: int) -> dict[str, int]:
+    return dict.fromkeys(g.REFUSALS, 0) | {name.replace("_", " "): number for name, number in numbers.items()}
+
+
+def test_a_picture_without_a_defect_is_painted_again_and_given_up_at_last(trained, good, tmp_path, painted):
+    def faint(pipe, number, attempt, candidate, image):
         """The first two attempts at the first image, and all at the second, leave what the autoencoder would."""
-        calls.append(seeds)
-        result = paint(pipe, images, grids, prompt, seeds, **sampling)
-        nothing = g.reconstruct(pipe, images)
-        for place in range(len(images)):
-            second = torch.equal(images[place], image_tensor(Image.open(good / "001.png"), RESOLUTION))
-            first = torch.equal(images[place], image_tensor(Image.open(good / "000.png"), RESOLUTION))
-            result[place] = nothing[place] if second or (first and len(calls) < 3) else 1
-        return result
+        nothing = number == 1 or (number == 0 and attempt < 3)
+        return g.reconstruct(pipe, image[None] * 2 - 1)[0] if nothing else torch.ones_like(image)
 
-    monkeypatch.setattr(g, "paint", faint)
+    calls = painted(faint)
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", *FAST, "--batch_size", 6]
-    with pytest.raises(SystemExit, match="Not painted:\nDF342 001.png: no defect appeared in 3 attempts"):
+    with pytest.raises(SystemExit, match="Not painted:\nDF342 001.png: .* in 3 attempts: .*6 no defect"):
         generate(*argv, "--min_change", 1.5, "--output_dir", tmp_path / "out")
     lines = {line["name"]: line["windows"][0] for line in read_lines(tmp_path / "out/manifest.jsonl")}
     assert {name: window["attempts"] for name, window in lines.items()} == {"000": 3, "002": 1}
+    assert [window["refused"] for window in lines.values()] == [refusals(no_defect=4), refusals()]
     for window in lines.values():
-        assert max(window["scores"]) > 1.5 * window["floor"] > 0
+        assert min(window["changes"]) > 1.5
     assert [len(seeds) for seeds in calls] == [3, 2, 2] and len({s for c in calls for row in c for s in row}) == 14
     calls.clear()
     generate(*argv, "--max_attempts", 1, "--output_dir", tmp_path / "ungated")
     assert len(calls) == 1
 
 
+def test_an_artefact_is_never_kept_however_far_it_is_from_the_good_image(trained, good, tmp_path, painted):
+    hole = torch.tensor(COLOURS["hole"]).view(3, 1, 1) / 255
+
+    def garish(pipe, number, attempt, candidate, image):
+        """From the second attempt on the second candidate has the references' colours; the others glow."""
+        return hole.expand_as(image) if attempt > 1 and candidate == 1 else torch.ones_like(image)
+
+    painted(garish)
+    argv = ["--lora", trained, "--image", good, "--mask_source", "random", *FAST]
+    generate(*argv, "--max_deviation", 60, "--output_dir", tmp_path / "out")
+    for line in read_lines(tmp_path / "out/manifest.jsonl"):
+        [window] = line["windows"]
+        assert (window["chosen"], window["attempts"], window["refused"]) == (1, 2, refusals(artefact=3))
+        assert window["deviations"][1] < 60 < window["deviations"][0]
+        mask = np.asarray(Image.open(tmp_path / "out" / line["mask"])) > 0
+        colours = np.asarray(Image.open(tmp_path / "out" / line["image"]))[mask]
+        np.testing.assert_allclose(colours - np.array(COLOURS["hole"]), 0, atol=1)
+    generate(*argv, "--selection", "none", "--max_deviation", 60, "--output_dir", tmp_path / "none")
+    assert all(line["windows"][0]["chosen"] == 1 for line in read_lines(tmp_path / "none/manifest.jsonl"))
+
+
+def test_what_is_not_a_number_is_painted_again(trained, good, tmp_path, painted):
+    def broken(pipe, number, attempt, candidate, image):
+        return torch.full_like(image, torch.nan if number == 0 or attempt == 1 else 1)
+
+    painted(broken)
+    argv = ["--lora", trained, "--image", good, "--mask_source", "random", *FAST]
+    with pytest.raises(SystemExit, match="DF342 000.png: .* in 3 attempts: 6 not a number"):
+        generate(*argv, "--output_dir", tmp_path / "out")
+    windows = [line["windows"][0] for line in read_lines(tmp_path / "out/manifest.jsonl")]
+    assert [(window["attempts"], window["refused"]) for window in windows] == [(2, refusals(not_a_number=2))] * 2
+
+
+def test_a_deviation_needs_to_know_the_references(base, good, tmp_path):
+    reset_accelerate()
+    data = make_mvtec(tmp_path / "nut", {"hole": 1})
+    train_defectfill.main(train_defectfill.parse_args(options(base, data, tmp_path / "lora")))
+    reset_accelerate()
+    argv = ["--lora", tmp_path / "lora", "--image", good, "--mask_source", "random", "--output_dir", tmp_path / "out"]
+    with pytest.raises(InputError, match="DF417 .* references of 'hole' look; train it anew, on two or more"):
+        generate(*argv, *FAST, "--max_deviation", 2)
+    generate(*argv, *FAST)
+    assert read_lines(tmp_path / "out/manifest.jsonl")[0]["windows"][0]["deviations"] == [None, None]
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--min_change", "-1"], "--min_change -1.0"),
+        (["--max_deviation", "0"], "--max_deviation 0.0"),
+        (["--max_deviation", "nan"], "--max_deviation nan"),
         (["--max_attempts", "0"], "--max_attempts 0"),
-        (["--min_change", "2", "--selection", "none"], "--min_change: needs a measure"),
     ],
 )
 def test_gates_that_cannot_work_are_refused(trained, good, tmp_path, flags, words, capsys):
@@ -351,19 +467,8 @@ def test_whatever_the_moment_of_a_kill_nothing_is_lost_or_twice(trained, good, t
         "vae_scale_factor": 4, "unload_lora_weights": lambda self: None})())  # fmt: skip
     monkeypatch.setattr(g, "load_lora", lambda *args: None)
     monkeypatch.setattr(g, "paint", stub_paint)
-    argv = [
-        "--lora",
-        trained,
-        "--image",
-        good,
-        "--mask_source",
-        "random",
-        "--num_images",
-        60,
-        *FAST,
-        "--batch_size",
-        6,
-    ]
+    monkeypatch.setattr(g, "reconstruct", lambda pipe, images: images / 2 + 0.5)
+    argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 60, *FAST]
     argv += ["--batch_size", 6]
     generate(*argv, "--output_dir", tmp_path / "whole")
     out = tmp_path / "killed"

@@ -226,13 +226,13 @@ def select(scores: Sequence[float]) -> int:
     return max(finite, key=lambda i: scores[i])
 
 
-COLOUR_QUANTILES = torch.linspace(0.05, 0.95, 10)
+COLOUR_NOISE = 16 / 255  # that any picture may have: standard deviation of each channel
 
 
-def appearance(picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(10, 3) quantiles of the colours inside a defect's mask, less the mean colour of its surroundings.
+def defect_colours(picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(n, 3) colours of the pixels inside a defect's mask, less the mean colour of its surroundings.
 
-    Its surroundings are a sixteenth of the picture's side wide; without any, all of the picture.
+    These are a sixteenth of the picture's side wide; all of the picture where the mask leaves none.
 
     Args:
         picture: (3, S, S) in [0, 1].
@@ -241,30 +241,41 @@ def appearance(picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     reach = max(1, picture.shape[-1] // 16)
     around = (F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach) > mask)[0]
     surroundings = picture[:, around] if around.any() else picture.flatten(1)
-    colours = picture[:, mask[0] > 0.5] - surroundings.mean(dim=1, keepdim=True)
-    return torch.quantile(colours, COLOUR_QUANTILES.to(colours), dim=1)
+    return (picture[:, mask[0] > 0.5] - surroundings.mean(dim=1, keepdim=True)).T.double()
 
 
-def learn_appearance(looks: Sequence[torch.Tensor]) -> dict:
-    """What a LoRA's record says of the references of a defect type, given each one's `appearance`.
+def farthest(colours: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> float:
+    """The Mahalanobis distance that 95 % of (n, 3) colours keep from a distribution of colours.
 
-    `colours` is their mean; `spread` how far the strangest of them is from the mean of the others, None for one alone.
+    Source: Reed and Yu's anomaly detector, IEEE Transactions on ASSP 38 (1990).
     """
-    each = torch.stack(list(looks))
-    others = (each.sum(dim=0) - each) / max(1, len(each) - 1)
-    spread = (each - others).abs().mean(dim=(1, 2)).max().item() if len(each) > 1 else None
-    rounded = [[round(x, 4) for x in colour] for colour in each.mean(dim=0).tolist()]
-    return {"colours": rounded, "spread": spread and round(spread, 4)}
+    apart = colours - mean
+    squared = (apart @ torch.linalg.inv(covariance + COLOUR_NOISE**2 * torch.eye(3).to(covariance)) * apart).sum(dim=1)
+    return squared.sqrt().quantile(0.95).item()
+
+
+def learn_appearance(references: Sequence[torch.Tensor]) -> dict:
+    """What a LoRA's record says of the references of a defect type, given the `defect_colours` of each.
+
+    Mean and covariance of all their colours, and how far the strangest of them is from the others (`farthest`); None
+    for one alone.
+    """
+
+    def distribution(of: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        colours = torch.cat(list(of))
+        return colours.mean(dim=0), torch.cov(colours.T, correction=0)
+
+    others = [[*references[:i], *references[i + 1 :]] for i in range(len(references))]
+    strange = [farthest(one, *distribution(rest)) for one, rest in zip(references, others) if rest]
+    mean, covariance = distribution(references)
+    return {"mean": mean.tolist(), "covariance": covariance.tolist(), "strangest": max(strange, default=None)}
 
 
 def deviations(candidates: torch.Tensor, mask: torch.Tensor, known: dict) -> list[float]:
-    """How far (N, 3, S, S) candidates look from the references' defects; 1 is as far as the strangest of these.
-
-    The distance is that of Wasserstein between the colours, averaged over the channels.
-    """
-    looks = torch.stack([appearance(candidate, mask) for candidate in candidates])
-    distance = (looks - torch.tensor(known["colours"]).to(looks)).abs().mean(dim=(1, 2))
-    return (distance / known["spread"]).tolist()
+    """How strange (N, 3, S, S) candidates look beside the references' defects; 1 is as the strangest of these."""
+    mean, covariance = (torch.tensor(known[name], dtype=torch.float64) for name in ("mean", "covariance"))
+    colours = [defect_colours(candidate, mask).cpu() for candidate in candidates]
+    return [farthest(of_candidate, mean, covariance) / known["strangest"] for of_candidate in colours]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,7 +310,7 @@ class Task(NamedTuple):
     def known_appearance(self) -> dict | None:
         """What the LoRA's record says of the references' defects, if there were several."""
         known = self.lora.record.get("appearance", {}).get(self.settings["defect"])
-        return known if known and known["spread"] else None
+        return known if known and known["strangest"] else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -704,8 +715,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add("--min_change", type=float, default=0.0, metavar="X", help=change_help)
     deviation_help = (
-        "A candidate whose colours are X times as far from the references' defects as the strangest of these is an "
-        "artefact and is not kept. Default: all may be."
+        "A candidate whose colours are X times as strange among the references' defects as the strangest of these is "
+        "an artefact and is not kept. Default: all may be."
     )
     add("--max_deviation", type=float, metavar="X", help=deviation_help)
     attempts_help = "With other seeds each, where no candidate may be kept. Default: %(default)s."

@@ -75,7 +75,7 @@ from defectfill_dataset import (
     to_words,
     tokenize_prompts,
 )
-from generate_defectfill import appearance, composite, ddim, learn_appearance, paint
+from generate_defectfill import composite, ddim, defect_colours, learn_appearance, paint
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -846,11 +846,11 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
 
 def appearances(samples: TrainingSamples) -> dict[str, dict]:
     """How the references of each defect type look, for generation to tell artefacts by."""
-    looks: dict[str, list[torch.Tensor]] = {}
+    colours: dict[str, list[torch.Tensor]] = {}
     for window in samples.windows:
-        picture = image_tensor(window.image, samples.resolution) / 2 + 0.5
-        looks.setdefault(window.defect, []).append(appearance(picture, to_grid(window.mask, samples.resolution)))
-    return {defect: learn_appearance(of_defect) for defect, of_defect in looks.items()}
+        picture, mask = image_tensor(window.image, samples.resolution), to_grid(window.mask, samples.resolution)
+        colours.setdefault(window.defect, []).append(defect_colours(picture / 2 + 0.5, mask))
+    return {defect: learn_appearance(of_defect) for defect, of_defect in colours.items()}
 
 
 def main(args: argparse.Namespace) -> None:

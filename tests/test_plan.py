@@ -25,6 +25,7 @@ from conftest import (
     write_mask,
 )
 from PIL import Image
+from scipy.spatial.distance import cdist
 from test_generate import content
 
 import generate_defectfill as g
@@ -271,32 +272,37 @@ def test_pictures_painted_in_common_batches_do_not_depend_on_what_is_done(traine
 # Gates
 
 
-def test_appearance_is_of_the_colours_against_their_surroundings():
-    rng = np.random.default_rng(0)
-    picture, mask = torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
+def test_colours_of_a_defect_are_against_its_surroundings():
+    picture, mask = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 64, 64)
     mask[:, 20:30, 40:52] = 1
-    picture[:, 10:40, 30:62] = 0.25  # the surroundings, 4 pixels wide, and more
-    inside = rng.uniform(size=(3, 10, 12)).astype(np.float32)
-    picture[:, 20:30, 40:52] = torch.from_numpy(inside)
-    expected = np.quantile(inside.reshape(3, -1), np.linspace(0.05, 0.95, 10), axis=1) - 0.25
-    np.testing.assert_allclose(g.appearance(picture, mask), expected, atol=1e-6)
-    np.testing.assert_allclose(g.appearance(picture + 0.1, mask), expected, atol=1e-6)
-    whole = g.appearance(picture, torch.ones(1, 64, 64))  # no surroundings
-    assert whole.isfinite().all() and whole.mean().abs() < 0.1
+    inside = picture[:, 20:30, 40:52].clone()
+    picture[:, 16:34, 36:56] = torch.tensor([0.2, 0.4, 0.6]).view(3, 1, 1)  # 4 pixels wide
+    picture[:, 20:30, 40:52] = inside
+    expected = inside.flatten(1).T - torch.tensor([0.2, 0.4, 0.6])
+    torch.testing.assert_close(g.defect_colours(picture, mask).float(), expected)
+    torch.testing.assert_close(g.defect_colours(picture + 0.1, mask).float(), expected)
+    assert g.defect_colours(picture, torch.ones(1, 64, 64)).mean().abs() < 1e-6  # no surroundings
 
 
-def test_deviation_is_measured_in_the_references_own_spread():
+def test_deviation_is_the_distance_from_the_references_beside_the_strangest_of_them():
+    rng = np.random.default_rng(0)
+    references = [rng.normal(mean, (0.05, 0.1, 0.02), (200, 3)) for mean in (-0.3, -0.2, -0.35)]
+
+    def farthest(colours, among):
+        covariance = np.cov(np.concatenate(among).T, bias=True) + (16 / 255) ** 2 * np.eye(3)
+        apart = cdist(colours, np.concatenate(among).mean(axis=0)[None], "mahalanobis", VI=np.linalg.inv(covariance))
+        return np.quantile(apart, 0.95)
+
+    known = g.learn_appearance([torch.from_numpy(r) for r in references])
+    strangest = max(farthest(references[i], references[:i] + references[i + 1 :]) for i in range(3))
+    assert known["strangest"] == pytest.approx(strangest)
     mask = torch.zeros(1, 32, 32)
     mask[:, 8:16, 8:16] = 1
-
-    def spot(value: float) -> torch.Tensor:
-        return (torch.full((3, 32, 32), 0.5) + mask * value).clamp(0, 1)
-
-    known = g.learn_appearance([g.appearance(spot(value), mask) for value in (-0.5, -0.4, -0.3)])
-    assert known["spread"] == pytest.approx(0.15) and np.allclose(known["colours"], -0.4)
-    found = g.deviations(torch.stack([spot(-0.4), spot(-0.25), spot(0.5)]), mask, known)
-    assert found == pytest.approx([0, 1, 6], abs=1e-5)
-    assert g.learn_appearance([g.appearance(spot(0.1), mask)])["spread"] is None
+    spots = torch.full((2, 3, 32, 32), 0.5) + torch.tensor([-0.3, 0.4]).view(2, 1, 1, 1) * mask
+    expected = [farthest(np.full((64, 3), value), references) / strangest for value in (-0.3, 0.4)]
+    assert g.deviations(spots, mask, known) == pytest.approx(expected, rel=1e-5)
+    assert expected[0] < 0.5 and expected[1] > 2
+    assert g.learn_appearance([torch.from_numpy(references[0])])["strangest"] is None
 
 
 @pytest.mark.parametrize("lora, data, number", [("several", "bolt", 1), ("trained", "nut", 2)])
@@ -306,12 +312,12 @@ def test_the_record_says_how_the_references_look(lora, data, number, request):
     train = load_defect_pairs(folder.parent / data)["train"]
     assert set(record["appearance"]) == set(train["defect"])
     for defect, known in record["appearance"].items():
-        looks = []
+        colours = []
         for row in (row for row in train if row["defect"] == defect):
             picture = image_tensor(row["image"].convert("RGB"), RESOLUTION) / 2 + 0.5
             mask = to_grid(np.asarray(row["mask"].convert("L")) > 127, RESOLUTION)
-            looks.append(g.appearance(picture, mask))
-        assert known == g.learn_appearance(looks) and len(looks) == number
+            colours.append(g.defect_colours(picture, mask))
+        assert known == g.learn_appearance(colours) and len(colours) == number
 
 
 @pytest.fixture
@@ -376,15 +382,15 @@ def test_an_artefact_is_never_kept_however_far_it_is_from_the_good_image(trained
 
     painted(garish)
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", *FAST]
-    generate(*argv, "--max_deviation", 60, "--output_dir", tmp_path / "out")
+    generate(*argv, "--max_deviation", 1.25, "--output_dir", tmp_path / "out")
     for line in read_lines(tmp_path / "out/manifest.jsonl"):
         [window] = line["windows"]
         assert (window["chosen"], window["attempts"], window["refused"]) == (1, 2, refusals(artefact=3))
-        assert window["deviations"][1] < 60 < window["deviations"][0]
+        assert window["deviations"][1] < 1.25 < window["deviations"][0]
         mask = np.asarray(Image.open(tmp_path / "out" / line["mask"])) > 0
         colours = np.asarray(Image.open(tmp_path / "out" / line["image"]))[mask]
         np.testing.assert_allclose(colours - np.array(COLOURS["hole"]), 0, atol=1)
-    generate(*argv, "--selection", "none", "--max_deviation", 60, "--output_dir", tmp_path / "none")
+    generate(*argv, "--selection", "none", "--max_deviation", 1.25, "--output_dir", tmp_path / "none")
     assert all(line["windows"][0]["chosen"] == 1 for line in read_lines(tmp_path / "none/manifest.jsonl"))
 
 

@@ -65,6 +65,7 @@ from defectfill_dataset import (
     repeat_seed,
     tensor_image,
     to_grid,
+    upright_exif,
     zoom_boxes,
 )
 from defectfill_dataset.errors import did_you_mean
@@ -354,10 +355,11 @@ class Progress:
         self.image.paste(composite(good, candidates[chosen], mask), box[:2])
         mask[:] = False
 
-    def write(self, output_dir: Path) -> dict:
+    def write(self, output_dir: Path, keep_metadata: bool) -> dict:
         """Writes image, mask and contact row; returns the line of the manifest."""
+        exif = upright_exif(self.item.case.image) if keep_metadata else b""
         files = {kind: f"{kind}/{self.item.name}.png" for kind in KINDS}
-        save_picture(self.image.convert("L") if self.grey else self.image, output_dir / files["images"])
+        save_picture(self.image.convert("L") if self.grey else self.image, output_dir / files["images"], exif)
         save_picture(Image.fromarray(self.mask).convert("L"), output_dir / files["masks"])
         save_picture(stacked(self.rows), output_dir / files["contact"])
         return self.item.line | {
@@ -636,6 +638,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--max_attempts", type=int, default=3, metavar="N", help=attempts_help)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR")
+    add("--keep_metadata", action="store_true", help="Pictures carry the EXIF data of the good image: place, camera.")
     args = parser.parse_args(input_args)
     if args.cases is None:
         check_picture_flags(parser, args)
@@ -693,6 +696,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         "selection": args.selection if args.selection != "lpips" else f"lpips-{args.lpips_net}",
         "min_change": args.min_change,
         "max_attempts": args.max_attempts,
+        "keep_metadata": args.keep_metadata,
         "mixed_precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
     }
     return Run(plan, base, make_scorer(args.selection, args.lpips_net, device), settings)
@@ -768,7 +772,7 @@ def paint_all(args: argparse.Namespace, run: Run, done: set[str], state: Partial
                 if work.problem:
                     problems[work.item.name] = work.problem
                 elif work.item.name not in done:
-                    add(work.write(args.output_dir) | {"seconds": seconds})
+                    add(work.write(args.output_dir, args.keep_metadata) | {"seconds": seconds})
             bar.update(len(group))
     return problems
 

@@ -4,9 +4,11 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -53,11 +55,12 @@ def several(base, tmp_path_factory):
     return folder / "lora"
 
 
-def launched(*argv) -> subprocess.CompletedProcess:
-    """The command in two processes on the CPU."""
-    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, ROOT / "generate_defectfill.py", *argv]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+def launched(*argv, machine: tuple = ("--num_machines", 1)) -> subprocess.CompletedProcess:
+    """The command in two processes on the CPU, or that of one machine."""
+    launch = "--multi_gpu --num_processes 2 --mixed_precision no --dynamo_backend no".split()
+    script = ROOT / "generate_defectfill.py"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *machine, script, *argv]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -315,11 +318,16 @@ def test_gates_that_cannot_work_are_refused(trained, good, tmp_path, flags, word
 # Processes and kills
 
 
-def test_two_processes_make_the_same_bytes_as_one(trained, good, tmp_path):
+def test_two_machines_make_the_same_bytes_as_one_process(trained, good, tmp_path):
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 5, *FAST, "--batch_size", 4]
     generate(*argv, "--output_dir", tmp_path / "one")
-    done = launched(*argv, "--output_dir", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = ["--main_process_ip", "127.0.0.1", "--main_process_port", free.getsockname()[1]]
+    machines = [("--num_machines", 2, "--machine_rank", rank, *place) for rank in range(2)]
+    with ThreadPoolExecutor() as pool:
+        ends = list(pool.map(lambda m: launched(*argv, "--output_dir", tmp_path / "two", machine=m), machines))
+    assert [done.returncode for done in ends] == [0, 0], ends
     assert content(tmp_path / "two") == content(tmp_path / "one")
     assert not list((tmp_path / "two").glob("manifest-part-*"))
 

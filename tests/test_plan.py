@@ -101,8 +101,8 @@ def test_the_page_shows_every_defect_type_in_one_file(trained, several, good, tm
     generate("--lora", trained, several, "--defect", "hole", "scratch", *argv)
     page = (out / "summary.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 6 and page.count("<svg") == 3 and "http" not in page
-    assert "<tr><td>bolt<td>scratch<td>2<td>2<td>0" in page and "&lt;b&gt;out" in page and "<b>" not in page
-    assert "Not painted" not in page
+    assert "<tr><td>bolt<td>scratch<td>2<td>2<td>0<td>0" in page and "&lt;b&gt;out" in page and "<b>" not in page
+    assert "Not painted" not in page and "<figcaption>001-scratch<" in page
 
 
 def test_the_page_lists_what_was_not_painted(trained, good, tmp_path):
@@ -116,7 +116,7 @@ def test_the_page_lists_what_was_not_painted(trained, good, tmp_path):
     with pytest.raises(SystemExit, match="Not painted:\nDF340 001.png"):
         generate("--lora", trained, "--image", good, *source, "--output_dir", tmp_path / "out", *FAST)
     page = (tmp_path / "out/summary.html").read_text()
-    assert "<li>DF340 001.png: no place for its mask" in page and "<tr><td>nut<td>hole<td>3<td>1<td>2" in page
+    assert "<li>DF340 001.png: no place for its mask" in page and "<tr><td>nut<td>hole<td>3<td>1<td>0<td>2" in page
 
 
 def test_piece_boxes_are_those_of_connected_pieces():
@@ -292,6 +292,8 @@ def test_a_picture_without_a_defect_is_painted_again_and_given_up_at_last(traine
         generate(*argv, "--min_change", 1.5, "--output_dir", tmp_path / "out")
     lines = {line["name"]: line["windows"][0] for line in read_lines(tmp_path / "out/manifest.jsonl")}
     assert {name: window["attempts"] for name, window in lines.items()} == {"000": 3, "002": 1}
+    page = (tmp_path / "out/summary.html").read_text()  # planned, made, retried, not painted
+    assert "<tr><td>nut<td>hole<td>3<td>2<td>1<td>1" in page and "<li>DF342 001.png" in page
     for window in lines.values():
         assert max(window["scores"]) > 1.5 * window["floor"] > 0
     assert [len(seeds) for seeds in calls] == [3, 2, 2] and len({s for c in calls for row in c for s in row}) == 14

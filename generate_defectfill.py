@@ -373,21 +373,20 @@ class Progress:
 
 def generate(
     pipe: StableDiffusionInpaintPipeline,
-    items: Sequence[Item],
+    works: Sequence[Progress],
     scorer: Scorer | None,
     resolution: int,
     num_candidates: int,
     batch_size: int | None,
     gate: Gate,
-) -> list[Progress]:
+) -> None:
     """Paints items of one task, their candidates in common batches.
 
     One window of each after the other, each on what the earlier ones left to paint, so that the tiles of a crack join;
     a window in which no defect appeared again with other seeds.
     """
-    settings = items[0].task.settings
+    settings = works[0].item.task.settings
     sampling = {name: settings[name] for name in ("prompt", "num_inference_steps", "guidance_scale")}
-    works = [Progress(item, resolution) for item in items]
     while todo := [work for work in works if not work.problem and len(work.windows) < len(work.boxes)]:
         windows = [work.window() for work in todo]
         images = torch.stack([image_tensor(image, resolution) for image, _ in windows])
@@ -397,7 +396,6 @@ def generate(
         plain = reconstruct(pipe, images) if gate.min_change else [None] * len(todo)
         for work, normal, of_work, its_seeds, its_plain in zip(todo, images, candidates, seeds, plain):
             work.choose(normal, of_work, its_seeds, scorer, its_plain, gate)
-    return works
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -706,16 +704,19 @@ def check_plan(lines: list[dict], folder: Path) -> None:
     """Raises InputError (DF320) if an earlier start of the run planned an item otherwise, or one that is gone now."""
     before = {line["name"]: line for line in ledger.read_lines(folder / PLAN)}
     problems: set[str] = set()
+    seeds: list[str] = []  # each repeat has one of its own: they are told once
     for line in lines:
         old = before.pop(line["name"], line)
         for key in [k for k in line.keys() | old.keys() if line.get(k) != old.get(k)]:
             if key.startswith(("good_image", "given_")):
                 problems.add(f"DF320 {line['name']}: was painted from another image or mask")
             else:
-                problems.add(f"DF320 {key}: the run began with {old.get(key)!r}, now it is {line.get(key)!r}")
+                told = f"DF320 {key}: the run began with {old.get(key)!r}, now it is {line.get(key)!r}"
+                seeds.append(told) if key == "seed" else problems.add(told)
     if before:
         names = ", ".join(sorted(before)[:4])
         problems.add(f"DF320 {names}: {len(before)} pictures that the run began with are not asked for now")
+    problems.update(seeds[:1])
     if problems:
         raise InputError(*sorted(problems), "Go on with what it began with, or choose another --output_dir.")
 
@@ -745,29 +746,32 @@ def gather(folder: Path) -> list[dict]:
 def paint_all(args: argparse.Namespace, run: Run, done: set[str], state: PartialState) -> dict[str, str]:
     """Paints this process's share of the plan; returns why for those items that cannot be.
 
-    A group with an item to make is painted whole, so that no pixel depends on what was done before.
+    A group with an item to make is painted whole, so that no pixel depends on what was done before; where none of
+    those to make has a place, not at all, and no weight is loaded for it.
     """
     groups = groups_of(run.plan, max(1, (args.batch_size or 1) // args.num_candidates))
     mine = [g for g in groups if {item.name for item in g} - done][state.process_index :: state.num_processes]
     problems: dict[str, str] = {}
     if not mine:
         return problems
-    precision, scheduler = run.settings["mixed_precision"], run.settings["scheduler"]
-    pipe = load_pipeline(run.base, args.variant, args.cache_dir, precision, state.device, scheduler)
-    loaded, gate = None, Gate(args.min_change, args.max_attempts)
+    precision, scheduler, resolution = (run.settings[k] for k in ("mixed_precision", "scheduler", "resolution"))
+    pipe, loaded, gate = None, None, Gate(args.min_change, args.max_attempts)
     bar = tqdm(total=sum(map(len, mine)), desc="Images", disable=not state.is_local_main_process)
     with ledger.appending(args.output_dir, state.process_index) as add:
         for group in mine:
-            lora = group[0].task.lora
-            if loaded != lora.path:
-                pipe.unload_lora_weights()
-                load_lora(pipe, lora)
-                loaded = lora.path
-            began = time.monotonic()
-            works = generate(
-                pipe, group, run.scorer, run.settings["resolution"], args.num_candidates, args.batch_size, gate
-            )
-            seconds = round((time.monotonic() - began) / len(group), 3)
+            works = [Progress(item, resolution) for item in group]
+            if any(not work.problem and work.item.name not in done for work in works):
+                pipe = pipe or load_pipeline(
+                    run.base, args.variant, args.cache_dir, precision, state.device, scheduler
+                )
+                lora = group[0].task.lora
+                if loaded != lora.path:
+                    pipe.unload_lora_weights()
+                    load_lora(pipe, lora)
+                    loaded = lora.path
+                began = time.monotonic()
+                generate(pipe, works, run.scorer, resolution, args.num_candidates, args.batch_size, gate)
+                seconds = round((time.monotonic() - began) / len(group), 3)
             for work in works:
                 if work.problem:
                     problems[work.item.name] = work.problem

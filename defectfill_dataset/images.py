@@ -33,7 +33,8 @@ def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
         OSError: no file that may be read, no image, more than one picture, or more pixels than Pillow thinks safe.
     """
     if isinstance(file, Path) and not file.is_file():  # a pipe would be waited for
-        raise OSError(f"it is a {'link to nothing' if file.is_symlink() else 'pipe or the like'}; put a file there")
+        there = "a pipe or the like" if file.exists() else "not there"
+        raise OSError(f"it is {'a link to nothing' if file.is_symlink() else there}; put a file there")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -99,9 +100,9 @@ def load_image(image: Image.Image) -> Image.Image:
 
 
 def upright_size(file: Path) -> tuple[int, int]:
-    """(W, H) of an image file turned the way its EXIF tag says, from its header."""
+    """(W, H) of an image file turned the way its EXIF tag says, from its header; Pillow turns TIFF by itself."""
     with open_image(file) as image:
-        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else (image.width, image.height)
 
 

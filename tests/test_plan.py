@@ -105,7 +105,7 @@ def test_the_page_shows_every_defect_type_in_one_file(trained, several, good, tm
     assert "Not painted" not in page and "<figcaption>001-scratch<" in page
 
 
-def test_the_page_lists_what_was_not_painted(trained, good, tmp_path):
+def test_the_page_lists_what_was_not_painted(trained, good, tmp_path, monkeypatch):
     (tmp_path / "zones").mkdir()
     for name in ("000", "001", "002"):  # the first may be painted anywhere, the others in a corner without room
         zone = np.full((40, 40), 255, dtype=np.uint8)
@@ -113,8 +113,12 @@ def test_the_page_lists_what_was_not_painted(trained, good, tmp_path):
         zone[:, 2 if name != "000" else 40 :] = 0
         Image.fromarray(zone).save(tmp_path / f"zones/{name}.png")
     source = ["--mask_source", "procedural", "--shapes", "box", "--foreground", "none", "--zone", tmp_path / "zones"]
+    argv = ["--lora", trained, "--image", good, *source, "--output_dir", tmp_path / "out", *FAST, "--batch_size", 6]
     with pytest.raises(SystemExit, match="Not painted:\nDF340 001.png"):
-        generate("--lora", trained, "--image", good, *source, "--output_dir", tmp_path / "out", *FAST)
+        generate(*argv)
+    monkeypatch.setattr(g, "load_pipeline", None)  # started again, it sees without a model that nothing can be painted
+    with pytest.raises(SystemExit, match="Not painted:\nDF340 001.png.*\nDF340 002.png"):
+        generate(*argv)
     page = (tmp_path / "out/summary.html").read_text()
     assert "<li>DF340 001.png: no place for its mask" in page and "<tr><td>nut<td>hole<td>3<td>1<td>0<td>2" in page
 
@@ -149,6 +153,17 @@ def test_a_run_is_not_continued_with_other_pictures(trained, several, good, tmp_
     generate("--lora", trained, *argv)
     with pytest.raises(InputError, match="DF320 000, 001, 002: 3 pictures that the run began with are not"):
         generate("--lora", trained, several, "--defect", "hole", *argv)
+
+
+def test_another_seed_is_told_once(trained, good, tmp_path):
+    argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 9, *FAST]
+    generate(*argv, "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError) as caught:
+        generate(*argv, "--seed", 1, "--num_inference_steps", 2, "--output_dir", tmp_path / "out")
+    assert [line for line in caught.value.problems if line.startswith("DF320")] == [
+        "DF320 num_inference_steps: the run began with 1, now it is 2",
+        "DF320 seed: the run began with 0, now it is 1",
+    ]
 
 
 @pytest.mark.parametrize("kind", g.KINDS)

@@ -66,6 +66,7 @@ from defectfill_dataset import (
     repeat_seed,
     tensor_image,
     to_grid,
+    upright_exif,
     zoom_boxes,
 )
 from defectfill_dataset.errors import did_you_mean
@@ -436,10 +437,11 @@ class Progress:
         self.image.paste(composite(good, candidates[chosen], mask), box[:2])
         mask[:] = False
 
-    def write(self, output_dir: Path) -> dict:
+    def write(self, output_dir: Path, keep_metadata: bool) -> dict:
         """Writes image, mask and contact row; returns the line of the manifest."""
+        exif = upright_exif(self.item.case.image) if keep_metadata else b""
         files = {kind: f"{kind}/{self.item.name}.png" for kind in KINDS}
-        save_picture(self.image.convert("L") if self.grey else self.image, output_dir / files["images"])
+        save_picture(self.image.convert("L") if self.grey else self.image, output_dir / files["images"], exif)
         save_picture(Image.fromarray(self.mask).convert("L"), output_dir / files["masks"])
         save_picture(stacked(self.rows), output_dir / files["contact"])
         return self.item.line | {
@@ -453,21 +455,20 @@ class Progress:
 
 def generate(
     pipe: StableDiffusionInpaintPipeline,
-    items: Sequence[Item],
+    works: Sequence[Progress],
     scorer: Scorer | None,
     resolution: int,
     num_candidates: int,
     batch_size: int | None,
     gates: Gates,
-) -> list[Progress]:
+) -> None:
     """Paints items of one task, their candidates in common batches.
 
     One window of each after the other, each on what the earlier ones left to paint, so that the tiles of a crack join;
     a window in which no defect appeared again with other seeds.
     """
-    settings = items[0].task.settings
+    settings = works[0].item.task.settings
     sampling = {name: settings[name] for name in ("prompt", "num_inference_steps", "guidance_scale")}
-    works = [Progress(item, resolution) for item in items]
     while todo := [work for work in works if not work.problem and len(work.windows) < len(work.boxes)]:
         windows = [work.window() for work in todo]
         images = torch.stack([image_tensor(image, resolution) for image, _ in windows])
@@ -477,7 +478,6 @@ def generate(
         plain = reconstruct(pipe, images)
         for work, *of_work in zip(todo, images, plain, candidates, seeds):
             work.choose(*of_work, scorer, gates)
-    return works
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -723,6 +723,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--max_attempts", type=int, default=3, metavar="N", help=attempts_help)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR")
+    add("--keep_metadata", action="store_true", help="Pictures carry the EXIF data of the good image: place, camera.")
     args = parser.parse_args(input_args)
     if args.cases is None:
         check_picture_flags(parser, args)
@@ -786,6 +787,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         "min_change": args.min_change,
         "max_deviation": args.max_deviation,
         "max_attempts": args.max_attempts,
+        "keep_metadata": args.keep_metadata,
         "mixed_precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
     }
     return Run(plan, base, make_scorer(args.selection, args.lpips_net, device), settings)
@@ -795,16 +797,19 @@ def check_plan(lines: list[dict], folder: Path) -> None:
     """Raises InputError (DF320) if an earlier start of the run planned an item otherwise, or one that is gone now."""
     before = {line["name"]: line for line in ledger.read_lines(folder / PLAN)}
     problems: set[str] = set()
+    seeds: list[str] = []  # each repeat has one of its own: they are told once
     for line in lines:
         old = before.pop(line["name"], line)
         for key in [k for k in line.keys() | old.keys() if line.get(k) != old.get(k)]:
             if key.startswith(("good_image", "given_")):
                 problems.add(f"DF320 {line['name']}: was painted from another image or mask")
             else:
-                problems.add(f"DF320 {key}: the run began with {old.get(key)!r}, now it is {line.get(key)!r}")
+                told = f"DF320 {key}: the run began with {old.get(key)!r}, now it is {line.get(key)!r}"
+                seeds.append(told) if key == "seed" else problems.add(told)
     if before:
         names = ", ".join(sorted(before)[:4])
         problems.add(f"DF320 {names}: {len(before)} pictures that the run began with are not asked for now")
+    problems.update(seeds[:1])
     if problems:
         raise InputError(*sorted(problems), "Go on with what it began with, or choose another --output_dir.")
 
@@ -834,34 +839,37 @@ def gather(folder: Path) -> list[dict]:
 def paint_all(args: argparse.Namespace, run: Run, done: set[str], state: PartialState) -> dict[str, str]:
     """Paints this process's share of the plan; returns why for those items that cannot be.
 
-    A group with an item to make is painted whole, so that no pixel depends on what was done before.
+    A group with an item to make is painted whole, so that no pixel depends on what was done before; where none of
+    those to make has a place, not at all, and no weight is loaded for it.
     """
     groups = groups_of(run.plan, max(1, (args.batch_size or 1) // args.num_candidates))
     mine = [g for g in groups if {item.name for item in g} - done][state.process_index :: state.num_processes]
     problems: dict[str, str] = {}
     if not mine:
         return problems
-    precision, scheduler = run.settings["mixed_precision"], run.settings["scheduler"]
-    pipe = load_pipeline(run.base, args.variant, args.cache_dir, precision, state.device, scheduler)
-    loaded, gates = None, Gates(args.min_change, args.max_deviation, args.max_attempts)
+    precision, scheduler, resolution = (run.settings[k] for k in ("mixed_precision", "scheduler", "resolution"))
+    pipe, loaded, gates = None, None, Gates(args.min_change, args.max_deviation, args.max_attempts)
     bar = tqdm(total=sum(map(len, mine)), desc="Images", disable=not state.is_local_main_process)
     with ledger.appending(args.output_dir, state.process_index) as add:
         for group in mine:
-            lora = group[0].task.lora
-            if loaded != lora.path:
-                pipe.unload_lora_weights()
-                load_lora(pipe, lora)
-                loaded = lora.path
-            began = time.monotonic()
-            works = generate(
-                pipe, group, run.scorer, run.settings["resolution"], args.num_candidates, args.batch_size, gates
-            )
-            seconds = round((time.monotonic() - began) / len(group), 3)
+            works = [Progress(item, resolution) for item in group]
+            if any(not work.problem and work.item.name not in done for work in works):
+                pipe = pipe or load_pipeline(
+                    run.base, args.variant, args.cache_dir, precision, state.device, scheduler
+                )
+                lora = group[0].task.lora
+                if loaded != lora.path:
+                    pipe.unload_lora_weights()
+                    load_lora(pipe, lora)
+                    loaded = lora.path
+                began = time.monotonic()
+                generate(pipe, works, run.scorer, resolution, args.num_candidates, args.batch_size, gates)
+                seconds = round((time.monotonic() - began) / len(group), 3)
             for work in works:
                 if work.problem:
                     problems[work.item.name] = work.problem
                 elif work.item.name not in done:
-                    add(work.write(args.output_dir) | {"seconds": seconds})
+                    add(work.write(args.output_dir, args.keep_metadata) | {"seconds": seconds})
             bar.update(len(group))
     return problems
 

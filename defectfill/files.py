@@ -54,10 +54,10 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG file."""
+def save_picture(picture: Image.Image, path: Path, exif: bytes = b"") -> None:
+    """Writes a PNG file, with no metadata but these."""
     with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", exif=exif)
 
 
 def visible_files(folder: Path) -> dict[str, Path]:

@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +16,44 @@ BINS = 24
 
 PAGE = """<!doctype html>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>DefectFill: {title}</title>
 <style>
-body {{ font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em }}
-table {{ border-collapse: collapse }} td, th {{ padding: .2em 1em .2em 0; text-align: left }}
-img {{ display: block; max-width: 100% }} .all {{ fill: #bbb }} .kept {{ fill: #c22 }}
+body {{ background: #fff; color: #111; font: 15px/1.5 sans-serif; margin: 2em auto;
+    max-width: 1700px; padding: 0 1em }}
+table {{ border-collapse: collapse }} tr {{ border-bottom: 1px solid #ccc }}
+td, th {{ padding: .2em .35em; text-align: left }} td:nth-child(n+3), th:nth-child(n+3) {{ text-align: right }}
+h1, h2, li {{ overflow-wrap: anywhere }} .wide {{ overflow-x: auto }}
+figure {{ margin: .8em 0 }} figcaption {{ font-weight: bold }} img {{ display: block }}
+svg {{ max-width: 100%; height: auto }} .all {{ fill: #bbb }} .kept {{ fill: #c22 }}
 </style>
-<h1>{title}</h1>
-<table><tr><th>object<th>defect<th>planned<th>made<th>not painted{rows}</table>
+<h1>DefectFill: {title}</h1>
+<div class="wide"><table><tr><th>object<th>defect{heads}{rows}</table></div>
+<p>Retried: made, but with other seeds than the first. Refused: candidates of the pictures made.
 {problems}{sections}
 """
+
+# The table's columns of numbers: of one defect type's lines of the plan and of the manifest.
+COUNTS: dict[str, Callable[[list[dict], list[dict]], int]] = {
+    "planned": lambda planned, made: len(planned),
+    "made": lambda planned, made: len(made),
+    "retried": lambda planned, made: sum(any(w["attempts"] > 1 for w in line["windows"]) for line in made),
+    "not painted": lambda planned, made: len(planned) - len(made),
+    "refused: no defect": lambda planned, made: refused(made, "no defect"),
+    "artefact": lambda planned, made: refused(made, "artefact"),
+}
+
+# Histograms: figures of every candidate, and what they are.
+FIGURES = {
+    "scores": "score: distance to the good image inside the mask",
+    "changes": "change of the mask's inside, times the autoencoder's (--min_change)",
+    "deviations": "strangeness of the colours, times the strangest reference's (--max_deviation)",
+}
+
+
+def refused(lines: list[dict], why: str) -> int:
+    """Candidates that a gate kept from being chosen."""
+    return sum(window["refused"][why] for line in lines for window in line["windows"])
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
@@ -60,17 +88,24 @@ def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def histogram(all_scores: Sequence[float], kept: Sequence[float]) -> str:
+def histogram(what: str, values: Sequence[float], kept: Sequence[float]) -> str:
     """An SVG of two histograms over one range: of all candidates, and of those kept."""
-    low, high = min(all_scores), max(all_scores)
+    low, high = min(values), max(values)
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
-    bars = []
-    for name, scores in (("all", all_scores), ("kept", kept)):
-        counts = np.histogram(scores, edges)[0]
-        for i, height in enumerate(counts / max(1, np.histogram(all_scores, edges)[0].max()) * 100):
-            bars.append(f'<rect class="{name}" x="{i * 16}" y="{100 - height:.1f}" width="15" height="{height:.1f}"/>')
-    axis = f'<text x="0" y="116">{low:.4g}</text><text x="{BINS * 16}" y="116" text-anchor="end">{high:.4g}</text>'
-    return f'<svg width="{BINS * 16}" height="120" font-size="12">{"".join(bars)}{axis}</svg>'
+    counts = {name: np.histogram(of_name, edges)[0] for name, of_name in (("all", values), ("kept", kept))}
+    most, width = counts["all"].max(), BINS * 16
+    bars = [
+        f'<rect class="{name}" x="{i * 16}" y="{100 - height:.1f}" width="15" height="{height:.1f}"/>'
+        for name, of_name in counts.items()
+        for i, height in enumerate(of_name / most * 100)
+    ]
+    axes = f"""<path d="M0 0V100H{width}" fill="none" stroke="#111"/>
+<text x="0" y="115">{edges[0]:.3g}</text><text x="{width}" y="115" text-anchor="end">{edges[-1]:.3g}</text>
+<text x="{width / 2}" y="132" text-anchor="middle">{what}</text>
+<text x="-6" y="10" text-anchor="end">{most}</text><text x="-6" y="100" text-anchor="end">0</text>
+<text transform="rotate(-90)" x="-50" y="-12" text-anchor="middle">candidates</text>"""
+    size = f'width="{width + 48}" height="146" viewBox="-40 -8 {width + 48} 146"'
+    return f'<svg {size} font-size="12">{"".join(bars)}{axes}</svg>'
 
 
 def embedded(picture: Path) -> str:
@@ -81,14 +116,30 @@ def embedded(picture: Path) -> str:
 
 
 def section(name: str, lines: list[dict], folder: Path) -> str:
-    """One defect type: its scores, where there are any, and its first contact rows."""
+    """One defect type: its figures, where there are any, and its first contact rows."""
     windows = [window for line in lines for window in line["windows"]]
-    scores = [score for window in windows for score in window["scores"] if score is not None]
-    kept = [window["scores"][window["chosen"]] for window in windows]
-    figure = histogram(scores, [score for score in kept if score is not None]) if scores else ""
-    legend = "<p>Scores: grey all candidates, red those kept.</p>" if scores else ""
-    pictures = "".join(embedded(folder / "contact" / f"{line['name']}.png") for line in lines[:SHOWN])
-    return f"<h2>{html.escape(name)}</h2>{legend}{figure}{pictures}"
+    figures = ""
+    for key, what in FIGURES.items():
+        values = [x for window in windows for x in window[key] if x is not None]
+        kept = [window[key][window["chosen"]] for window in windows]
+        if values:
+            figures += histogram(what, values, [x for x in kept if x is not None])
+    legend = "<p>Grey: all candidates of the last attempt; red: those kept.</p>" if figures else ""
+    rows = "".join(
+        f"<figure><figcaption>{html.escape(line['name'])}</figcaption>"
+        f"{embedded(folder / 'contact' / (line['name'] + '.png'))}</figure>"
+        for line in lines[:SHOWN]
+    )
+    number = f"<p>The first {len(lines[:SHOWN])} of {len(lines)} pictures:</p>"
+    return f'<h2>{html.escape(name)}</h2>{legend}{figures}{number}<div class="wide">{rows}</div>'
+
+
+def by_kind(lines: Iterable[dict]) -> dict[tuple[str, str], list[dict]]:
+    """Lines of the plan or the manifest by their object and defect type."""
+    kinds: dict[tuple[str, str], list[dict]] = {}
+    for line in lines:
+        kinds.setdefault((line["object"] or "", line["defect"] or "defect"), []).append(line)
+    return kinds
 
 
 def write_page(file: Path, plan: Iterable[dict], lines: list[dict], problems: Iterable[str]) -> None:
@@ -98,20 +149,20 @@ def write_page(file: Path, plan: Iterable[dict], lines: list[dict], problems: It
         plan, lines: of the plan and of the manifest, beside whose folder's `contact/` the page is written.
         problems: why pictures could not be painted.
     """
-    kinds: dict[tuple, list[int]] = {}
-    for place, of in enumerate((plan, lines)):
-        for line in of:
-            kinds.setdefault((line["object"] or "", line["defect"] or "defect"), [0, 0])[place] += 1
+    planned, made = by_kind(plan), by_kind(lines)
     rows = "".join(
-        f"<tr><td>{html.escape(thing)}<td>{html.escape(defect)}<td>{planned}<td>{made}<td>{planned - made}"
-        for (thing, defect), (planned, made) in kinds.items()
+        "<tr>"
+        + "".join(f"<td>{html.escape(word)}" for word in kind)
+        + "".join(f"<td>{count(planned[kind], made.get(kind, []))}" for count in COUNTS.values())
+        for kind in planned
     )
-    sections = "".join(
-        section(f"{kind[0]} {kind[1]}", mine, file.parent)
-        for kind in kinds
-        if (mine := [line for line in lines if (line["object"] or "", line["defect"] or "defect") == kind])
-    )
+    sections = "".join(section(" ".join(kind), made[kind], file.parent) for kind in planned if kind in made)
     told = "".join(f"<li>{html.escape(problem)}" for problem in problems)
-    title = html.escape(file.resolve().parent.name)
-    list_of_problems = f"<h2>Not painted</h2><ul>{told}</ul>" if told else ""
-    file.write_text(PAGE.format(title=title, rows=rows, problems=list_of_problems, sections=sections))
+    content = {
+        "title": html.escape(file.resolve().parent.name),
+        "heads": "".join(f"<th>{head}" for head in COUNTS),
+        "rows": rows,
+        "problems": f"<h2>Not painted</h2><ul>{told}</ul>" if told else "",
+        "sections": sections,
+    }
+    file.write_text(PAGE.format(**content))

@@ -99,8 +99,8 @@ The split: {{ split }}.
 Each row has `image`, `mask`, `object`, `defect` and `source_file` (the image's name at its source).
 A mask is a PNG of its image's size, upright: 255 inside the defect, 0 outside; good images have none.
 {% if bared %}
-{{ bared }} image{{ "" if bared == 1 else "s" }} held EXIF data (place, camera, time): written as PNG, upright, without
-metadata. All others are the source's files, byte for byte.
+{{ bared }} image{{ "" if bared == 1 else "s" }} held metadata (EXIF, XMP, text or comments): written as PNG, upright,
+without them. All others are the source's files, byte for byte.
 {% else %}
 Images are the source's files, byte for byte.
 {% endif %}

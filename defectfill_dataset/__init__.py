@@ -13,7 +13,7 @@ from .checks import check_pairs
 from .discovery import LAYOUTS, find_objects
 from .errors import InputError, exit_on_input_error
 from .foreground import find_foreground
-from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image
+from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image, upright_exif
 from .masks import binarise, boxes_mask, cover, piece_boxes, random_boxes, random_mask, to_grid
 from .placement import (
     MaskSource,
@@ -87,6 +87,7 @@ __all__ = [
     "to_grid",
     "to_words",
     "tokenize_prompts",
+    "upright_exif",
     "split_names",
     "zoom_boxes",
 ]

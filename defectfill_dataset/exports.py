@@ -130,7 +130,7 @@ def _put(file: Path, content: bytes) -> None:
 
 
 def _picture(example: dict, always_png: bool = False) -> tuple[str, bytes]:
-    """The suffix and content of an example's image; a PNG if so wanted, or where EXIF turns it: few readers look."""
+    """The suffix and content of an example's image; a PNG if so wanted, or where a TIFF is turned: few look."""
     content, suffix = example["image"]["bytes"], Path(example["image"]["path"]).suffix.lower()
     with Image.open(io.BytesIO(content)) as image:
         if image.getexif().get(ORIENTATION, 1) == 1 and (image.format == "PNG" or not always_png):

@@ -19,6 +19,11 @@ ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 FULL_16_BITS = 65535
 FULL_12_BITS = 4095
 ORIENTATION = 0x0112  # EXIF
+TIFF_OWN = {  # the tags of a TIFF file that are not EXIF: where its pixels are, how they are coded, which way up, ICC
+    *(254, 255, 256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 282, 283, 284, 296, 317, 320, 322, 323),
+    *(324, 325, 338, 339, 347, 530, 531, 532, 34675),
+}
+CODING = (b"JFIF\0", b"ICC_PROFILE\0", b"Adobe")  # how those segments of a JPEG begin that its pixels need
 
 
 def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
@@ -28,7 +33,8 @@ def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
         OSError: no file that may be read, no image, more than one picture, or more pixels than Pillow thinks safe.
     """
     if isinstance(file, Path) and not file.is_file():  # a pipe would be waited for
-        raise OSError(f"it is a {'link to nothing' if file.is_symlink() else 'pipe or the like'}; put a file there")
+        there = "a pipe or the like" if file.exists() else "not there"
+        raise OSError(f"it is {'a link to nothing' if file.is_symlink() else there}; put a file there")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -51,7 +57,7 @@ def oddities(image: ImageFile.ImageFile) -> tuple[str, ...]:
     """What is odd, though it is read, of an image file just opened, not yet decoded: "DFnnn what"."""
     by_name = Image.registered_extensions().get(Path(os.fsdecode(image.filename)).suffix.lower(), image.format)
     odd = {
-        f"DF104 does not end as {image.format} does; was it cut off, or something added?": not _ends(image),
+        f"DF104 does not end as {image.format} does; was it cut off, or something added?": not ends(image),
         f"DF105 is {image.format} by its content; rename it": image.format not in (by_name, "MPO"),
         "DF120 has 16 bits a channel, of which 8 are kept": has_16_bits(image),
         "DF122 is black and white only": image.mode == "1",
@@ -60,7 +66,7 @@ def oddities(image: ImageFile.ImageFile) -> tuple[str, ...]:
     return tuple(note for note, there in odd.items() if there)
 
 
-def _ends(image: ImageFile.ImageFile) -> bool:
+def ends(image: ImageFile.ImageFile) -> bool:
     """Whether the file ends as all of its format do."""
     end, stream = ENDS.get(image.format or "", b""), image.fp
     if not end or stream is None:
@@ -94,10 +100,29 @@ def load_image(image: Image.Image) -> Image.Image:
 
 
 def upright_size(file: Path) -> tuple[int, int]:
-    """(W, H) of an image file turned the way its EXIF tag says, from its header."""
+    """(W, H) of an image file turned the way its EXIF tag says, from its header; Pillow turns TIFF by itself."""
     with open_image(file) as image:
-        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def tells_more(image: ImageFile.ImageFile) -> bool:
+    """Whether an image file just opened holds more than pixels and colours: EXIF, XMP, text, comments, previews."""
+    behind = not ends(image)
+    exif = image.getexif().keys() - (TIFF_OWN if image.format == "TIFF" else set())
+    segments = [data for _, data in getattr(image, "applist", ()) if not data.startswith(CODING)]
+    text = getattr(image, "text", None) or getattr(image, "private_chunks", None)  # of a PNG
+    return bool(behind or exif or segments or text or image.info.keys() & {"exif", "xmp", "comment"})
+
+
+def upright_exif(file: Path) -> bytes:
+    """What an image file's EXIF data tell, with the orientation of pixels that have been turned already."""
+    with open_image(file) as image:
+        exif = image.getexif()
+        for tag in exif.keys() & TIFF_OWN if image.format == "TIFF" else ():
+            del exif[tag]
+        exif[ORIENTATION] = 1
+        return exif.tobytes()
 
 
 def has_16_bits(image: Image.Image) -> bool:

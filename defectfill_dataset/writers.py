@@ -15,31 +15,18 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from .builder import FEATURES
-from .images import ORIENTATION, load_image
+from .images import load_image, open_image, tells_more
 from .layouts import Row
 from .masks import MaskFiles, MaskShapes
 
 
 SHARD_BYTES, GROUP_BYTES = 500 << 20, 32 << 20  # of a Parquet file, and of what is held in memory
-TIFF_OWN = {  # the tags of a TIFF file that are not EXIF: where its pixels are and how they are coded, XMP, IPTC, ICC
-    *(254, 255, 256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 282, 283, 284, 296, 317, 320, 322, 323),
-    *(324, 325, 338, 339, 347, 530, 531, 532, 700, 33723, 34377, 34675),
-}
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
-
-
-def tells_more(image: Image.Image) -> bool:
-    """Whether an image just opened holds EXIF besides its orientation (a place, a camera, a time), or a place in XMP.
-
-    Other XMP and IPTC may stay: there is where datasets such as MVTec AD keep the notice of their licence.
-    """
-    known = TIFF_OWN if image.format == "TIFF" else {ORIENTATION}
-    return bool(image.getexif().keys() - known) or b"GPS" in image.info.get("xmp", b"")
 
 
 def image_bytes(file: Path) -> tuple[bytes, bool]:
     """An image file's content, and whether it `tells_more` and is a bare upright PNG of the same pixels instead."""
-    with Image.open(file) as image:
+    with open_image(file) as image:
         if not tells_more(image):
             return file.read_bytes(), False
         bare = ImageOps.exif_transpose(image) if image.mode in PNG_MODES else load_image(image)

@@ -76,8 +76,8 @@ def write(splits: Splits, args: argparse.Namespace, repo_id: str | None) -> None
         move_in(Path(folder), args.output_dir, last="README.md")
     if bared:
         print(
-            f"{len(bared)} of {counts.total()} images held EXIF data, or a place in XMP: "
-            "written as PNG, upright, without metadata"
+            f"{len(bared)} of {counts.total()} images held metadata (EXIF, XMP, text, comments): "
+            "written as PNG, upright, without them"
         )
     print(f"{args.output_dir}: " + ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))
 

@@ -7,11 +7,12 @@ import re
 import numpy as np
 import pytest
 from bad_data import ACCEPTED, FOLDERS, NAMES, REFUSED, SIZE, make_pair, png, write_table
+from PIL import Image
 from test_checks import run
 
 import train_defectfill
 from defectfill_dataset import Case, InputError, binarise, check_cases, find_objects, load_defect_pairs, load_image
-from defectfill_dataset.images import open_image
+from defectfill_dataset.images import open_image, upright_size
 
 
 @pytest.fixture
@@ -145,3 +146,18 @@ def test_names_of_objects_that_are_good(tmp_path):
     for name in ("metal_nut", "pipe fryum", "Größe-2.5+x (new), a&b", "螺母"):
         make_pair(tmp_path / name, "000")
     assert len(find_objects(tmp_path)) == 4
+
+
+def test_a_file_that_is_gone_is_said_to_be(tmp_path):
+    with pytest.raises(OSError, match="it is not there; put a file there"):
+        open_image(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_upright_size_is_that_of_the_pixels(tmp_path, suffix, orientation):
+    """Pillow turns a TIFF file by itself, and no other."""
+    exif, file = Image.Exif(), tmp_path / f"x.{suffix}"
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 48)).save(file, exif=exif)
+    assert upright_size(file) == load_image(Image.open(file)).size == ((48, 40) if orientation > 4 else (40, 48))

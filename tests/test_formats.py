@@ -589,11 +589,12 @@ def test_damaged_run_lengths_are_refused(tmp_path, counts):
     assert codes(told(make_coco(tmp_path / "nut", annotations=[mark]))) in (["DF103"], ["DF167"])
 
 
-def test_an_image_turned_by_exif_after_its_annotation(tmp_path):
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_an_image_turned_by_exif_after_its_annotation(tmp_path, image_format):
     root = make_coco(tmp_path / "nut")
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (40, 48)).save(root / "images/0.png", exif=exif)
+    Image.new("RGB", (40, 48)).save(root / "images/0.png", image_format, exif=exif)
     content = json.loads((root / "annotations/instances.json").read_text())
     content["images"][0] |= {"width": 40, "height": 48}
     write_json(root / "annotations/instances.json", content)

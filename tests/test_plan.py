@@ -4,9 +4,11 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -56,11 +58,12 @@ def several(base, tmp_path_factory):
     return folder / "lora"
 
 
-def launched(*argv) -> subprocess.CompletedProcess:
-    """The command in two processes on the CPU."""
-    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, ROOT / "generate_defectfill.py", *argv]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+def launched(*argv, machine: tuple = ("--num_machines", 1)) -> subprocess.CompletedProcess:
+    """The command in two processes on the CPU, or that of one machine."""
+    launch = "--multi_gpu --num_processes 2 --mixed_precision no --dynamo_backend no".split()
+    script = ROOT / "generate_defectfill.py"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *machine, script, *argv]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -101,11 +104,11 @@ def test_the_page_shows_every_defect_type_in_one_file(trained, several, good, tm
     generate("--lora", trained, several, "--defect", "hole", "scratch", *argv)
     page = (out / "summary.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 6 and page.count("<svg") == 3 and "http" not in page
-    assert "<tr><td>bolt<td>scratch<td>2<td>2<td>0" in page and "&lt;b&gt;out" in page and "<b>" not in page
-    assert "Not painted" not in page
+    assert "<tr><td>bolt<td>scratch<td>2<td>2<td>0<td>0<td>0<td>0" in page and "&lt;b&gt;out" in page and "<b>" not in page
+    assert "Not painted" not in page and "<figcaption>001-scratch<" in page
 
 
-def test_the_page_lists_what_was_not_painted(trained, good, tmp_path):
+def test_the_page_lists_what_was_not_painted(trained, good, tmp_path, monkeypatch):
     (tmp_path / "zones").mkdir()
     for name in ("000", "001", "002"):  # the first may be painted anywhere, the others in a corner without room
         zone = np.full((40, 40), 255, dtype=np.uint8)
@@ -113,10 +116,14 @@ def test_the_page_lists_what_was_not_painted(trained, good, tmp_path):
         zone[:, 2 if name != "000" else 40 :] = 0
         Image.fromarray(zone).save(tmp_path / f"zones/{name}.png")
     source = ["--mask_source", "procedural", "--shapes", "box", "--foreground", "none", "--zone", tmp_path / "zones"]
+    argv = ["--lora", trained, "--image", good, *source, "--output_dir", tmp_path / "out", *FAST, "--batch_size", 6]
     with pytest.raises(SystemExit, match="Not painted:\nDF340 001.png"):
-        generate("--lora", trained, "--image", good, *source, "--output_dir", tmp_path / "out", *FAST)
+        generate(*argv)
+    monkeypatch.setattr(g, "load_pipeline", None)  # started again, it sees without a model that nothing can be painted
+    with pytest.raises(SystemExit, match="Not painted:\nDF340 001.png.*\nDF340 002.png"):
+        generate(*argv)
     page = (tmp_path / "out/summary.html").read_text()
-    assert "<li>DF340 001.png: no place for its mask" in page and "<tr><td>nut<td>hole<td>3<td>1<td>2" in page
+    assert "<li>DF340 001.png: no place for its mask" in page and "<tr><td>nut<td>hole<td>3<td>1<td>0<td>2<td>0<td>0" in page
 
 
 def test_piece_boxes_are_those_of_connected_pieces():
@@ -149,6 +156,17 @@ def test_a_run_is_not_continued_with_other_pictures(trained, several, good, tmp_
     generate("--lora", trained, *argv)
     with pytest.raises(InputError, match="DF320 000, 001, 002: 3 pictures that the run began with are not"):
         generate("--lora", trained, several, "--defect", "hole", *argv)
+
+
+def test_another_seed_is_told_once(trained, good, tmp_path):
+    argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 9, *FAST]
+    generate(*argv, "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError) as caught:
+        generate(*argv, "--seed", 1, "--num_inference_steps", 2, "--output_dir", tmp_path / "out")
+    assert [line for line in caught.value.problems if line.startswith("DF320")] == [
+        "DF320 num_inference_steps: the run began with 1, now it is 2",
+        "DF320 seed: the run began with 0, now it is 1",
+    ]
 
 
 @pytest.mark.parametrize("kind", g.KINDS)
@@ -365,6 +383,8 @@ def test_a_picture_without_a_defect_is_painted_again_and_given_up_at_last(traine
     lines = {line["name"]: line["windows"][0] for line in read_lines(tmp_path / "out/manifest.jsonl")}
     assert {name: window["attempts"] for name, window in lines.items()} == {"000": 3, "002": 1}
     assert [window["refused"] for window in lines.values()] == [refusals(no_defect=4), refusals()]
+    page = (tmp_path / "out/summary.html").read_text()  # planned, made, retried, not painted
+    assert "<tr><td>nut<td>hole<td>3<td>2<td>1<td>1<td>4<td>0" in page and "<li>DF342 001.png" in page
     for window in lines.values():
         assert min(window["changes"]) > 1.5
     assert [len(seeds) for seeds in calls] == [3, 2, 2] and len({s for c in calls for row in c for s in row}) == 14
@@ -437,11 +457,16 @@ def test_gates_that_cannot_work_are_refused(trained, good, tmp_path, flags, word
 # Processes and kills
 
 
-def test_two_processes_make_the_same_bytes_as_one(trained, good, tmp_path):
+def test_two_machines_make_the_same_bytes_as_one_process(trained, good, tmp_path):
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 5, *FAST, "--batch_size", 4]
     generate(*argv, "--output_dir", tmp_path / "one")
-    done = launched(*argv, "--output_dir", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = ["--main_process_ip", "127.0.0.1", "--main_process_port", free.getsockname()[1]]
+    machines = [("--num_machines", 2, "--machine_rank", rank, *place) for rank in range(2)]
+    with ThreadPoolExecutor() as pool:
+        ends = list(pool.map(lambda m: launched(*argv, "--output_dir", tmp_path / "two", machine=m), machines))
+    assert [done.returncode for done in ends] == [0, 0], ends
     assert content(tmp_path / "two") == content(tmp_path / "one")
     assert not list((tmp_path / "two").glob("manifest-part-*"))
 

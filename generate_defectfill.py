@@ -87,6 +87,7 @@ def paint(
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     batch_size: int | None = None,
+    guidance_interval: Sequence[float] = (0.0, 1.0),
 ) -> torch.Tensor:
     """(P, N, 3, S, S) candidates in [0, 1], one a seed: each depends on its own seed alone, whatever the batch.
 
@@ -98,6 +99,8 @@ def paint(
         grids: (P, 1, G, G), 1 where the defect goes.
         seeds: of the initial noise, N for each image.
         batch_size: candidates per UNet call, of one image or of several; all by default.
+        guidance_interval: step i is guided where start <= i / num_inference_steps < end (Kynkäänniemi et al., Limited
+            Interval Guidance, NeurIPS 2024); the others run the UNet once a candidate.
     """
     device, dtype = pipe.device, pipe.vae.dtype
     images, grids = images.to(device, dtype), grids.to(device, dtype)
@@ -107,10 +110,13 @@ def paint(
     clean, masked = (pipe.vae.encode(both).latent_dist.mode() * pipe.vae.config.scaling_factor).chunk(2)
     guided = guidance_scale > 1
     embeds, negative = pipe.encode_prompt(prompt, device, 1, guided)
+    texts = torch.cat([negative, embeds]) if guided else embeds
+    start, end = guidance_interval
+    scales = [guidance_scale if start <= i / num_inference_steps < end else 1 for i in range(num_inference_steps + 1)]
     rows = [(place, seed) for place, of_image in enumerate(seeds) for seed in of_image]
     candidates = []
-    for start in range(0, len(rows), batch_size or len(rows)):
-        batch = rows[start : start + (batch_size or len(rows))]
+    for first in range(0, len(rows), batch_size or len(rows)):
+        batch = rows[first : first + (batch_size or len(rows))]
         place = torch.tensor([place for place, _ in batch], device=device)
         noise = torch.stack(
             [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(s)) for _, s in batch]
@@ -120,7 +126,14 @@ def paint(
         def keep_background(pipe, step, timestep, tensors, noise=noise, place=place):
             following = pipe.scheduler.timesteps[step + 1 : step + 2]
             background = pipe.scheduler.add_noise(clean[place], noise, following) if len(following) else clean[place]
-            return {"latents": torch.where(grids[place] > 0.5, tensors["latents"], background)}
+            pipe._guidance_scale = scales[step + 1]
+            copies = 1 + pipe.do_classifier_free_guidance  # which the pipeline asks anew at every step
+            return {
+                "latents": torch.where(grids[place] > 0.5, tensors["latents"], background),
+                "prompt_embeds": texts[-copies:].repeat_interleave(len(place), 0),
+                "mask": grids[place].repeat(copies, 1, 1, 1),
+                "masked_image_latents": masked[place].repeat(copies, 1, 1, 1),
+            }
 
         candidates.append(
             pipe(
@@ -133,7 +146,7 @@ def paint(
                 height=images.shape[-2],
                 width=images.shape[-1],
                 num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
+                guidance_scale=scales[0],
                 callback_on_step_end=keep_background,
                 output_type="pt",
             ).images.float()
@@ -468,7 +481,8 @@ def generate(
     a window in which no defect appeared again with other seeds.
     """
     settings = works[0].item.task.settings
-    sampling = {name: settings[name] for name in ("prompt", "num_inference_steps", "guidance_scale")}
+    names = ("prompt", "num_inference_steps", "guidance_scale", "guidance_interval")
+    sampling = {name: settings[name] for name in names}
     while todo := [work for work in works if not work.problem and len(work.windows) < len(work.boxes)]:
         windows = [work.window() for work in todo]
         images = torch.stack([image_tensor(image, resolution) for image, _ in windows])
@@ -558,6 +572,7 @@ def make_tasks(args: argparse.Namespace, known: dict[str, Any]) -> list[Task]:
                 "zoom": zoom and zoom._asdict(),
                 "num_inference_steps": args.num_inference_steps,
                 "guidance_scale": args.guidance_scale,
+                "guidance_interval": args.guidance_interval,
             }
             tasks.append(Task(lora, source, zoom, settings))
     missing = set(args.defect or ()) - {task.settings["defect"] for task in tasks}
@@ -642,6 +657,8 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     add("--num_images", type=int, metavar="N", help=number_help)
     add("--num_inference_steps", type=int, default=50, metavar="N", help="Default: %(default)s (the paper's).")
     add("--guidance_scale", type=float, default=7.5, metavar="X", help="Default: %(default)s.")
+    every, interval_help = [0.0, 1.0], "Guided steps, in fractions of all; the others cost half. Default: 0 1, all."
+    add("--guidance_interval", nargs=2, type=float, default=every, metavar=("START", "END"), help=interval_help)
     add = parser.add_argument_group("zoom").add_argument
     add(
         "--zoom",
@@ -679,6 +696,9 @@ def check_picture_flags(parser: argparse.ArgumentParser, args: argparse.Namespac
         parser.error(f"--max_deviation {args.max_deviation}: must be a finite number above 0")
     if not math.isfinite(args.guidance_scale):
         parser.error(f"--guidance_scale {args.guidance_scale}: must be a finite number")
+    start, end = args.guidance_interval
+    if not 0 <= start < end <= 1:
+        parser.error(f"--guidance_interval {start} {end}: must be 0 <= START < END <= 1")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

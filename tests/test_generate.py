@@ -120,6 +120,58 @@ def test_background_latents_follow_the_clean_image_at_each_steps_noise_level(pip
     assert torch.allclose(seen[4][0][outside], final[0][outside], atol=1e-5)  # the last step is not left noised
 
 
+@torch.no_grad()
+def plain_loop(pipe, image, grid, seed, steps, scale, interval):
+    """One candidate by DDIM, guided in `interval`, without the pipeline's loop: the picture, and UNet rows a step."""
+    factor = pipe.vae.config.scaling_factor
+    both = torch.stack([image, image * (1 - cover(grid, 4))])
+    clean, masked = (pipe.vae.encode(both).latent_dist.mode() * factor).chunk(2)
+    noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed))[None]
+    embeds, negative = pipe.encode_prompt("a nut", "cpu", 1, True)
+    pipe.scheduler.set_timesteps(steps)
+    latents, rows, timesteps = noise, [], pipe.scheduler.timesteps
+    for i, t in enumerate(timesteps):
+        guided = scale > 1 and interval[0] <= i / steps < interval[1]
+        texts = [negative, embeds] if guided else [embeds]
+        rows.append(len(texts))
+        model_input = torch.cat([torch.cat([latents, grid[None], masked], dim=1)] * len(texts))
+        pred = pipe.unet(model_input, t, torch.cat(texts)).sample
+        if guided:
+            empty, text = pred.chunk(2)
+            pred = empty + scale * (text - empty)
+        latents = pipe.scheduler.step(pred, t, latents).prev_sample
+        background = pipe.scheduler.add_noise(clean, noise, timesteps[i + 1 : i + 2]) if i + 1 < steps else clean
+        latents = torch.where(grid > 0.5, latents, background)
+    return (pipe.vae.decode(latents / factor).sample / 2 + 0.5).clamp(0, 1), rows
+
+
+@pytest.mark.parametrize("scale", [7.5, 1.0])
+@pytest.mark.parametrize("interval", [None, (0, 1), (0, 0.5), (0.5, 1), (0.3, 0.7), (0.05, 0.1)])
+def test_guidance_in_an_interval_is_that_of_a_plain_loop_and_saves_the_unets_work(pipe, good, grid, interval, scale):
+    pipe.scheduler, seen = g.ddim(pipe.scheduler), []
+    record = pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    given = {"guidance_interval": interval} if interval else {}
+    [painted] = g.paint(pipe, good[None], grid[None], "a nut", [[5]], 10, scale, **given)
+    record.remove()
+    expected, rows = plain_loop(pipe, good, grid, 5, 10, scale, interval or (0, 1))
+    assert seen == rows and torch.equal(painted, expected)
+    begin, end = interval or (0, 1)
+    assert sum(rows) == 10 + (scale > 1) * {1: 10, 0.5: 5, 0.4: 4, 0.05: 0}[round(end - begin, 2)]
+
+
+def test_where_guidance_is_off_pictures_differ_and_a_batch_changes_none(pipe, good, grid):
+    images, grids = torch.stack([good, good.flip(1)]), torch.stack([grid, grid.flip(1)])
+    whole, half = (
+        g.paint(pipe, images, grids, "a nut", [[1, 2], [3, 4]], 6, batch_size=3, guidance_interval=interval)
+        for interval in ((0, 1), (0.5, 1))
+    )
+    assert not torch.allclose(whole, half, atol=1e-2)
+    for place, seeds in enumerate(([1, 2], [3, 4])):
+        for k, seed in enumerate(seeds):
+            alone, _ = plain_loop(pipe, images[place], grids[place], seed, 6, 7.5, (0.5, 1))
+            assert torch.allclose(half[place, k], alone[0], atol=2e-4)
+
+
 def test_ddim_clips_nothing_whatever_the_bases_scheduler():
     from diffusers import PNDMScheduler
 
@@ -534,6 +586,16 @@ def test_options_that_contradict(capsys):
     defaults = g.parse_args([*common, "--mask", "m"])
     assert (defaults.num_candidates, defaults.num_inference_steps, defaults.guidance_scale) == (8, 50, 7.5)
     assert (defaults.selection, defaults.lpips_net) == ("lpips", "alex")
+    assert defaults.guidance_interval == [0, 1]
+
+
+@pytest.mark.parametrize("interval", ["0.5 0.5", "-0.1 1", "0 1.5", "nan 1", "0 nan", "0 inf", "0.8 0.2"])
+def test_intervals_that_cannot_work_are_refused(capsys, interval):
+    argv = "--lora x --image y --mask m --output_dir z --guidance_interval".split()
+    with pytest.raises(SystemExit):
+        g.parse_args([*argv, *interval.split()])
+    values = " ".join(str(float(x)) for x in interval.split())
+    assert f"--guidance_interval {values}: must be 0 <= START < END <= 1" in capsys.readouterr().err
 
 
 def test_an_image_beside_a_folder_of_masks(trained, inputs, tmp_path):

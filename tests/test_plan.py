@@ -103,7 +103,7 @@ def test_the_page_shows_every_defect_type_in_one_file(trained, several, good, tm
     argv = ["--image", good, "--mask_source", "random", "--num_images", 2, *FAST, "--output_dir", out]
     generate("--lora", trained, several, "--defect", "hole", "scratch", *argv)
     page = (out / "summary.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 6 and page.count("<svg") == 3 and "http" not in page
+    assert page.count("data:image/jpeg;base64,") == 6 and page.count("<svg") == 7 and "http" not in page
     assert "<tr><td>bolt<td>scratch<td>2<td>2<td>0<td>0<td>0<td>0" in page and "&lt;b&gt;out" in page and "<b>" not in page
     assert "Not painted" not in page and "<figcaption>001-scratch<" in page
 
@@ -222,7 +222,8 @@ def test_cases_come_from_a_file_each_line_over_the_flags(trained, good, tmp_path
         {"image": str(good / "000.png"), "mask": str(tmp_path / "mask.png"), "seed": 5, "guidance_scale": 3,
          "prompt": None},
         {"image": str(good), "mask_source": "procedural", "shapes": ["blob", "box"], "foreground": "none",
-         "num_images": 2, "num_inference_steps": 2, "zoom": "on", "zoom_context": 2, "prompt": "A nut with moss"},
+         "num_images": 2, "num_inference_steps": 2, "zoom": "on", "zoom_context": 2, "prompt": "A nut with moss",
+         "guidance_interval": [0, 0.5]},
     ]  # fmt: skip
     file = tmp_path / "cases.jsonl"
     file.write_text("\n\n".join(map(json.dumps, lines)))
@@ -232,7 +233,9 @@ def test_cases_come_from_a_file_each_line_over_the_flags(trained, good, tmp_path
     assert [first["name"], *(line["name"] for line in others)] == ["000", "000-0001", "001"]
     assert (first["seed"], first["guidance_scale"], first["zoom"], first["prompt"]) == (5, 3, None, "A nut with sks")
     assert np.array_equal(np.asarray(Image.open(out / first["mask"])) > 0, mask)
+    assert first["guidance_interval"] == [0, 1]
     for line in others:
+        assert line["guidance_interval"] == [0, 0.5]
         assert (line["prompt"], line["num_inference_steps"], line["seed"]) == ("A nut with moss", 2, 0)
         assert line["zoom"]["context"] == 2 and line["shapes"] == ["blob", "box"]
 
@@ -249,6 +252,7 @@ def test_all_wrong_lines_of_cases_are_told_at_once(trained, good, tmp_path, monk
         json.dumps({"image": str(good), "mask_source": "random", "num_inference_steps": 0}),
         json.dumps({"mask_source": "random"}),
         json.dumps({"image": str(good), "mask_source": "random", "output_dir": "elsewhere"}),
+        json.dumps({"image": str(good), "mask_source": "random", "guidance_interval": [0.5, 0.2]}),
     ]
     file = tmp_path / "cases.jsonl"
     file.write_text("\n".join(lines))
@@ -256,8 +260,9 @@ def test_all_wrong_lines_of_cases_are_told_at_once(trained, good, tmp_path, monk
     with pytest.raises(InputError) as caught:
         generate(*argv)
     told = str(caught.value).splitlines()
-    assert [int(line.split("line ")[1].split(":")[0]) for line in told] == list(range(2, 10))
-    for words, line in zip(("", "", "drawn", "--sede", "--mask", "at least 1", "--image", "--output_dir"), told):
+    assert [int(line.split("line ")[1].split(":")[0]) for line in told] == list(range(2, 11))
+    named = ("", "", "drawn", "--sede", "--mask", "at least 1", "--image", "--output_dir", "START < END")
+    for words, line in zip(named, told):
         assert line.startswith("DF416") and words in line
     file.write_text("")
     with pytest.raises(InputError, match="DF416 .*is empty"):

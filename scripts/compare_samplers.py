@@ -1,0 +1,115 @@
+"""Measure on drawn parts what schedulers, numbers of steps and guidance in part of the steps do to what a LoRA paints.
+
+    python scripts/compare_samplers.py --base scripts/tiny_base --segmenter segmenter \\
+        --lora ablation/runs/default-nut-0 ablation/runs/default-cloth-0 --output comparison.md
+
+Each way paints the same good parts with the same masks and noise, one candidate each. What is measured is that of
+ablate.py, whose LoRAs it takes; the difference of the segmenter's IoU to the first way is paired, picture by picture.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from ablate import defect_features, figures_of
+from diffusers import StableDiffusionInpaintPipeline, UNet2DModel
+from train_segmenter import drawn_pairs
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from defectfill.files import replacing  # noqa: E402
+from defectfill.lora_file import load_lora, read_lora  # noqa: E402
+from defectfill_dataset import derive_seed, to_grid  # noqa: E402
+from generate_defectfill import SCHEDULERS, paint  # noqa: E402
+
+
+# Scheduler, steps, whether guided, and where; the first is what the others are compared with.
+WAYS = {
+    "DDIM, 50 steps": ("ddim", 50, True, (0, 1)),
+    "DDIM, 20": ("ddim", 20, True, (0, 1)),
+    "DPM-Solver++, 20": ("dpmsolver++", 20, True, (0, 1)),
+    "UniPC, 20": ("unipc", 20, True, (0, 1)),
+    "UniPC, 10": ("unipc", 10, True, (0, 1)),
+    "DDIM, 20, guided in the first half": ("ddim", 20, True, (0, 0.5)),
+    "DDIM, 20, guided in the second half": ("ddim", 20, True, (0.5, 1)),
+    "DDIM, 20, unguided": ("ddim", 20, False, (0, 1)),
+}
+
+
+def measure(args: argparse.Namespace, path: Path, seed: int) -> list[dict]:
+    """Figures of each picture that each way paints with the LoRA at `path`; `seed` is of parts, masks and noise."""
+    lora = read_lora(path)
+    part, [(defect, prompt)] = lora.record["object"], lora.record["prompts"].items()
+    good, _ = drawn_pairs([(part, None)], args.images, args.resolution, derive_seed(seed, "good"))
+    _, masks = drawn_pairs([(part, defect)], args.images, args.resolution, derive_seed(seed, "unseen"))
+    segmenter = UNet2DModel.from_pretrained(args.segmenter)
+    others = drawn_pairs([(part, defect)], 2 * args.images, args.resolution, derive_seed(seed, "real"))
+    real = defect_features(segmenter, *others)
+    pipe = StableDiffusionInpaintPipeline.from_pretrained(args.base, dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    load_lora(pipe, lora)
+    grids = torch.stack([to_grid(m[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor) for m in masks])
+    seeds = [[derive_seed(seed, "noise", i)] for i in range(args.images)]
+    rows: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    lines, first, given = [], None, pipe.scheduler
+    for way, (scheduler, steps, guided, interval) in WAYS.items():
+        pipe.scheduler = SCHEDULERS[scheduler](given)
+        rows.clear()
+        scale = args.guidance_scale if guided else 1.0
+        painted = paint(pipe, good, grids, prompt, seeds, steps, scale, guidance_interval=interval)[:, 0] * 2 - 1
+        pictures = torch.where(masks > 0.5, painted, good)
+        first = pictures if first is None else first
+        for i in range(args.images):
+            one = slice(i, i + 1)
+            change = (pictures - first)[i][:, masks[i, 0] > 0.5].abs().mean().item() / 2
+            figures = figures_of(segmenter, pictures[one], masks[one], real) | {"change": change}
+            lines.append({"way": way, "part": part, "rows": sum(rows) / args.images} | figures)
+    return lines
+
+
+def table(lines: list[dict]) -> str:
+    """Markdown: means over the pictures of each way; of the paired difference of the IoU with its standard error."""
+    parts = list(dict.fromkeys(line["part"] for line in lines))
+    ious = {way: np.array([line["segmenter_iou"] for line in lines if line["way"] == way]) for way in WAYS}
+    heads = ["", "UNet rows", "segmenter IoU", *parts, "IoU to the first", "found", "distance to real", "change"]
+    text = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for way in WAYS:
+        mine = [line for line in lines if line["way"] == way]
+        mean = {k: np.mean([line[k] for line in mine]) for k in ("found", "distance", "change")}
+        by_part = [np.mean([line["segmenter_iou"] for line in mine if line["part"] == part]) for part in parts]
+        paired = ious[way] - ious[next(iter(WAYS))]
+        error = paired.std(ddof=1) / np.sqrt(len(paired))
+        cells = [way, f"{mine[0]['rows']:.0f}", f"{ious[way].mean():.3f}", *(f"{x:.3f}" for x in by_part)]
+        cells += [f"{paired.mean():+.3f} ± {error:.3f}" if paired.any() else ""]
+        cells += [f"{mean['found']:.3f}", f"{mean['distance']:.3f}", f"{mean['change']:.3f}"]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text) + f"\n\n{len(mine)} pictures a way.\n"
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--base", required=True, metavar="DIR", help="Base made by make_tiny_base.py.")
+    add("--segmenter", required=True, metavar="DIR", help="Made by train_segmenter.py.")
+    add("--lora", nargs="+", type=Path, required=True, metavar="DIR", help="Of one type each, on a drawn part.")
+    add("--output", type=Path, required=True, metavar="FILE.md")
+    add("--images", type=int, default=8, metavar="N", help="Good parts painted with each LoRA. Default: %(default)s.")
+    add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
+    add("--guidance_scale", type=float, default=2.0, metavar="X", help="Default: %(default)s.")
+    add("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")
+    return parser.parse_args(input_args)
+
+
+def main(args: argparse.Namespace) -> None:
+    lines = [line for i, path in enumerate(args.lora) for line in measure(args, path, derive_seed(args.seed, i))]
+    with replacing(args.output) as temporary:
+        temporary.write_text(table(lines))
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main(parse_args())

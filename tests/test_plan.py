@@ -104,7 +104,11 @@ def test_the_page_shows_every_defect_type_in_one_file(trained, several, good, tm
     generate("--lora", trained, several, "--defect", "hole", "scratch", *argv)
     page = (out / "summary.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 6 and page.count("<svg") == 7 and "http" not in page
-    assert "<tr><td>bolt<td>scratch<td>2<td>2<td>0<td>0<td>0<td>0" in page and "&lt;b&gt;out" in page and "<b>" not in page
+    assert (
+        "<tr><td>bolt<td>scratch<td>2<td>2<td>0<td>0<td>0<td>0" in page
+        and "&lt;b&gt;out" in page
+        and "<b>" not in page
+    )
     assert "Not painted" not in page and "<figcaption>001-scratch<" in page
 
 
@@ -123,7 +127,10 @@ def test_the_page_lists_what_was_not_painted(trained, good, tmp_path, monkeypatc
     with pytest.raises(SystemExit, match="Not painted:\nDF340 001.png.*\nDF340 002.png"):
         generate(*argv)
     page = (tmp_path / "out/summary.html").read_text()
-    assert "<li>DF340 001.png: no place for its mask" in page and "<tr><td>nut<td>hole<td>3<td>1<td>0<td>2<td>0<td>0" in page
+    assert (
+        "<li>DF340 001.png: no place for its mask" in page
+        and "<tr><td>nut<td>hole<td>3<td>1<td>0<td>2<td>0<td>0" in page
+    )
 
 
 def test_piece_boxes_are_those_of_connected_pieces():

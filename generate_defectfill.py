@@ -395,8 +395,8 @@ class Progress:
             self.attempt += 1
             if self.attempt > gates.max_attempts:
                 counts = ", ".join(f"{number} {verdict}" for verdict, number in self.refused.items())
-                attempts = f"no candidate passed in {gates.max_attempts} attempts: {counts}"
-                self.problem = f"DF342 {self.item.case.image.name}: {attempts}"
+                told = f"no candidate passed in {gates.max_attempts} attempts: {counts}"
+                self.problem = f"DF342 {self.item.case.image.name}: {told}; loosen the gate, or train longer"
             return
         shown = finite(scores) if scorer else [None] * len(seeds)
         if len(self.rows) < SHEET_WINDOWS:

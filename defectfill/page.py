@@ -40,14 +40,14 @@ COUNTS: dict[str, Callable[[list[dict], list[dict]], int]] = {
     "retried": lambda planned, made: sum(any(w["attempts"] > 1 for w in line["windows"]) for line in made),
     "not painted": lambda planned, made: len(planned) - len(made),
     "refused: no defect": lambda planned, made: refused(made, "no defect"),
-    "artefact": lambda planned, made: refused(made, "artefact"),
+    "refused: artefact": lambda planned, made: refused(made, "artefact"),
 }
 
 # Histograms: figures of every candidate, and what they are.
 FIGURES = {
-    "scores": "score: distance to the good image inside the mask",
-    "changes": "change of the mask's inside, times the autoencoder's (--min_change)",
-    "deviations": "strangeness of the colours, times the strangest reference's (--max_deviation)",
+    "scores": "score: distance to the good image in the mask",
+    "changes": "change: times the autoencoder's (--min_change)",
+    "deviations": "deviation: times the references' (--max_deviation)",
 }
 
 

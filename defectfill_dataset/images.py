@@ -23,6 +23,7 @@ TIFF_OWN = {  # the tags of a TIFF file that are not EXIF: where its pixels are,
     *(254, 255, 256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 282, 283, 284, 296, 317, 320, 322, 323),
     *(324, 325, 338, 339, 347, 530, 531, 532, 34675),
 }
+RIGHTS = (b"cc:license", b"dc:rights", b"xmpRights:")  # what names a licence in XMP
 CODING = (b"JFIF\0", b"ICC_PROFILE\0", b"Adobe")  # how those segments of a JPEG begin that its pixels need
 
 
@@ -107,12 +108,18 @@ def upright_size(file: Path) -> tuple[int, int]:
 
 
 def tells_more(image: ImageFile.ImageFile) -> bool:
-    """Whether an image file just opened holds more than pixels and colours: EXIF, XMP, text, comments, previews."""
+    """Whether an image file just opened holds more than pixels and colours: EXIF, XMP, text, comments, previews.
+
+    A notice of the licence, as in MVTec AD's files, may stay with what stands beside it, unless that tells of a camera
+    or a place.
+    """
     behind = not ends(image)
-    exif = image.getexif().keys() - (TIFF_OWN if image.format == "TIFF" else set())
+    exif = "exif" in image.info or image.getexif().keys() - (TIFF_OWN if image.format == "TIFF" else set())
     segments = [data for _, data in getattr(image, "applist", ()) if not data.startswith(CODING)]
-    text = getattr(image, "text", None) or getattr(image, "private_chunks", None)  # of a PNG
-    return bool(behind or exif or segments or text or image.info.keys() & {"exif", "xmp", "comment"})
+    texts = [text.encode() for text in getattr(image, "text", {}).values()]  # of a PNG
+    told = b" ".join([*segments, *texts, *(image.info.get(name, b"") for name in ("xmp", "comment"))])
+    licence = any(name in told for name in RIGHTS) and not any(name in told for name in (b"exif:", b"GPS"))
+    return bool(behind or exif or getattr(image, "private_chunks", None) or (told.strip() and not licence))
 
 
 def upright_exif(file: Path) -> bytes:

@@ -145,3 +145,15 @@ def test_a_picture_without_metadata_keeps_its_bytes(tmp_path, suffix):
     file = tmp_path / f"x.{suffix}"
     Image.new("RGB", (8, 8)).save(file, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     assert writers.image_bytes(file) == (file.read_bytes(), False)
+
+
+@pytest.mark.parametrize("beside, stays", [("", True), ("<exif:DateTimeOriginal>", False), ("<GPSLatitude>", False)])
+def test_a_notice_of_the_licence_stays_unless_more_is_told(tmp_path, beside, stays):
+    """MVTec AD's files carry one, and a comment."""
+    text = PngInfo()
+    text.add_text("Comment", "Of a dataset")
+    text.add_itxt("XML:com.adobe.xmp", f"<cc:license rdf:resource='by-nc-sa/4.0'/>{beside}")
+    file = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(file, pnginfo=text)
+    bare, changed = writers.image_bytes(file)
+    assert changed is not stays and (bare == file.read_bytes()) is stays

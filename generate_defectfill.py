@@ -304,7 +304,7 @@ SHEET_CASES, SHEET_WINDOWS = 24, 12  # on the contact sheet; of each picture
 KINDS = ("images", "masks", "contact")  # folders of the output
 
 
-REFUSALS = ("not a number", "no defect", "artefact")
+REFUSALS = ("broken", "no defect", "artefact")
 
 
 class Gates(NamedTuple):
@@ -322,7 +322,7 @@ class Gates(NamedTuple):
     def verdict(self, score: float, change: float, deviation: float | None) -> str | None:
         """Which of `REFUSALS` a candidate meets, if any."""
         if not math.isfinite(score):
-            return "not a number"
+            return "broken"
         if change < self.min_change:
             return "no defect"
         return "artefact" if self.max_deviation is not None and deviation > self.max_deviation else None
@@ -380,7 +380,8 @@ class Progress:
         inside = to_grid(mask, candidates.shape[-1]).to(candidates.device)
         pasted = torch.where(inside > 0.5, candidates, normal)  # what the composite will hold, at the model's size
         scores = scorer(pasted, normal, inside) if scorer else [0.0] * len(seeds)
-        whole = candidates.isfinite().flatten(1).all(dim=1).tolist()  # half precision may overflow
+        pixels = candidates.flatten(1)
+        whole = (pixels.isfinite().all(dim=1) & pixels.any(dim=1)).tolist()  # half precision may overflow, or go black
         scores = [score if ok else math.nan for score, ok in zip(scores, whole)]
         *changes, floor = rmse_score(torch.cat([pasted, plain[None]]), normal, inside)
         changes = [change / max(floor, 1e-6) for change in changes]

@@ -426,16 +426,17 @@ def test_an_artefact_is_never_kept_however_far_it_is_from_the_good_image(trained
     assert all(line["windows"][0]["chosen"] == 1 for line in read_lines(tmp_path / "none/manifest.jsonl"))
 
 
-def test_what_is_not_a_number_is_painted_again(trained, good, tmp_path, painted):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
+def test_what_is_not_a_number_or_black_is_painted_again(trained, good, tmp_path, painted, value):
     def broken(pipe, number, attempt, candidate, image):
-        return torch.full_like(image, torch.nan if number == 0 or attempt == 1 else 1)
+        return torch.full_like(image, value if number == 0 or attempt == 1 else 1)
 
     painted(broken)
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", *FAST]
-    with pytest.raises(SystemExit, match="DF342 000.png: .* in 3 attempts: 6 not a number"):
+    with pytest.raises(SystemExit, match="DF342 000.png: .* in 3 attempts: 6 broken"):
         generate(*argv, "--output_dir", tmp_path / "out")
     windows = [line["windows"][0] for line in read_lines(tmp_path / "out/manifest.jsonl")]
-    assert [(window["attempts"], window["refused"]) for window in windows] == [(2, refusals(not_a_number=2))] * 2
+    assert [(window["attempts"], window["refused"]) for window in windows] == [(2, refusals(broken=2))] * 2
 
 
 def test_a_deviation_needs_to_know_the_references(base, good, tmp_path):

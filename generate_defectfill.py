@@ -268,13 +268,16 @@ def learn_appearance(references: Sequence[torch.Tensor]) -> dict:
     for one alone.
     """
 
-    def distribution(of: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        colours = torch.cat(list(of))
-        return colours.mean(dim=0), torch.cov(colours.T, correction=0)
+    def distribution(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = moments[0, 1:] / moments[0, 0]
+        return mean, moments[1:, 1:] / moments[0, 0] - mean.outer(mean)
 
-    others = [[*references[:i], *references[i + 1 :]] for i in range(len(references))]
-    strange = [farthest(one, *distribution(rest)) for one, rest in zip(references, others) if rest]
-    mean, covariance = distribution(references)
+    with_ones = [F.pad(colours, (1, 0), value=1) for colours in references]
+    moments = torch.stack([rows.T @ rows for rows in with_ones])  # number, sums and sums of products of each
+    total = moments.sum(dim=0)
+    others = total - moments if len(references) > 1 else ()
+    strange = [farthest(colours, *distribution(rest)) for colours, rest in zip(references, others)]
+    mean, covariance = distribution(total)
     return {"mean": mean.tolist(), "covariance": covariance.tolist(), "strangest": max(strange, default=None)}
 
 
@@ -295,16 +298,12 @@ def composite(image: Image.Image, candidate: torch.Tensor, mask: np.ndarray) -> 
     return Image.fromarray(np.where(mask[..., None], np.asarray(painted), np.asarray(image)))
 
 
-SHEET_CASES, SHEET_WINDOWS = 24, 12  # on the contact sheet; of each picture
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 KINDS = ("images", "masks", "contact")  # folders of the output
-
-
 REFUSALS = ("broken", "no defect", "artefact")
+SHEET_CASES, SHEET_WINDOWS = 24, 12  # on the contact sheet; of each picture
 
 
 class Gates(NamedTuple):

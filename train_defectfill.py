@@ -846,11 +846,12 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
 
 def appearances(samples: TrainingSamples) -> dict[str, dict]:
     """How the references of each defect type look, for generation to tell artefacts by."""
-    colours: dict[str, list[torch.Tensor]] = {}
+    colours: dict[str, dict[str, torch.Tensor]] = {}  # of a defect type: a photograph's, of all its windows
     for window in samples.windows:
         picture, mask = image_tensor(window.image, samples.resolution), to_grid(window.mask, samples.resolution)
-        colours.setdefault(window.defect, []).append(defect_colours(picture / 2 + 0.5, mask))
-    return {defect: learn_appearance(of_defect) for defect, of_defect in colours.items()}
+        found, of_type = defect_colours(picture / 2 + 0.5, mask), colours.setdefault(window.defect, {})
+        of_type[window.source_file] = torch.cat([of_type.get(window.source_file, found[:0]), found])
+    return {defect: learn_appearance(list(of_type.values())) for defect, of_type in colours.items()}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -39,6 +39,7 @@ COUNTS: dict[str, Callable[[list[dict], list[dict]], int]] = {
     "made": lambda planned, made: len(made),
     "retried": lambda planned, made: sum(any(w["attempts"] > 1 for w in line["windows"]) for line in made),
     "not painted": lambda planned, made: len(planned) - len(made),
+    "refused: broken": lambda planned, made: refused(made, "broken"),
     "refused: no defect": lambda planned, made: refused(made, "no defect"),
     "refused: artefact": lambda planned, made: refused(made, "artefact"),
 }

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import struct
 import warnings
 from pathlib import Path
 
@@ -23,7 +24,6 @@ TIFF_OWN = {  # the tags of a TIFF file that are not EXIF: where its pixels are,
     *(254, 255, 256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 282, 283, 284, 296, 317, 320, 322, 323),
     *(324, 325, 338, 339, 347, 530, 531, 532, 34675),
 }
-RIGHTS = (b"cc:license", b"dc:rights", b"xmpRights:")  # what names a licence in XMP
 CODING = (b"JFIF\0", b"ICC_PROFILE\0", b"Adobe")  # how those segments of a JPEG begin that its pixels need
 
 
@@ -110,26 +110,36 @@ def upright_size(file: Path) -> tuple[int, int]:
 def tells_more(image: ImageFile.ImageFile) -> bool:
     """Whether an image file just opened holds more than pixels and colours: EXIF, XMP, text, comments, previews.
 
-    A notice of the licence, as in MVTec AD's files, may stay with what stands beside it, unless that tells of a camera
-    or a place.
+    XMP that names a licence and nothing else, as in MVTec AD's files, may stay, and a comment beside it.
     """
-    behind = not ends(image)
+    behind = not ends(image)  # before the rest is read
     exif = "exif" in image.info or image.getexif().keys() - (TIFF_OWN if image.format == "TIFF" else set())
-    segments = [data for _, data in getattr(image, "applist", ()) if not data.startswith(CODING)]
-    texts = [text.encode() for text in getattr(image, "text", {}).values()]  # of a PNG
-    told = b" ".join([*segments, *texts, *(image.info.get(name, b"") for name in ("xmp", "comment"))])
-    licence = any(name in told for name in RIGHTS) and not any(name in told for name in (b"exif:", b"GPS"))
-    return bool(behind or exif or getattr(image, "private_chunks", None) or (told.strip() and not licence))
+    segments = [(name, data) for name, data in getattr(image, "applist", ()) if not data.startswith(CODING)]
+    info = [(name, image.info[name]) for name in ("xmp", "comment") if image.info.get(name)]
+    told = [*segments, *getattr(image, "text", {}).items(), *info]  # text is of a PNG
+    texts = [data for name, data in told if name.lower() not in ("com", "comment")]
+    licence = texts and all(names_licence(data) for data in texts)
+    return bool(behind or exif or getattr(image, "private_chunks", None) or (told and not licence))
+
+
+def names_licence(xmp: str | bytes) -> bool:
+    """Whether an XMP packet names a licence, and nothing else."""
+    names = set(re.findall(r"[<\s/](\w+:\w+)", xmp if isinstance(xmp, str) else xmp.decode(errors="replace")))
+    told = {name for name in names if name.partition(":")[0] not in ("rdf", "x", "xml", "xmlns")}
+    return bool(told) and all(name == "dc:rights" or name.startswith(("cc:", "xmpRights:")) for name in told)
 
 
 def upright_exif(file: Path) -> bytes:
-    """What an image file's EXIF data tell, with the orientation of pixels that have been turned already."""
+    """What an image file's EXIF data tell, with the orientation of pixels turned already; nothing if malformed."""
     with open_image(file) as image:
         exif = image.getexif()
         for tag in exif.keys() & TIFF_OWN if image.format == "TIFF" else ():
             del exif[tag]
         exif[ORIENTATION] = 1
-        return exif.tobytes()
+        try:
+            return exif.tobytes()
+        except (struct.error, TypeError, ValueError, SyntaxError):
+            return b""
 
 
 def has_16_bits(image: Image.Image) -> bool:

@@ -598,6 +598,15 @@ def test_intervals_that_cannot_work_are_refused(capsys, interval):
     assert f"--guidance_interval {values}: must be 0 <= START < END <= 1" in capsys.readouterr().err
 
 
+def test_an_interval_between_two_steps_is_refused(capsys):
+    argv = "--lora x --image y --mask m --output_dir z --guidance_interval 0.96 1 --num_inference_steps".split()
+    with pytest.raises(SystemExit):
+        g.parse_args([*argv, "20"])
+    assert "--guidance_interval 0.96 1.0: holds none of the 20 steps; make it longer" in capsys.readouterr().err
+    g.parse_args([*argv, "50"])
+    g.parse_args([*argv, "20", "--guidance_scale", "1"])
+
+
 def test_an_image_beside_a_folder_of_masks(trained, inputs, tmp_path):
     with pytest.raises(InputError, match="two files or two folders"):
         argv = ["--image", tmp_path / "good/000.png", "--mask", tmp_path / "masks", "--output_dir", tmp_path / "out"]

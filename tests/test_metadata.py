@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from test_exports import export, make_generated
 
-from defectfill_dataset import writers
+from defectfill_dataset import images, writers
 from defectfill_dataset.exports import EXPORTERS
 
 
@@ -117,7 +118,8 @@ def test_prepared_data_tells_nothing_of_the_photographs(tmp_path, capsys, file_f
 
 def with_text(**how) -> PngInfo:
     text = PngInfo()
-    text.add_itxt("XML:com.adobe.xmp", XMP.decode()) if how.get("xmp") else text.add_text("Comment", "secret", **how)
+    key = how.pop("key", "Comment")
+    text.add_itxt("XML:com.adobe.xmp", XMP.decode()) if how.get("xmp") else text.add_text(key, "secret", **how)
     return text
 
 
@@ -126,6 +128,7 @@ def with_text(**how) -> PngInfo:
     [
         ("xmp.jpg", {"xmp": XMP}, b""), ("xmp.webp", {"xmp": XMP}, b""), ("xmp.tif", {"tiffinfo": {700: XMP}}, b""),
         ("xmp.png", {"pnginfo": with_text(xmp=True)}, b""), ("text.png", {"pnginfo": with_text()}, b""),
+        ("lower.png", {"pnginfo": with_text(key="comment")}, b""),
         ("zipped.png", {"pnginfo": with_text(zip=True)}, b""), ("comment.jpg", {"comment": b"secret"}, b""),
         ("iptc.jpg", {}, b"\xff\xed\x00\x08secret"), ("behind.jpg", {}, b""), ("behind.png", {}, b""),
     ],
@@ -147,13 +150,35 @@ def test_a_picture_without_metadata_keeps_its_bytes(tmp_path, suffix):
     assert writers.image_bytes(file) == (file.read_bytes(), False)
 
 
-@pytest.mark.parametrize("beside, stays", [("", True), ("<exif:DateTimeOriginal>", False), ("<GPSLatitude>", False)])
-def test_a_notice_of_the_licence_stays_unless_more_is_told(tmp_path, beside, stays):
-    """MVTec AD's files carry one, and a comment."""
+RIGHTS = (
+    "<rdf:Description rdf:about='' xmlns:cc='x'><cc:license rdf:resource='https://by-nc-sa'/><dc:rights>x</dc:rights>"
+)
+
+
+@pytest.mark.parametrize(
+    "xmp, stays",
+    [
+        (RIGHTS, True), (RIGHTS + "<exif:DateTimeOriginal>", False), (RIGHTS + "<tiff:Model>", False),
+        (RIGHTS + "<rdf:li photoshop:City='x'>", False), ("<rdf:Description rdf:about=''/>", False),
+    ],
+)  # fmt: skip
+def test_xmp_that_names_a_licence_alone_stays(tmp_path, xmp, stays):
+    """MVTec AD's files carry such, and a comment."""
     text = PngInfo()
     text.add_text("Comment", "Of a dataset")
-    text.add_itxt("XML:com.adobe.xmp", f"<cc:license rdf:resource='by-nc-sa/4.0'/>{beside}")
-    file = tmp_path / "x.png"
-    Image.new("RGB", (8, 8)).save(file, pnginfo=text)
-    bare, changed = writers.image_bytes(file)
-    assert changed is not stays and (bare == file.read_bytes()) is stays
+    text.add_itxt("XML:com.adobe.xmp", xmp)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", xmp=xmp.encode(), comment=b"Of a dataset")
+    for file in (tmp_path / "x.png", tmp_path / "x.jpg"):
+        bare, changed = writers.image_bytes(file)
+        assert changed is not stays and (bare == file.read_bytes()) is stays
+    content = (tmp_path / "x.jpg").read_bytes()
+    (tmp_path / "x.jpg").write_bytes(content[:2] + b"\xff\xed\x00\x08secret" + content[2:])
+    assert writers.image_bytes(tmp_path / "x.jpg")[1]
+
+
+def test_a_malformed_tag_costs_the_exif_data_and_nothing_else(tmp_path):
+    tag = struct.pack("<HHII", 0x0100, 12, 1, 26)  # a width as a double
+    content = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + tag + struct.pack("<Id", 0, 8.5)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", exif=content)
+    assert images.upright_exif(tmp_path / "x.jpg") == b""

@@ -236,20 +236,20 @@ def select(scores: Sequence[float]) -> int:
 COLOUR_NOISE = 16 / 255  # that any picture may have: standard deviation of each channel
 
 
-def defect_colours(picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(n, 3) colours of the pixels inside a defect's mask, less the mean colour of its surroundings.
+def defect_colours(pictures: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(..., n, 3) colours of the pixels inside a defect's mask, less the mean colour of its surroundings.
 
     These are a sixteenth of the picture's side wide; all of the picture where the mask leaves none.
 
     Args:
-        picture: (3, S, S) in [0, 1].
+        pictures: (..., 3, S, S) in [0, 1].
         mask: (1, S, S).
     """
-    reach = max(1, picture.shape[-1] // 16)
+    reach = max(1, pictures.shape[-1] // 16)
     wider = F.max_pool2d(mask, (2 * reach + 1, 1), stride=1, padding=(reach, 0))  # one axis at a time is far quicker
     around = (F.max_pool2d(wider, (1, 2 * reach + 1), stride=1, padding=(0, reach)) > mask)[0]
-    surroundings = picture[:, around] if around.any() else picture.flatten(1)
-    return (picture[:, mask[0] > 0.5] - surroundings.mean(dim=1, keepdim=True)).T.cpu().double()
+    surroundings = pictures[..., around] if around.any() else pictures.flatten(-2)
+    return (pictures[..., mask[0] > 0.5] - surroundings.mean(dim=-1, keepdim=True)).mT.cpu().double()
 
 
 def farthest(colours: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> float:
@@ -285,8 +285,7 @@ def learn_appearance(references: Sequence[torch.Tensor]) -> dict:
 def deviations(candidates: torch.Tensor, mask: torch.Tensor, known: dict) -> list[float]:
     """How strange (N, 3, S, S) candidates look beside the references' defects; 1 is as the strangest of these."""
     mean, covariance = (torch.tensor(known[name], dtype=torch.float64) for name in ("mean", "covariance"))
-    colours = [defect_colours(candidate, mask) for candidate in candidates]
-    return [farthest(of_candidate, mean, covariance) / known["strangest"] for of_candidate in colours]
+    return [farthest(colours, mean, covariance) / known["strangest"] for colours in defect_colours(candidates, mask)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -151,6 +151,12 @@ def piece_boxes(mask: np.ndarray) -> list[tuple[int, int, int, int]]:
     return [(left, top, left + piece.shape[1], top + piece.shape[0]) for left, top, piece in pieces(mask)]
 
 
+def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of what an (H, W) mask marks, which is at least one pixel."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
 def to_grid(mask: np.ndarray, size: int) -> torch.Tensor:
     """Max-pools an (H, W) mask to (1, size, size): a cell is 1 if any of its pixels is, so no crack is lost."""
     pixels = torch.from_numpy(np.asarray(mask, dtype=np.float32))

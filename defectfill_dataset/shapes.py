@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from .masks import blob_outline
+from .masks import blob_outline, bounds
 
 
 def cut_out(mask: np.ndarray) -> np.ndarray:
     """The mask's bounding box, as a shape; `mask` marks at least one pixel."""
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    left, top, right, bottom = bounds(mask)
+    return mask[top:bottom, left:right]
 
 
 def principal_axis(mask: np.ndarray) -> tuple[float, float]:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .masks import bounds
+
 
 Box = tuple[int, int, int, int]
 
@@ -44,9 +46,8 @@ def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None) -> list[Box
     greatest = min(height, width)
     least = min(math.ceil(resolution / MAX_ENLARGEMENT), greatest)
     boxes: list[Box] = []
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    top, left = rows[0], columns[0]
-    pieces = [np.argwhere(mask[top : rows[-1] + 1, left : columns[-1] + 1]) + (top, left)]
+    left, top, *_ = marked = bounds(mask)
+    pieces = [np.argwhere(cut(mask, marked)) + (top, left)]
     while pieces:
         points = pieces.pop()
         if _covered(points, boxes):

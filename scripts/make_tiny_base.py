@@ -57,6 +57,7 @@ from defectfill_dataset import (  # noqa: E402
     to_words,
 )
 from defectfill_dataset.layouts import image_files  # noqa: E402
+from defectfill_dataset.masks import bounds  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,9 +223,9 @@ def draw_masks(rng: np.random.Generator, mark: np.ndarray | None, size: int, cel
 
     if mark is None or not mark.any():
         return [to_grid(free(), cells) for _ in range(MASKS)]
-    rows, columns = np.flatnonzero(mark.any(axis=1)), np.flatnonzero(mark.any(axis=0))
+    left, top, right, bottom = bounds(mark)
     box = np.zeros_like(mark)
-    box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+    box[top:bottom, left:right] = True
     return [to_grid(mark, cells), to_grid(box, cells), to_grid(mark | free(), cells)]
 
 

@@ -49,12 +49,12 @@ from defectfill.publish import check_hub, push, write_model_card
 from defectfill.record import LossLog, log_picture, lora_record, run_record
 from defectfill.signals import StopSignal
 from defectfill_dataset import (
-    LAYOUTS,
     InputError,
     PromptPair,
     TokenizedPrompts,
     TrainingSamples,
     Zoom,
+    add_reading_flags,
     binarise,
     build_prompts,
     check_pairs,
@@ -67,6 +67,7 @@ from defectfill_dataset import (
     image_tensor,
     load_defect_pairs,
     load_prepared,
+    other_types,
     sampling_schedule,
     select_defects,
     split_names,
@@ -709,7 +710,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     add = group("data")
     add("--train_data_dir", metavar="DIR", help="An object's folder in a known layout, or one above it.")
-    add("--layout", choices=["auto", *LAYOUTS], default="auto", help="Of --train_data_dir.")
+    add_reading_flags(add, "--train_data_dir")
     add("--dataset_name", metavar="PATH|ID", help="Prepared dataset, in place of --train_data_dir.")
     add("--dataset_config_name", metavar="NAME", help="Its config.")
     add("--object", metavar="NAME", help="Which object, where there are several.")
@@ -798,10 +799,13 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         raise InputError("DF189 --mixed_precision fp16: needs a GPU, and there is none here; use bf16 or no")
     with accelerator.main_process_first():
         if args.train_data_dir:
-            data = load_defect_pairs(args.train_data_dir, args.object, args.split, args.cache_dir, args.layout)
+            data = load_defect_pairs(
+                args.train_data_dir, args.object, args.split, args.cache_dir, args.layout, args.mask_classes,
+                args.skip_problems,
+            )  # fmt: skip
         else:
             data = load_prepared(args.dataset_name, args.dataset_config_name, args.object, args.cache_dir)
-        split, data = split_names(data), select_defects(data, args.defect)
+        split, all_types, data = split_names(data), data["train"], select_defects(data, args.defect)
     base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
     check_resolution(base, args.resolution)
     shown = args.num_validation_images if args.validation_steps and "good" in data else 0
@@ -816,6 +820,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         base.name, subfolder="tokenizer", revision=base.revision, cache_dir=args.cache_dir
     )
     tokens = tokenize_prompts(tokenizer, prompts.values())
+    others = other_types(all_types, data["train"]) if zoom else None
     identity = {name: getattr(args, name) for name in IDENTITY} | {
         "base": base.name,
         "revision": base.revision,
@@ -828,6 +833,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
     }
+    if others:
+        identity["other_types_sha256"] = data_digest(others)
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps  # the schedule's length
     checkpoint = checkpoints.find_resume(args.output_dir, args.resume_from_checkpoint, identity, args.max_train_steps)
@@ -835,7 +842,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, args.output_dir.resolve().name)
     samples = TrainingSamples(
         data["train"], prompts, tokens, args.resolution, base.vae_scale_factor, args.seed,
-        args.max_resize_scale, args.center_crop, args.num_random_boxes, zoom,
+        args.max_resize_scale, args.center_crop, args.num_random_boxes, zoom, others,
     )  # fmt: skip
     record = lora_record(
         base, object_words, prompts, args.push_to_hub, appearance=appearances(samples),

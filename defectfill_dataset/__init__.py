@@ -7,14 +7,23 @@ Polarity and ranges, everywhere in the project:
 Shapes: H, W image pixels; h, w cells of the latent grid; L prompt tokens.
 """
 
-from .builder import DefectPairs, data_digest, file_digest, load_defect_pairs, load_prepared, select_defects
+from .builder import (
+    DefectPairs,
+    data_digest,
+    file_digest,
+    load_defect_pairs,
+    load_prepared,
+    other_types,
+    select_defects,
+)
 from .cases import Case, check_cases, find_cases, repeat_seed
 from .checks import check_pairs
-from .discovery import LAYOUTS, find_objects
-from .errors import InputError, exit_on_input_error
+from .errors import InputError, Problem, exit_on_input_error
 from .foreground import find_foreground
 from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image, upright_exif
-from .masks import binarise, boxes_mask, cover, piece_boxes, random_boxes, random_mask, to_grid
+from .inputs import add_reading_flags
+from .mask_values import MaskClasses, binarise
+from .masks import boxes_mask, cover, piece_boxes, random_boxes, random_mask, to_grid
 from .placement import (
     MaskSource,
     Placed,
@@ -27,6 +36,7 @@ from .placement import (
     reference_shapes,
 )
 from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_words, tokenize_prompts
+from .readers import LAYOUTS, find_objects
 from .seeds import derive_seed
 from .shapes import SHAPES, principal_axis
 from .splits import split_names
@@ -40,15 +50,18 @@ __all__ = [
     "LAYOUTS",
     "DefectPairs",
     "InputError",
+    "MaskClasses",
     "MaskSource",
     "Placed",
     "PlacedShapes",
     "Prompt",
+    "Problem",
     "PromptPair",
     "SHAPES",
     "TokenizedPrompts",
     "TrainingSamples",
     "Zoom",
+    "add_reading_flags",
     "binarise",
     "boxes_mask",
     "build_prompts",
@@ -73,6 +86,7 @@ __all__ = [
     "load_prepared",
     "masks_digest",
     "open_image",
+    "other_types",
     "piece_boxes",
     "principal_axis",
     "procedural_shapes",

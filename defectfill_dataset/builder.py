@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,14 +13,16 @@ import datasets
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from .checks import problems_of
-from .discovery import check_names, find_objects, read_object
+from .checks import problems_of, skippable, without
 from .errors import InputError, did_you_mean
 from .images import UNREADABLE
-from .layouts import Row, RowsError
-from .masks import MaskFiles, MaskShapes
+from .mask_values import MaskClasses
+from .masks import Mask, MaskShapes
+from .readers import Row, check_names, find_objects, read_object, relative
 from .splits import SPLIT_RULES, split_rows
 
+
+logger = logging.getLogger(__name__)
 
 FEATURES = datasets.Features(
     {
@@ -39,11 +42,15 @@ class DefectPairsConfig(datasets.BuilderConfig):
     Args:
         split: a rule of `split_rows` or the path of a split file.
         layout: a name in `LAYOUTS`, or auto for the one the folder shows.
+        mask_classes: what the values of class-coded masks mean, as `MaskClasses.parse` takes it.
+        skipped: names of images that are left out.
         fingerprint: digest of the splits, their files and shapes, so that the cache of `datasets` notices any change.
     """
 
     split: str = "auto"
     layout: str = "auto"
+    mask_classes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     fingerprint: str = ""
 
 
@@ -53,7 +60,7 @@ class DefectPairs(datasets.GeneratorBasedBuilder):
     Splits: `train` (reference defects), `test` (held-out defects), `good`; one without images is not there.
     """
 
-    VERSION = datasets.Version("1.1.0")
+    VERSION = datasets.Version("1.2.0")
     BUILDER_CONFIG_CLASS = DefectPairsConfig
 
     def _info(self) -> datasets.DatasetInfo:
@@ -61,7 +68,11 @@ class DefectPairs(datasets.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         root = self.config.data_dir  # no `Path`: `datasets` makes that, here, one without names that hold "::"
-        rows = read_object(root, self.config.name, self.config.layout)
+        reading = read_object(root, self.config.name, self.config.layout, MaskClasses.parse(self.config.mask_classes))
+        reading = without(reading, self.config.skipped, root)
+        if reading.problems:
+            raise InputError(*reading.problems)
+        rows = reading.rows
         masks = dict(zip(rows, _encode_masks(rows, root)))
         splits = split_rows(rows, root, self.config.split)
         return [
@@ -73,9 +84,9 @@ class DefectPairs(datasets.GeneratorBasedBuilder):
     def _generate_examples(self, rows: list[Row], masks: list[str | dict | None]) -> Iterator[tuple[str, dict]]:
         root = Path(self.config.data_dir)
         for row, mask in zip(rows, masks):
-            name = row.image.relative_to(root).as_posix()
+            name = relative(row.image, root)
             yield (
-                name,
+                f"{row.defect}/{name}",
                 {
                     "image": str(row.image),
                     "mask": mask,
@@ -86,7 +97,7 @@ class DefectPairs(datasets.GeneratorBasedBuilder):
             )
 
 
-def _encode_mask(mask: MaskFiles | MaskShapes) -> str | dict:
+def _encode_mask(mask: Mask) -> str | dict:
     """What the dataset keeps of a mask: the path of its file as it stands, or else a PNG of what it marks."""
     if mask.plain:
         return str(mask.plain)
@@ -103,14 +114,28 @@ def _encode_masks(rows: list[Row], root: str | Path) -> list[str | dict | None]:
         raise InputError(*problems_of(rows, root)) from error
 
 
+class DefectData(DatasetDict):
+    """The splits of one object, and the names of the images that were left out for their problems."""
+
+    skipped: list[str]
+
+
 def load_defect_pairs(
     data_dir: str | Path,
     object_name: str | None = None,
     split: str = "auto",
     cache_dir: str | None = None,
     layout: str = "auto",
-) -> DatasetDict:
+    mask_classes: Sequence[str] = (),
+    skip_problems: bool = False,
+) -> DefectData:
     """The splits of `DefectPairs` for one object in `data_dir` (the object's folder, or one above several).
+
+    An image with defects of several types has a row for each type, with the mask of that type alone.
+
+    Args:
+        split, layout, mask_classes: as in `DefectPairsConfig`.
+        skip_problems: leave out images that cannot be used, with a warning for each, rather than refuse them all.
 
     Raises:
         InputError: unknown or missing object (DF162), no defect images (DF163), a mask that cannot be rendered
@@ -119,33 +144,47 @@ def load_defect_pairs(
     objects = find_objects(data_dir, layout)
     name = _choose_object(data_dir, objects, object_name)
     root = objects[name]
-    try:
-        rows = read_object(root, name, layout)
-    except RowsError as error:  # what is wrong with the pixels is told at once
-        raise InputError(*error.problems, *problems_of(error.rows, root)) from error
+    reading = read_object(root, name, layout, MaskClasses.parse(mask_classes))
+    skipped: list[str] = []
+    if skip_problems:
+        bad = [*reading.problems, *problems_of(reading.rows, root, good=True)]
+        if all(skippable(problem) for problem in bad):
+            for problem in bad:
+                logger.warning("left out: %s", problem)
+            skipped = sorted({problem.image for problem in bad if problem.image})
+            reading = without(reading, skipped, root)
+    if reading.problems:  # what is wrong with the pixels is told at once
+        raise InputError(*reading.problems, *problems_of(reading.rows, root))
+    rows = reading.rows
     if all(row.mask is None for row in rows):
         raise InputError(f"DF163 {root}: no defect images, only {len(rows)} good ones; add at least one with its mask")
     splits = split_rows(rows, root, split)
     if not splits["train"]:
         raise InputError(f"DF163 --split {split}: leaves no defect image to train on")
+    for note in reading.notes:
+        logger.warning("%s", note)
     builder = DefectPairs(
         dataset_name="defect_pairs",
         config_name=name,
         data_dir=str(root),
         split=split if split in SPLIT_RULES else str(Path(split).resolve()),
         layout=layout,
+        mask_classes=tuple(mask_classes),
+        skipped=tuple(skipped),
         fingerprint=_fingerprint(splits),
         cache_dir=cache_dir,
     )
     builder.download_and_prepare()
-    return builder.as_dataset()
+    data = DefectData(builder.as_dataset())
+    data.skipped = skipped
+    return data
 
 
 def _fingerprint(splits: dict[str, list[Row]]) -> str:
     digest = hashlib.sha256()
     for split, rows in splits.items():
         for row in rows:
-            paths = row.mask.paths if isinstance(row.mask, MaskFiles) else ()
+            paths = () if row.mask is None or isinstance(row.mask, MaskShapes) else row.mask.paths
             files = [(str(file), file_digest(file)) for file in (row.image, *paths)]
             digest.update(json.dumps([split, row.defect, repr(row.mask), files]).encode())
     return digest.hexdigest()
@@ -215,3 +254,11 @@ def select_defects(data: DatasetDict, defects: Sequence[str] | None) -> DatasetD
     if problems:
         raise InputError(*problems)
     return DatasetDict(data | {split: _rows_where(data[split], "defect", defects or known) for split in splits})
+
+
+def other_types(rows: Dataset, selected: Dataset) -> Dataset:
+    """Of `rows`, those of further defect types in the images of `selected`: what its windows should not show."""
+    taken = set(zip(selected["source_file"], selected["defect"]))
+    images = set(selected["source_file"])
+    names = zip(rows["source_file"], rows["defect"])
+    return rows.select([i for i, name in enumerate(names) if name[0] in images and name not in taken])

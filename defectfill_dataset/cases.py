@@ -11,11 +11,11 @@ from PIL import Image
 
 from .builder import file_digest
 from .checks import Look, area_problems, look_at, odd_lines
-from .errors import InputError
+from .errors import InputError, Problem
 from .images import UNREADABLE, load_image, open_image
-from .layouts import image_files, pair_by_name
-from .masks import binarise
+from .mask_values import binarise
 from .placement import MaskSource, Placed
+from .readers import image_files, pair_by_name
 from .seeds import derive_seed
 
 
@@ -109,7 +109,7 @@ def pair_files(images: list[Path], flag: str, path: Path) -> dict[Path, Path]:
         return dict.fromkeys(images, path)
     root = Path(os.path.commonpath([images[0].absolute(), path.absolute()]))
     pairs, problems = pair_by_name([f.absolute() for f in images], [f.absolute() for f in image_files(path)], root)
-    problems = [problem for problem in problems if flag == "mask" or not problem.startswith("DF143")]
+    problems = [problem for problem in problems if flag == "mask" or problem.code != "DF143"]
     if problems:
         raise InputError(*(f"{problem} (--{flag} {path})" for problem in problems))
     return {file: pairs[file.absolute()] for file in images}
@@ -118,7 +118,7 @@ def pair_files(images: list[Path], flag: str, path: Path) -> dict[Path, Path]:
 def check_cases(cases: list[Case]) -> None:
     """Opens every file and warns of what is odd; raises InputError with all problems: DF120, and those of training."""
     looks: list[Look] = []
-    problems: list[str] = []
+    problems: list[Problem | str] = []
     for case in cases:
         name = str(case.image)
         seen = look_at(name, "good", case.image)

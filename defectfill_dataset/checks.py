@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import datasets
@@ -12,10 +12,12 @@ import xxhash
 from datasets import Dataset
 from PIL import Image
 
-from .errors import InputError, one_line
+from .errors import InputError, Problem, one_line
 from .images import ORIENTATION, UNREADABLE, load_image, oddities, open_image
-from .layouts import IMAGE_EXTENSIONS, Row
-from .masks import MaskFiles, binarise, to_grid
+from .mask_values import binarise
+from .masks import Mask, MaskFiles, MaskUnion, to_grid
+from .readers import IMAGE_EXTENSIONS, Reading, Row, relative
+from .readers.files import is_hidden
 from .zoom import Zoom, cut, zoom_boxes
 
 
@@ -37,6 +39,7 @@ class Look:
         area: share of the image that the mask marks; 0 for a good image, or where there are problems.
         cells: cells of the latent grid that it marks, pooled as training does.
         zoomed: cells that it marks of the least of its zoom windows.
+        crowded: zoom windows that show defects of other types too, and `windows` all of them.
         nearest: cells that nearest-neighbour sampling would leave.
         mask: digest of the mask's pixels.
         odd: "DFnnn what", for a person to know.
@@ -44,25 +47,43 @@ class Look:
 
     name: str
     defect: str
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
     pixels: str = ""
     size: tuple[int, int] = (0, 0)
     area: float = 0.0
     cells: int = 0
     zoomed: int = 0
+    windows: int = 0
+    crowded: int = 0
     nearest: int = 0
     mask: str = ""
     odd: tuple[str, ...] = ()
 
 
-def look(row: Row, root: str | Path, resolution: int = 512, grid: int = 64, with_zoom: bool = False) -> Look:
-    """`look_at` for one row of a dataset's folder."""
-    name = row.image.relative_to(root).as_posix()
-    render = row.mask.render if row.mask else None
-    seen = look_at(name, row.defect, row.image, render, resolution, grid, with_zoom)
+def look(
+    row: Row, root: str | Path, resolution: int = 512, grid: int = 64, with_zoom: bool = False, others: Mask | None = None
+) -> Look:
+    """`look_at` for one row of a dataset's folder; `others` marks the image's defects of other types."""
+    name = relative(row.image, root)
+    render, render_others = (mask.render if mask else None for mask in (row.mask, others))
+    render, render_others = (mask.render if mask else None for mask in (row.mask, others))
+    seen = look_at(name, row.defect, row.image, render, resolution, grid, with_zoom, render_others)
+    if name != name.encode(errors="replace").decode():
+        problem = Problem("DF115", name, "the file's name is not UTF-8", "rename it", name)
+        return dataclasses.replace(seen, problems=(problem, *seen.problems))
     if os.path.realpath(row.image).startswith(os.path.realpath(root) + os.sep):
         return seen
     return dataclasses.replace(seen, odd=(*seen.odd, "DF114 is a link to a file outside the dataset"))
+
+
+def other_types(rows: Sequence[Row]) -> list[Mask | None]:
+    """For each row the mask of all other defect types of its image, if it has some."""
+    masks: dict[Path, dict[str, Mask]] = {}
+    for row in rows:
+        if row.mask:
+            masks.setdefault(row.image, {})[row.defect] = row.mask
+    found = [[m for defect, m in masks.get(row.image, {}).items() if defect != row.defect] for row in rows]
+    return [MaskUnion.of(of_others) if of_others else None for of_others in found]
 
 
 def look_at(
@@ -73,6 +94,7 @@ def look_at(
     resolution: int = 512,
     grid: int = 64,
     with_zoom: bool = False,
+    others: Callable[[], np.ndarray] | None = None,
 ) -> Look:
     """Opens one image and its mask, which `render` gives.
 
@@ -83,34 +105,45 @@ def look_at(
         resolution: of the training to come; `grid` is the side of its latent grid.
         with_zoom: lay zoom windows too.
     """
+
+    def refused(code: str, what: str, fix: str = "") -> tuple[Problem, ...]:
+        return (Problem(code, name, what, fix, name),)
+
     try:
         opened = open_image(file)
         odd, image = oddities(opened), load_image(opened)
     except UNREADABLE as error:
-        return Look(name, defect, (f"DF103 {name}: the image cannot be read: {error}",))
+        return Look(name, defect, refused("DF103", f"the image cannot be read: {error}"))
     if image.getcolors(1):
         odd += ("DF124 is of a single colour",)
-    if opened.getexif().get(ORIENTATION, 1) not in range(9):
+    orientation = opened.getexif().get(ORIENTATION, 1)
+    if orientation not in range(9):
         odd += ("DF126 has an EXIF orientation that means nothing; it is not turned",)
+    elif orientation > 1 and render:
+        odd += ("DF127 is turned by its EXIF tag, and so must its mask be drawn; look whether the outline fits",)
     seen = Look(name, defect, (), digest(image), image.size, odd=odd)
     if min(image.size) < LEAST_SIDE:
-        side = f"DF130 {name}: is {image.width}x{image.height}; give an image of at least {LEAST_SIDE} pixels a side"
-        return dataclasses.replace(seen, problems=(side,))
+        fix = f"give an image of at least {LEAST_SIDE} pixels a side"
+        return dataclasses.replace(seen, problems=refused("DF130", f"is {image.width}x{image.height}", fix))
     if render is None:
-        missing = () if defect == "good" else (f"DF142 {name}: its mask is missing; add it",)
+        missing = () if defect == "good" else refused("DF142", "its mask is missing", "add it")
         return dataclasses.replace(seen, problems=missing)
     try:
         inside = render()
     except UNREADABLE as error:
-        return dataclasses.replace(seen, problems=(f"DF103 {name}: its mask cannot be read: {error}",))
+        return dataclasses.replace(seen, problems=refused("DF103", f"its mask cannot be read: {error}"))
     if problems := area_problems(name, image.size, inside):
         return dataclasses.replace(seen, problems=tuple(problems))
     rows, columns = ((np.arange(grid) * side) // grid for side in inside.shape)
+    apart = others() if others and with_zoom else None
+    boxes = zoom_boxes(inside, resolution, Zoom(), apart) if with_zoom else []
     return dataclasses.replace(
         seen,
         area=np.count_nonzero(inside) / inside.size,
         cells=int(to_grid(inside, grid).sum()),
-        zoomed=least_cells(inside, resolution, grid) if with_zoom else 0,
+        zoomed=min((int(to_grid(cut(inside, box), grid).sum()) for box in boxes), default=0),
+        windows=len(boxes),
+        crowded=0 if apart is None else sum(bool(cut(apart, box).any()) for box in boxes),
         nearest=int(inside[np.ix_(rows, columns)].sum()),
         mask=xxhash.xxh128(np.packbits(inside).data).hexdigest(),
     )
@@ -124,21 +157,18 @@ def digest(image: Image.Image) -> str:
     return found.hexdigest()
 
 
-def least_cells(mask: np.ndarray, resolution: int, grid: int) -> int:
-    """Cells of the latent grid that a (H, W) mask marks of the one of its zoom windows in which they are fewest."""
-    return min(int(to_grid(cut(mask, box), grid).sum()) for box in zoom_boxes(mask, resolution, Zoom()))
-
-
-def area_problems(name: str, size: tuple[int, int], inside: np.ndarray, what: str = "mask") -> list[str]:
+def area_problems(name: str, size: tuple[int, int], inside: np.ndarray, what: str = "mask") -> list[Problem]:
     """What is wrong with an (H, W) mask, or another area, of an image of this (W, H); only a mask must not be full."""
     height, width = inside.shape
     if size != (width, height):
-        hint = ": one is turned; give both one EXIF orientation" if size == (height, width) else "; they must match"
-        return [f"DF140 {name}: the image is {size[0]}x{size[1]}, its {what} {width}x{height}{hint}"]
+        turned = size == (height, width)
+        told = f"the image is {size[0]}x{size[1]}, its {what} {width}x{height}" + (": one is turned" if turned else "")
+        fix = "give both one EXIF orientation" if turned else "they must match"
+        return [Problem("DF140", name, told, fix, name)]
     if not inside.any():
-        return [f"DF145 {name}: its {what} is empty; mark the area, or remove the pair"]
+        return [Problem("DF145", name, f"its {what} is empty", "mark the area, or remove the pair", name)]
     if inside.all() and what == "mask":
-        return [f"DF146 {name}: its mask covers the whole image; mark the defect only"]
+        return [Problem("DF146", name, "its mask covers the whole image", "mark the defect only", name)]
     return []
 
 
@@ -159,9 +189,23 @@ def check_pairs(references: Dataset, *more: Dataset, resolution: int = 512, grid
     return suspicions(looks, set(references["source_file"]), resolution)
 
 
-def problems_of(rows: Iterable[Row], root: str | Path) -> list[str]:
-    """All problems of the defect images among `rows`."""
-    return [problem for row in rows if row.mask for problem in look(row, root).problems]
+def problems_of(rows: Iterable[Row], root: str | Path, good: bool = False) -> list[Problem]:
+    """All problems of the pixels of the defect images among `rows`, and with `good` of the good ones too."""
+    looks = [look(row, root) for row in rows if row.mask or good]
+    return [problem for seen in looks for problem in seen.problems]
+
+
+def skippable(problem: Problem) -> bool:
+    """Whether the dataset can be used without the one image that the problem is of, or without a mask of no image."""
+    return problem.image is not None or problem.code == "DF143"
+
+
+def without(reading: Reading, images: Collection[str], root: str | Path) -> Reading:
+    """The reading without these images; problems that go with them, and masks without an image, are gone too."""
+    if not images:
+        return reading
+    rows = [row for row in reading.rows if relative(row.image, root) not in images]
+    return Reading(rows, [p for p in reading.problems if not skippable(p)], reading.notes)
 
 
 def _encoded(split: Dataset) -> Dataset:
@@ -172,7 +216,7 @@ def _encoded(split: Dataset) -> Dataset:
 def _look_at_row(row: dict, resolution: int, grid: int) -> Look:
     name, image, mask = row["source_file"], row["image"], row["mask"]
     if image is None:
-        return Look(name, row["defect"], (f"DF103 {name}: its row holds no image",))
+        return Look(name, row["defect"], (Problem("DF103", name, "its row holds no image", image=name),))
     render = (lambda: _read_mask(mask)) if mask else None
     return look_at(name, row["defect"], _file(image), render, resolution, grid)
 
@@ -191,14 +235,14 @@ def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> 
 
     What `oddities` finds, DF114 a link, DF124 one colour, DF131 long and thin, DF132 enlarged, DF150 inverted masks,
     DF151 a defect of fewer than four latent cells, DF153 one picture twice, DF154 a picture both among the references
-    and held out, or both defective and good, DF155 one mask for all.
+    and held out, or both defective and good, DF155 one mask for all, DF157 windows with defects of other types.
 
     Args:
         references: names of the images that train.
         resolution: of the training to come.
     """
     notes = odd_lines(looks)
-    opened, marked = [x for x in looks if x.size[0]], [x for x in looks if x.area]
+    opened, marked = list({x.name: x for x in looks if x.size[0]}.values()), [x for x in looks if x.area]
     long = [x.name for x in opened if max(x.size) > MOST_ASPECT * min(x.size)]
     if long:
         notes.append(
@@ -219,6 +263,12 @@ def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> 
         for x in marked
         if x.cells < 4
     ]
+    crowded = [x for x in marked if x.crowded]
+    if crowded:
+        notes.append(
+            f"DF157 {_some(list(dict.fromkeys(x.name for x in crowded)))}: {sum(x.crowded for x in crowded)} of "
+            f"{sum(x.windows for x in marked)} zoom windows show defects of other types too, which lie too close"
+        )
     same: dict[str, list[Look]] = {}
     for x in opened:
         same.setdefault(x.pixels, []).append(x)
@@ -238,17 +288,19 @@ def odd_lines(looks: Iterable[Look]) -> list[str]:
     for x in looks:
         for kind in x.odd:
             names.setdefault(kind, []).append(x.name)
-    return [one_line(f"{kind[:5]} {_some(found)}: {kind[6:]}") for kind, found in names.items()]
+    return [one_line(f"{kind[:5]} {_some(list(dict.fromkeys(n)))}: {kind[6:]}") for kind, n in names.items()]
 
 
 def passed_over(rows: Iterable[Row], root: Path) -> list[str]:
     """A line (DF107) of what lies beside the images and is not read, if anything."""
-    files = sorted(f for folder in {row.image.parent for row in rows} for f in folder.iterdir() if f.name[0] != ".")
+    files = sorted(
+        f for folder in {row.image.parent for row in rows} for f in folder.iterdir() if not is_hidden(f.name)
+    )
     known = IMAGE_EXTENSIONS | BESIDE_IMAGES | {""}
     strange = [
         f for f in files if (f.suffix.lower() in IMAGE_EXTENSIONS if f.is_dir() else f.suffix.lower() not in known)
     ]
-    names = [f.relative_to(root).as_posix() for f in strange]
+    names = [relative(f, root) for f in strange]
     read = ", ".join(sorted(IMAGE_EXTENSIONS))
     return [one_line(f"DF107 {_some(names)}: not read; only files of {read} are; convert it")] if names else []
 

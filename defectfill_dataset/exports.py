@@ -17,13 +17,13 @@ import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from .annotations import MALFORMED
 from .builder import file_digest
-from .discovery import NAME, RESERVED
 from .images import ORIENTATION, load_image
-from .layouts import ONE_TYPE, Row, file_inside, image_files
-from .masks import MaskFiles, binarise, pieces
+from .mask_values import binarise
+from .masks import MaskFiles, pieces
 from .outlines import exact_polygon, joined_polygon
+from .readers import NAME, ONE_TYPE, RESERVED, Row, file_inside, image_files
+from .readers.marks import MALFORMED
 from .seeds import derive_seed
 from .writers import WRITERS, png_bytes, read_examples
 

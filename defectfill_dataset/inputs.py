@@ -1,6 +1,7 @@
 """The flags of good images and masks, and what they name."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from .cases import Case, check_cases, find_cases
@@ -15,13 +16,15 @@ from .placement import (
     random_source,
     reference_shapes,
 )
+from .readers import LAYOUTS
+from .readers.discovery import OLD_NAMES
 from .shapes import SHAPES
 
 
 # What decides a mask source.
 MASK_FLAGS = (
-    "mask_source", "reference_data", "object", "split", "max_rotation", "shapes", "foreground", "zone", "coverage",
-    "masks_per_image",
+    "mask_source", "reference_data", "object", "split", "layout", "mask_classes", "skip_problems", "max_rotation",
+    "shapes", "foreground", "zone", "coverage", "masks_per_image",
 )  # fmt: skip
 
 
@@ -42,6 +45,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     add("--reference_data", metavar="DIR", help="Dataset folder of references and held_out.")
     add("--object", help="Object in it, where there are several.")
     add("--split", default="auto", metavar="RULE|FILE", help="As in training. Default: %(default)s.")
+    add_reading_flags(add, "--reference_data")
     rotation_help = "Of references, to either side. Default: %(default)s."
     add("--max_rotation", type=float, default=180.0, metavar="DEG", help=rotation_help)
     add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="Of procedural. Default: all.")
@@ -60,6 +64,25 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     add("--masks_per_image", type=int, default=1, metavar="N", help="Defects in an image. Default: %(default)s.")
 
 
+def add_reading_flags(add: Callable, data: str) -> None:
+    """The flags that decide how a dataset's folder, given by the flag `data`, is read."""
+    add(
+        "--layout",
+        choices=["auto", *LAYOUTS, *OLD_NAMES],
+        default="auto",
+        help=f"Folder layout of {data}. Detected by default.",
+    )
+    add(
+        "--mask_classes",
+        nargs="+",
+        default=[],
+        metavar="VALUE=NAME",
+        help="What each value or colour of class-coded masks means: a defect type's name, or ignore "
+        "(85=scratch 255=ignore, 250,50,83=hole, #fa3253=hole).",
+    )
+    add("--skip_problems", action="store_true", help="Leave out images that cannot be used, and name each.")
+
+
 def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with a message where flags of images and masks contradict each other."""
     source = args.mask_source
@@ -70,7 +93,8 @@ def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
     if (source in ("references", "held_out")) != (args.reference_data is not None):
         parser.error("give --reference_data with --mask_source references or held_out, and only there")
     users = {"max_rotation": ["references"], "shapes": ["procedural"]}
-    users |= dict.fromkeys(("object", "split"), ["references", "held_out"])
+    of_data = ("object", "split", "layout", "mask_classes", "skip_problems")
+    users |= dict.fromkeys(of_data, ["references", "held_out"])
     users |= dict.fromkeys(("foreground", "zone", "coverage", "masks_per_image"), ["references", "procedural"])
     for flag, sources in users.items():
         if source not in sources and getattr(args, flag) != parser.get_default(flag):
@@ -101,7 +125,10 @@ def read_source(
         shapes, settings = procedural_shapes(args.shapes), {"shapes": args.shapes}
     else:
         held_out = args.mask_source == "held_out"
-        masks = load_masks(args.reference_data, args.object, args.split, defect, held_out, cache_dir)
+        masks = load_masks(
+            args.reference_data, args.object, args.split, defect, held_out, cache_dir, args.layout, args.mask_classes,
+            args.skip_problems,
+        )  # fmt: skip
         settings = {"reference_masks_sha256": masks_digest(masks)}
         if held_out:
             return held_out_source(masks), settings

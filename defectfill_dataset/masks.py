@@ -8,46 +8,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 from skimage import draw
 
-from .images import FULL_16_BITS, UNREADABLE, load_image, open_image
-
-
-def binarise(mask: Image.Image) -> np.ndarray:
-    """The (H, W) bool array of a mask file: True where any channel is above half of its greatest value.
-
-    So 0/255 and 0/1 codings both work, in 8 and in 16 bits, and the ringing of a JPEG mask stays out.
-
-    Raises:
-        ValueError: a coding that cannot be told apart from noise or from several classes, or what `load_image` says.
-    """
-    colours = len(np.unique(np.asarray(mask))) if mask.mode == "P" else 2
-    if colours > 2:
-        raise ValueError(f"the mask has {colours} palette colours; save it as black and white")
-    if mask.mode.startswith("I;16"):
-        values, full = np.asarray(ImageOps.exif_transpose(mask)), FULL_16_BITS
-    else:
-        plain = mask.mode in ("1", "L") and not mask.has_transparency_data  # large ones need no colours in between
-        values = np.asarray(ImageOps.exif_transpose(mask).convert("L") if plain else load_image(mask))
-        values, full = values if plain else values.max(axis=-1), 255
-    peak = int(values.max())
-    if 1 < peak <= full // 2:
-        raise ValueError(f"the mask's brightest value is {peak}; code it as 0 and {full}, or as 0 and 1")
-    return values > peak // 2
-
-
-def nonzero(mask: Image.Image) -> np.ndarray:
-    """The (H, W) bool array of a mask file whose values name kinds of defects: True where it is not 0.
-
-    Raises:
-        ValueError: what `load_image` says.
-    """
-    if mask.mode in ("1", "L", "P") or mask.mode.startswith("I"):
-        return np.asarray(ImageOps.exif_transpose(mask)) > 0
-    return np.asarray(load_image(mask)).max(axis=-1) > 0
+from .images import UNREADABLE, open_image
+from .mask_values import NO_CLASSES, MaskClasses, binarise, nonzero
 
 
 def polygon_mask(corners: Sequence[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
@@ -76,15 +43,18 @@ class MaskFiles:
     Args:
         paths: absolute, at least one.
         nonzero: every value above 0 is defect; if not, `binarise` decides.
+        classes: what the files' values mean, where they are class-coded; then `defect` names the one that counts.
     """
 
     paths: tuple[Path, ...]
     nonzero: bool = False
+    classes: MaskClasses = NO_CLASSES
+    defect: str = ""
 
     @property
     def plain(self) -> Path | None:
         """The file that is the mask as it stands, if there is one."""
-        return self.paths[0] if len(self.paths) == 1 and not self.nonzero else None
+        return self.paths[0] if len(self.paths) == 1 and not self.nonzero and not self.classes else None
 
     def render(self) -> np.ndarray:
         """The (H, W) bool array.
@@ -92,17 +62,22 @@ class MaskFiles:
         Raises:
             ValueError: a file that cannot be read, files of different sizes, or what `binarise` says.
         """
-        read = nonzero if self.nonzero else binarise
         parts = {}
         for path in self.paths:
             try:
-                parts[path] = read(open_image(path))
+                parts[path] = self._read(open_image(path))
             except UNREADABLE as error:
                 raise ValueError(f"{path.name}: {error}") from error
         if len({part.shape for part in parts.values()}) > 1:
             sizes = ", ".join(f"{path.name} {part.shape[1]}x{part.shape[0]}" for path, part in parts.items())
             raise ValueError(f"its mask files differ in size: {sizes}")
         return np.logical_or.reduce(list(parts.values()))
+
+    def _read(self, mask: Image.Image) -> np.ndarray:
+        if not self.classes:
+            return nonzero(mask) if self.nonzero else binarise(mask)
+        found = self.classes.areas(mask).get(self.defect)
+        return np.zeros(mask.size[::-1], dtype=bool) if found is None else found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +112,40 @@ class MaskShapes:
                 raise ValueError(f"its run lengths do not fill {self.size[0]}x{self.size[1]} pixels")
             mask |= part > 0
         return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskUnion:
+    """Several masks of one image as one: everything that any of them marks."""
+
+    parts: tuple[MaskFiles | MaskShapes, ...]
+    plain: ClassVar[None] = None
+
+    @staticmethod
+    def of(masks: Sequence["Mask"]) -> "Mask":
+        """The union in its simplest form: one mask as it is, shapes together in one `MaskShapes`."""
+        if len(masks) == 1:
+            return masks[0]
+        shapes = [mask for mask in masks if isinstance(mask, MaskShapes)]
+        if len(shapes) == len(masks) and len({mask.size for mask in shapes}) == 1:
+            polygons = tuple(polygon for mask in shapes for polygon in mask.polygons)
+            return MaskShapes(shapes[0].size, polygons, tuple(rle for mask in shapes for rle in mask.rles))
+        parts = [part for mask in masks for part in (mask.parts if isinstance(mask, MaskUnion) else (mask,))]
+        return MaskUnion(tuple(parts))
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(path for part in self.parts if isinstance(part, MaskFiles) for path in part.paths)
+
+    def render(self) -> np.ndarray:
+        """The (H, W) bool array; raises ValueError as its parts do, or where they differ in size."""
+        areas = [part.render() for part in self.parts]
+        if len({area.shape for area in areas}) > 1:
+            raise ValueError("its masks differ in size: " + ", ".join(f"{a.shape[1]}x{a.shape[0]}" for a in areas))
+        return np.logical_or.reduce(areas)
+
+
+Mask = MaskFiles | MaskShapes | MaskUnion
 
 
 def pieces(mask: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:

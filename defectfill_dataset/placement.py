@@ -20,7 +20,8 @@ from .builder import load_defect_pairs, select_defects
 from .checks import check_pairs
 from .errors import InputError
 from .foreground import find_foreground
-from .masks import binarise, random_mask
+from .mask_values import binarise
+from .masks import random_mask
 from .seeds import derive_seed
 from .shapes import SHAPES, cut_out, random_transform, transform, union
 
@@ -74,13 +75,16 @@ def load_masks(
     defect: str | None,
     held_out: bool,
     cache_dir: str | None = None,
+    layout: str = "auto",
+    mask_classes: Sequence[str] = (),
+    skip_problems: bool = False,
 ) -> list[NamedMask]:
     """The masks of one defect type (all for None): of its references, or of the held-out images.
 
     Raises:
         InputError: no such masks (DF341), or what `load_defect_pairs`, `select_defects` and `check_pairs` find.
     """
-    data = load_defect_pairs(data_dir, object_name, split, cache_dir)
+    data = load_defect_pairs(data_dir, object_name, split, cache_dir, layout, mask_classes, skip_problems)
     rows = select_defects(data, [defect] if defect else None).get("test" if held_out else "train")
     if not rows:
         kind, of = "held-out" if held_out else "reference", f"of '{defect}' " if defect else ""

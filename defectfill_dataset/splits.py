@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import DatasetDict
 
 from .errors import InputError
-from .layouts import Row
+from .readers import Row, relative
 
 
 SPLIT_RULES = ("auto", "first_third", "all")
@@ -21,20 +21,19 @@ def split_rows(rows: list[Row], root: str | Path, rule: str) -> dict[str, list[R
         root: the object's folder; a split file names images relative to it.
         rule: `auto` (the layout's own split, else `first_third`), `first_third` (of each defect type the first
             ceil(n/3) by name train, the paper's protocol), `all` (every defect trains), or the path of a split file,
-            the JSON of `split_names`.
+            the JSON of `split_names`, whose `skipped` images are left out.
     """
     defects = [row for row in rows if row.defect != "good"]
     if rule not in SPLIT_RULES:
-        train = _rows_of_file(defects, root, Path(rule))
+        train, test = _rows_of_file(defects, root, Path(rule))
+        defects = [row for row in defects if row in train | test]
     elif rule == "all":
         train = set(defects)
     elif rule == "auto" and all(row.split for row in defects):
         train = {row for row in defects if row.split == "train"}
     else:
-        train = set()
-        for defect in {row.defect for row in defects}:
-            of_type = sorted((row for row in defects if row.defect == defect), key=lambda row: row.image.name)
-            train.update(of_type[: math.ceil(len(of_type) / 3)])
+        images = _first_third(defects)
+        train = {row for row in defects if row.image in images}
     return {
         "train": [row for row in defects if row in train],
         "test": [row for row in defects if row not in train],
@@ -42,25 +41,52 @@ def split_rows(rows: list[Row], root: str | Path, rule: str) -> dict[str, list[R
     }
 
 
-def _rows_of_file(defects: list[Row], root: str | Path, file: Path) -> set[Row]:
+def _first_third(defects: list[Row]) -> set[Path]:
+    """The images that train: of each type the first ceil(n/3) by name.
+
+    An image with several types is on one side with all of them. The rarest types choose first; of the others, images
+    that train already count.
+    """
+    by_type: dict[str, list[Path]] = {}
+    for row in sorted(defects, key=lambda row: row.image.name):
+        by_type.setdefault(row.defect, []).append(row.image)
+    train, held_out = set[Path](), set[Path]()
+    for _, images in sorted(by_type.items(), key=lambda item: (len(item[1]), item[0])):
+        missing = math.ceil(len(images) / 3) - len(train.intersection(images))
+        free = [image for image in images if image not in train | held_out]
+        train.update(free[: max(missing, 0)])
+        held_out.update(free[max(missing, 0) :])
+    return train
+
+
+def _rows_of_file(defects: list[Row], root: str | Path, file: Path) -> tuple[set[Row], set[Row]]:
+    """The rows of train and of test."""
     try:
         split = json.loads(file.read_text())
-        train, test = set(split["train"]), set(split["test"])
+        train, test, skipped = set(split["train"]), set(split["test"]), set(split.get("skipped", []))
     except (OSError, ValueError, KeyError, TypeError) as error:
         rules = ", ".join(SPLIT_RULES)
         raise InputError(
             f"DF165 --split {file}: neither a rule ({rules}) nor a readable split file "
             f'{{"train": [...], "test": [...]}}: {error!r}'
         ) from error
-    names = {row.image.relative_to(root).as_posix(): row for row in defects}
-    problems = [f"DF165 {file}: names '{n}', which is not in {root}" for n in sorted((train | test) - names.keys())]
+    names = {relative(row.image, root) for row in defects}
+    problems = [f"DF165 {file}: names '{n}', which is not in {root}" for n in sorted((train | test) - names)]
     problems += [f"DF165 {file}: '{n}' is in both train and test" for n in sorted(train & test)]
-    problems += [f"DF165 {file}: does not say where '{n}' belongs" for n in sorted(names.keys() - train - test)]
+    problems += [f"DF165 {file}: does not say where '{n}' belongs" for n in sorted(names - train - test - skipped)]
     if problems:
         raise InputError(*problems)
-    return {names[name] for name in train}
+    train_rows, test_rows = ({row for row in defects if relative(row.image, root) in part} for part in (train, test))
+    return train_rows, test_rows
 
 
 def split_names(dataset: DatasetDict) -> dict[str, list[str]]:
-    """The image names of train and test, relative to the object's folder: as JSON, a split file to give back."""
-    return {split: sorted(dataset[split]["source_file"]) if split in dataset else [] for split in ("train", "test")}
+    """The image names of train and test, relative to the object's folder: as JSON, a split file to give back.
+
+    Images that `skip_problems` left out are `skipped`.
+    """
+    names = {
+        split: sorted(set(dataset[split]["source_file"])) if split in dataset else [] for split in ("train", "test")
+    }
+    skipped = getattr(dataset, "skipped", [])
+    return names | ({"skipped": skipped} if skipped else {})

@@ -10,7 +10,8 @@ from datasets import Dataset
 from PIL import Image
 
 from .images import image_tensor, load_image
-from .masks import binarise, boxes_mask, random_boxes, to_grid
+from .mask_values import binarise
+from .masks import boxes_mask, random_boxes, to_grid
 from .prompts import PromptPair, TokenizedPrompts
 from .seeds import derive_seed
 from .zoom import Box, Zoom, cut, fit_box, zoom_boxes
@@ -41,6 +42,22 @@ class Window(NamedTuple):
     image_size: tuple[int, int]  # (W, H)
 
 
+class AllTypes:
+    """What each defect type marks in the images of some datasets, whose rows are an image and a type each."""
+
+    def __init__(self, *datasets: Dataset):
+        self.rows: dict[str, list[tuple[str, Dataset, int]]] = {}
+        for dataset in datasets:
+            masks = dataset.select_columns("mask")
+            for place, (name, defect) in enumerate(zip(dataset["source_file"], dataset["defect"])):
+                self.rows.setdefault(name, []).append((defect, masks, place))
+
+    def other_mask(self, source_file: str, defect: str) -> np.ndarray | None:
+        """The (H, W) bool array of all other types in this image; None where there are none."""
+        others = [masks[place]["mask"] for type_, masks, place in self.rows.get(source_file, []) if type_ != defect]
+        return np.logical_or.reduce([binarise(mask) for mask in others]) if others else None
+
+
 class TrainingSamples(torch.utils.data.Dataset):
     """Random access to the training stream: `samples[step, sample, total]` is always the same sample.
 
@@ -60,6 +77,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         center_crop: crop the centre instead of a random place.
         number_of_boxes: boxes in M_rand.
         zoom: how windows are laid around a defect; None for whole images.
+        others: rows of further defect types in the same images: windows leave other types out if they can.
     """
 
     def __init__(
@@ -74,13 +92,16 @@ class TrainingSamples(torch.utils.data.Dataset):
         center_crop: bool = False,
         number_of_boxes: int = 30,
         zoom: Zoom | None = None,
+        others: Dataset | None = None,
     ):
         self.windows: list[Window] = []
+        all_types = AllTypes(dataset, *([others] if others else []))
         for row in dataset:
             image, mask = load_image(row["image"]), binarise(row["mask"])
+            apart = all_types.other_mask(row["source_file"], row["defect"]) if zoom else None
             self.windows += [
                 Window(row["source_file"], row["defect"], image.crop(box), cut(mask, box).copy(), box, image.size)
-                for box in zoom_boxes(mask, resolution, zoom)
+                for box in zoom_boxes(mask, resolution, zoom, apart)
             ]
         self.prompts = prompts
         pairs = [prompts[window.defect] for window in self.windows]

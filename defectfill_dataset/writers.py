@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 
 from .builder import FEATURES
 from .images import load_image, open_image, tells_more
-from .layouts import Row
-from .masks import MaskFiles, MaskShapes
+from .masks import Mask
+from .readers import Row, relative
 
 
 SHARD_BYTES, GROUP_BYTES = 500 << 20, 32 << 20  # of a Parquet file, and of what is held in memory
@@ -34,7 +34,7 @@ def image_bytes(file: Path) -> tuple[bytes, bool]:
     return png_bytes(bare), True
 
 
-def mask_bytes(mask: MaskFiles | MaskShapes) -> bytes:
+def mask_bytes(mask: Mask) -> bytes:
     """A PNG: 255 inside the defect, 0 outside."""
     return png_bytes(Image.fromarray(mask.render()).convert("L"))
 
@@ -48,7 +48,7 @@ def png_bytes(image: Image.Image) -> bytes:
 def read_examples(rows: Iterable[tuple[str, Path, Row]], bared: list[str]) -> Iterator[dict]:
     """The example of each (object, its folder, row); the names of images that became bare PNGs go to `bared`."""
     for name, root, row in rows:
-        source = row.image.relative_to(root).as_posix()
+        source = relative(row.image, root)
         content, changed = image_bytes(row.image)
         if changed:
             bared.append(source)
@@ -91,13 +91,20 @@ def write_parquet(folder: Path, split: str, examples: Iterable[dict]) -> None:
 
 
 def write_imagefolder(folder: Path, split: str, examples: Iterable[dict]) -> None:
-    """train/images/00000.jpg, train/masks/00000.png and their table train/metadata.jsonl."""
+    """train/images/00000.jpg, train/masks/00000.png and their table train/metadata.jsonl.
+
+    An image with defects of several types is one file, with a line and a mask for each type.
+    """
     (folder / split / "images").mkdir(parents=True)
+    files: dict[tuple[str, str], str] = {}
     with (folder / split / "metadata.jsonl").open("w") as table:
         for number, example in enumerate(examples):
-            image = f"images/{number:05d}{Path(example['image']['path']).suffix.lower()}"
+            source = (example["object"], example["source_file"])
+            image = files.get(source)
+            if image is None:
+                image = files[source] = f"images/{number:05d}{Path(example['image']['path']).suffix.lower()}"
+                (folder / split / image).write_bytes(example["image"]["bytes"])
             mask = f"masks/{number:05d}.png" if example["mask"] else None
-            (folder / split / image).write_bytes(example["image"]["bytes"])
             if mask:
                 (folder / split / "masks").mkdir(exist_ok=True)
                 (folder / split / mask).write_bytes(example["mask"]["bytes"])

@@ -15,6 +15,7 @@ from .masks import bounds
 Box = tuple[int, int, int, int]
 
 MAX_ENLARGEMENT = 4  # a window is at least 1/4 of the model's size a side: enlarged more it would only be blur
+PLACES = 33  # of a box that are tried along each side
 
 
 class Zoom(NamedTuple):
@@ -29,7 +30,7 @@ class Zoom(NamedTuple):
     min_area: float = 0.01
 
 
-def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None) -> list[Box]:
+def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None, others: np.ndarray | None = None) -> list[Box]:
     """Square boxes inside the image which hold every pixel of a (H, W) mask; the whole image without zoom.
 
     A defect that covers too little of its window, because it is long and thin or consists of several, is halved along
@@ -39,6 +40,7 @@ def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None) -> list[Box
     Args:
         mask: not empty.
         resolution: side of the square that the model sees.
+        others: (H, W) bool, defects of other types: boxes are moved, or made smaller, to leave them out if they can.
     """
     height, width = mask.shape
     if zoom is None:
@@ -62,8 +64,30 @@ def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None) -> list[Box
             second = points[:, axis] >= (low + high)[axis] / 2
             pieces += [points[second], points[~second]]
         else:
-            boxes.append((left, top, left + side, top + side))
+            box = (left, top, left + side, top + side)
+            boxes.append(box if others is None else _apart(box, low, high, others, least))
     return boxes
+
+
+def _apart(box: Box, low: np.ndarray, high: np.ndarray, others: np.ndarray, least: int) -> Box:
+    """The box, or else the largest and nearest around the piece from `low` to `high` (y, x) without other defects."""
+    if not cut(others, box).any():
+        return box
+    height, width = others.shape
+    sums = np.pad(others.cumsum(axis=0, dtype=np.int64).cumsum(axis=1), ((1, 0), (1, 0)))
+    middle = np.array([box[1] + box[3], box[0] + box[2]]) / 2
+    side = box[2] - box[0]
+    while side >= max(least, int((high - low).max())):
+        first, last = np.maximum(high - side, 0), np.minimum(low, (height - side, width - side))
+        tops, lefts = (np.unique(np.linspace(a, b, PLACES).astype(int)) for a, b in zip(first, last))
+        y, x = np.meshgrid(tops, lefts, indexing="ij")
+        inside = sums[y + side, x + side] - sums[y, x + side] - sums[y + side, x] + sums[y, x]
+        if (inside == 0).any():
+            far = np.hypot(y + side / 2 - middle[0], x + side / 2 - middle[1])
+            top, left = (int(v.flat[np.where(inside == 0, far, np.inf).argmin()]) for v in (y, x))
+            return left, top, left + side, top + side
+        side = min(side - 1, round(0.85 * side))
+    return box
 
 
 def _covered(points: np.ndarray, boxes: list[Box]) -> bool:

@@ -56,8 +56,8 @@ from defectfill_dataset import (  # noqa: E402
     to_grid,
     to_words,
 )
-from defectfill_dataset.layouts import image_files  # noqa: E402
 from defectfill_dataset.masks import bounds  # noqa: E402
+from defectfill_dataset.readers import image_files  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ cannot be used, and 1 if only the push failed.
 """
 
 import argparse
+import dataclasses
 import re
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-import check_data
 from tqdm.auto import tqdm
 
 
@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defectfill.files import TEMPORARY, clear_leftovers, move_in, sole_writer  # noqa: E402
 from defectfill.publish import PUBLISHED_DATA, check_hub, push, write_dataset_card  # noqa: E402
-from defectfill_dataset import LAYOUTS, InputError, exit_on_input_error, find_objects  # noqa: E402
-from defectfill_dataset.layouts import Row  # noqa: E402
-from defectfill_dataset.splits import split_rows  # noqa: E402
+from defectfill_dataset import InputError, MaskClasses, exit_on_input_error, find_objects  # noqa: E402
+from defectfill_dataset.inputs import add_reading_flags  # noqa: E402
+from defectfill_dataset.readers import Row  # noqa: E402
+from defectfill_dataset.report import check_object  # noqa: E402
 from defectfill_dataset.writers import WRITERS, read_examples  # noqa: E402
 
 
@@ -44,18 +45,16 @@ def checked_splits(args: argparse.Namespace) -> Splits:
     objects = find_objects(args.data_dir, args.layout)
     if args.object and args.object not in objects:
         raise InputError(f"DF162 --object {args.object}: not in {args.data_dir}; there are {', '.join(objects)}")
-    options = check_data.parse_args([args.data_dir, "--layout", args.layout, "--split", args.split])
     problems: list[str] = []
     splits: Splits = {"train": [], "test": [], "good": []}
     for name in [args.object] if args.object else objects:
         root = objects[name]
-        report, rows, _ = check_data.check_object(root, name, options)
-        of_split = split_rows(rows, root, args.split)
-        found = list(report["problems"])
-        if not found and not of_split["train"]:
-            found.append(f"DF163 --split {args.split}: leaves no defect image to train on")
-        problems += [f"{code} {name}: {rest}" for code, rest in (line.split(" ", 1) for line in found)]
-        for split, of_object in of_split.items():
+        report = check_object(root, name, 512, 64, args.layout, args.split, MaskClasses.parse(args.mask_classes),
+                              args.skip_problems)  # fmt: skip
+        problems += [str(dataclasses.replace(p, where=f"{name}: {p.where}")) for p in report.problems]
+        for problem in report.skipped:
+            print(f"left out: {problem}")
+        for split, of_object in report.splits.items():
             splits[split] += [(name, root, row) for row in of_object]
     if problems:
         raise InputError(*problems)
@@ -88,7 +87,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("data_dir", metavar="DIR", help="An object's folder, or one above several.")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="Empty, or with this very dataset.")
     add("--format", choices=list(WRITERS), default="parquet", help="Default: %(default)s.")
-    add("--layout", choices=["auto", *LAYOUTS], default="auto", help="Default: %(default)s.")
+    add_reading_flags(add, "DIR")
     add("--object", metavar="NAME", help="Only this object.")
     add("--split", default="auto", metavar="RULE|FILE", help="As in training. Default: %(default)s.")
     add("--license", metavar="ID", help="Of the images, as the Hub names it (cc-by-nc-sa-4.0); needed for a push.")

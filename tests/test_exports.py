@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import yaml
 from conftest import write_image
+from defectfill_dataset.readers.rows import SPLITS
+from defectfill_dataset.readers import read_object
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -20,8 +22,6 @@ from scipy import ndimage
 
 from defectfill.files import sole_writer
 from defectfill_dataset import InputError, binarise, find_objects
-from defectfill_dataset.annotations import SPLITS
-from defectfill_dataset.discovery import read_object
 from defectfill_dataset.exports import EXPORTERS, NORMAL_ONLY
 from defectfill_dataset.masks import pieces, polygon_mask
 from defectfill_dataset.outlines import exact_polygon, joined_polygon, outlines

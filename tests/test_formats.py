@@ -22,9 +22,8 @@ from defectfill_dataset import (
     load_defect_pairs,
     load_image,
 )
-from defectfill_dataset.discovery import LAYOUTS, layout_of, read_object
-from defectfill_dataset.layouts import pair_by_name
 from defectfill_dataset.masks import MaskFiles, MaskShapes
+from defectfill_dataset.readers import LAYOUTS, layout_of, pair_by_name, read_object
 
 
 LAZY = Encoded(decode=False)
@@ -44,7 +43,8 @@ def codes(problems: tuple[str, ...]) -> list[str]:
 
 def table(root: Path) -> dict[str, tuple[str, str | None]]:
     """Image name -> (defect, split) as the layout's reader says."""
-    return {row.image.relative_to(root).as_posix(): (row.defect, row.split) for row in read_object(root, root.name)}
+    rows = read_object(root, root.name).rows
+    return {row.image.relative_to(root).as_posix(): (row.defect, row.split) for row in rows}
 
 
 def masks_of(root: Path, **options) -> dict[str, np.ndarray]:

@@ -1,0 +1,25 @@
+"""Readers: from an object's folder, in any known layout, to the rows of its images."""
+
+from .discovery import LAYOUTS, NAME, RESERVED, check_names, find_objects, layout_of, read_object
+from .files import IMAGE_EXTENSIONS, file_inside, image_files, pair_by_name
+from .rows import GOOD, ONE_TYPE, Reading, Row, relative
+
+
+__all__ = [
+    "GOOD",
+    "IMAGE_EXTENSIONS",
+    "LAYOUTS",
+    "NAME",
+    "ONE_TYPE",
+    "RESERVED",
+    "Reading",
+    "Row",
+    "check_names",
+    "file_inside",
+    "find_objects",
+    "image_files",
+    "layout_of",
+    "pair_by_name",
+    "read_object",
+    "relative",
+]

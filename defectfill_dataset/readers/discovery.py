@@ -1,0 +1,165 @@
+"""Which layout a folder has, the objects at or below it, and what one holds."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ..errors import InputError, Problem
+from ..mask_values import NO_CLASSES, MaskClasses
+from . import coco, folders, labelme, tables, yolo
+from .classes import split_classes
+from .files import Place, child, entries, folders_in
+from .rows import Reading, unite
+
+
+def _holds(*names: str) -> Callable[[Place], bool]:
+    """A test of whether a place has all of these folders, in any capitals."""
+    return lambda place: all(child(place.folder, name).is_dir() for name in names)
+
+
+Fits = Callable[[Place], bool]
+Reader = Callable[[Path], Reading]
+Layouts = dict[str, tuple[Fits, Reader]]  # what proves it, its reader
+
+FOLDERS: Layouts = {  # the first that fits counts
+    "defectfill": (_holds("train/defective/"), folders.read_defectfill),
+    "mvtec_ad2": (_holds("test_public/"), folders.read_mvtec_ad2),
+    "btad": (_holds("ground_truth/", "test/ko/"), folders.read_btad),
+    "mvtec_loco": (folders.has_mask_folders, folders.read_mvtec_loco),
+    "mvtec": (_holds("ground_truth/"), folders.read_mvtec),
+    "visa": (_holds("Data/Images/"), folders.read_visa),
+    "ksdd2": (folders.is_ksdd2, folders.read_ksdd2),
+    "magnetic_tile": (folders.is_magnetic_tile, folders.read_magnetic_tile),
+    "folder": (_holds("images/", "masks/"), folders.read_folder),
+}
+ANNOTATIONS: Layouts = {
+    "metadata": (tables.is_metadata, tables.read_metadata),
+    "coco": (coco.is_coco, coco.read_coco),
+    "yolo": (yolo.is_yolo, yolo.read_yolo),
+    "labelme": (labelme.is_labelme, labelme.read_labelme),
+}
+LAYOUTS = FOLDERS | ANNOTATIONS
+OLD_NAMES = {"seed": "defectfill"}
+DEPTH = 3  # folders between the given one and its objects, as unpacking archives leaves them
+
+NAME = re.compile(r"\w[\w \-.+,()&]{0,99}")
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
+
+
+def layout_of(folder: Path, layout: str = "auto", below: bool = False) -> str | None:
+    """The layout's name, or None if `folder` is not one object of a known layout, or not of the wanted one.
+
+    Args:
+        below: annotation files may lie in folders of any name, not only where they usually do.
+
+    Raises:
+        InputError: several fit (DF161).
+    """
+    layout = OLD_NAMES.get(layout, layout)
+    place = Place(folder, below)
+    if layout != "auto":
+        return layout if LAYOUTS[layout][0](place) else None
+    fitting = [name for name, (fits, _) in FOLDERS.items() if fits(place)][:1]
+    fitting += [name for name, (fits, _) in ANNOTATIONS.items() if fits(place)]
+    if fitting == ["folder", "metadata"]:  # the table says which masks the images have
+        fitting.remove("folder")
+    if len(fitting) > 1:
+        raise InputError(f"DF161 {folder}: may be {' or '.join(fitting)}; choose one with --layout")
+    return fitting[0] if fitting else None
+
+
+def find_objects(root: str | Path, layout: str = "auto") -> dict[str, Path]:
+    """The objects at `root`, name to folder: `root` itself if it is one object, else the folders below it that are.
+
+    A table of several objects gives each the same folder.
+
+    Raises:
+        InputError: no such folder (DF160), or nothing in it has a known layout, or the wanted one, or it may have
+            several (DF161), or an object is in two folders or has a name that `check_names` refuses (DF162).
+    """
+    root = Path(root).expanduser().resolve()
+    if layout not in ("auto", *LAYOUTS, *OLD_NAMES):
+        raise InputError(f"DF161 --layout {layout}: no such layout; there are: auto, {', '.join(LAYOUTS)}")
+    if not root.is_dir():
+        raise InputError(
+            f"DF160 {root}: {'not a folder' if root.exists() else 'no such folder'}; give the dataset's folder"
+        )
+    places = [(name, folder) for folder in _object_folders(root, layout) for name in _names(folder, layout)]
+    objects = dict(places)
+    twice = [
+        f"DF162 {name}: is an object of {' and of '.join(str(f) for n, f in places if n == name)}; rename one"
+        for name in objects
+        if [n for n, _ in places].count(name) > 1
+    ]
+    if twice:
+        raise InputError(*twice)
+    check_names(objects, root)
+    if not objects:
+        raise InputError(_nothing_known(root, layout))
+    return dict(sorted(objects.items()))
+
+
+def _object_folders(folder: Path, layout: str, depth: int = DEPTH) -> list[Path]:
+    """The folder if it is an object, else the objects below it, else the folder with annotations anywhere below."""
+    if layout_of(folder, layout):
+        return [folder]
+    try:
+        below = [o for f in (folders_in(folder) if depth else []) for o in _object_folders(f, layout, depth - 1)]
+    except InputError:
+        if depth == DEPTH:
+            raise
+        return []
+    return below or ([folder] if layout_of(folder, layout, below=True) else [])
+
+
+def _nothing_known(root: Path, layout: str) -> Problem:
+    parent = next((p for p in root.parents if any(fits(Place(p)) for fits, _ in FOLDERS.values())), None)
+    found = [entry.name for entry in entries(root)]
+    wanted = "a known layout" if layout == "auto" else f"the layout {layout}"
+    return Problem(
+        "DF161", str(root),
+        f"no images of {wanted}. Found: {', '.join(found[:8]) or 'nothing'}{' ...' if len(found) > 8 else ''}. "
+        + (f"'{parent}' looks right: give that. " if parent else "") + explain(root)
+        + "Expected test/<defect>/ with ground_truth/<defect>/ (MVTec AD), images/ with masks/, annotation files "
+        "(COCO, YOLO, LabelMe, metadata.csv), or another layout of README.md, in the folder or below it",
+    )  # fmt: skip
+
+
+def explain(root: Path) -> str:
+    """Why what lies in the folder is no layout, as far as that can be said: a sentence each."""
+    return ""
+
+
+def check_names(names: Iterable[str], source: str | Path) -> None:
+    """Raises InputError (DF162) if a name cannot be that of a folder, a file and a model card everywhere."""
+    wrong = [name for name in names if not NAME.fullmatch(name) or RESERVED.fullmatch(name)]
+    if wrong:
+        told = "may hold letters, digits, spaces and _-.+,()&, a letter or digit first, 100 at most, and be no CON"
+        raise InputError(
+            *(f"DF162 {source}: an object cannot be called '{name}': it {told}; rename it" for name in wrong)
+        )
+
+
+def _names(folder: Path, layout: str) -> list[str]:
+    """The names of the objects of which `folder` holds the images: its own, or those of its table."""
+    found = layout_of(folder, layout, below=True)
+    rows = tables.read_metadata(folder).rows if found == "metadata" else []
+    return sorted({row.object for row in rows if row.object}) or [folder.name]
+
+
+def read_object(root: str | Path, name: str, layout: str = "auto", mask_classes: MaskClasses = NO_CLASSES) -> Reading:
+    """All rows of the object of this name at `root`, by the reader of its layout, and what is wrong with them.
+
+    Raises:
+        InputError: no known layout or several (DF161).
+    """
+    root = Path(root)
+    found = layout_of(root, layout) or layout_of(root, layout, below=True)
+    if found is None:
+        raise InputError(f"DF161 {root}: no known layout")
+    try:
+        reading = LAYOUTS[found][1](root)
+    except InputError as error:  # a file that the whole layout stands on
+        return Reading(problems=list(error.found))
+    reading.rows = [row for row in reading.rows if row.object in (None, name)]
+    return unite(split_classes(reading, mask_classes, root) if mask_classes else reading, root)

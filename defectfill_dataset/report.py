@@ -1,0 +1,133 @@
+"""One object looked over as a whole: its problems, what is suspicious, its split and figures of its defect types."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .checks import Look, look, other_types, passed_over, skippable, suspicions, without
+from .errors import InputError, Problem
+from .mask_values import NO_CLASSES, MaskClasses
+from .masks import Mask
+from .readers import GOOD, Row, read_object, relative
+from .splits import split_rows
+
+
+@dataclasses.dataclass
+class ObjectReport:
+    """What `check_object` finds.
+
+    Args:
+        rows: all images, without those that were left out, and `looks` what each is like, in the same order.
+        problems: why training would refuse the object.
+        notes: what a person should look at.
+        skipped: what was left out, and why.
+        splits: split -> its rows; empty where there are problems with the split itself.
+    """
+
+    name: str
+    root: Path
+    rows: list[Row]
+    looks: list[Look]
+    problems: list[Problem]
+    notes: list[str]
+    skipped: list[Problem]
+    splits: dict[str, list[Row]]
+
+    def images(self, split: str) -> list[str]:
+        """The names of a split's images, each once."""
+        return sorted({relative(row.image, self.root) for row in self.splits.get(split, [])})
+
+    def figures(self) -> dict[str, dict]:
+        """Figures of each defect type, and of the good images."""
+        types = sorted({x.defect for x in self.looks}, key=lambda defect: (defect == GOOD, defect))
+        return {defect: figures([x for x in self.looks if x.defect == defect]) for defect in types}
+
+    def as_json(self) -> dict:
+        return {
+            "object": self.name,
+            "problems": [str(problem) for problem in self.problems],
+            "skipped": [str(problem) for problem in self.skipped],
+            "suspicious": self.notes,
+            "references": len(self.images("train")),
+            "held_out": len(self.images("test")),
+            "defects": self.figures(),
+        }
+
+
+def _look_at_all(rows: Sequence[Row], root: Path, name: str, resolution: int, grid: int) -> list[Look]:
+    one = functools.partial(look, root=root, resolution=resolution, grid=grid, with_zoom=True)
+    reuse = Image.core.set_blocks_max  # of Pillow's memory, which to get anew for each image costs a sixth of the time
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), initializer=reuse, initargs=(16,)) as pool:
+        looks = pool.map(functools.partial(_with_others, one), rows, other_types(rows), chunksize=8)
+        return list(tqdm(looks, desc=name, total=len(rows)))
+
+
+def _with_others(one: Callable[..., Look], row: Row, others: Mask | None) -> Look:
+    return one(row, others=others)
+
+
+def figures(looks: Sequence[Look]) -> dict:
+    """Number, and least, median and greatest of their sizes, their masks' share of the image and its latent cells."""
+
+    def spread(values: list, digits: int | None = None) -> list:
+        return [round(float(q), digits) for q in np.quantile(values, (0, 0.5, 1))]
+
+    opened, marked = [x for x in looks if x.size[0]], [x for x in looks if x.area]
+    found: dict = {"images": len(looks)}
+    if opened:
+        found |= {name: spread([x.size[i] for x in opened]) for i, name in enumerate(("width", "height"))}
+    if marked:
+        found["area_percent"] = spread([100 * x.area for x in marked], 3)
+        found["latent_cells"] = spread([x.cells for x in marked])
+        found["latent_cells_with_zoom"] = spread([x.zoomed for x in marked])
+        found["lost_by_nearest"] = sum(x.nearest == 0 for x in marked)
+    return found
+
+
+def check_object(
+    root: Path,
+    name: str,
+    resolution: int,
+    grid: int,
+    layout: str = "auto",
+    split: str = "auto",
+    mask_classes: MaskClasses = NO_CLASSES,
+    skip_problems: bool = False,
+) -> ObjectReport:
+    """Opens every image and mask of one object, in as many processes as there are cores.
+
+    Args:
+        resolution: of the training to come; `grid` is the side of its latent grid.
+        skip_problems: leave out images that cannot be used, if the others can be without them.
+    """
+    reading = read_object(root, name, layout, mask_classes)
+    looks = _look_at_all(reading.rows, root, name, resolution, grid)
+    problems = [*reading.problems, *(problem for x in looks for problem in x.problems)]
+    skipped: list[Problem] = []
+    if skip_problems and problems and all(map(skippable, problems)):
+        skipped, problems = problems, []
+        names = {problem.image for problem in skipped if problem.image}
+        kept = [i for i, x in enumerate(looks) if x.name not in names]
+        reading, looks = without(reading, names, root), [looks[i] for i in kept]
+    splits: dict[str, list[Row]] = {}
+    try:
+        splits = split_rows(reading.rows, root, split)
+    except InputError as error:
+        problems += error.found
+    report = ObjectReport(name, root, reading.rows, looks, problems, [], skipped, splits)
+    if not problems and not splits["train"]:
+        what = f"--split {split}" if any(row.mask for row in reading.rows) else str(root)
+        problems.append(Problem("DF163", what, "leaves no defect image to train on", "add at least one with its mask"))
+    report.notes = [
+        *map(str, reading.notes),
+        *suspicions(looks, set(report.images("train")), resolution),
+        *passed_over(reading.rows, root),
+    ]
+    return report

@@ -61,7 +61,12 @@ class Look:
 
 
 def look(
-    row: Row, root: str | Path, resolution: int = 512, grid: int = 64, with_zoom: bool = False, others: Mask | None = None
+    row: Row,
+    root: str | Path,
+    resolution: int = 512,
+    grid: int = 64,
+    with_zoom: bool = False,
+    others: Mask | None = None,
 ) -> Look:
     """`look_at` for one row of a dataset's folder; `others` marks the image's defects of other types."""
     name = relative(row.image, root)
@@ -119,7 +124,7 @@ def look_at(
     orientation = opened.getexif().get(ORIENTATION, 1)
     if orientation not in range(9):
         odd += ("DF126 has an EXIF orientation that means nothing; it is not turned",)
-    elif orientation > 1 and render:
+    elif render and (orientation in (2, 3, 4) or (orientation > 4 and image.width == image.height)):
         odd += ("DF127 is turned by its EXIF tag, and so must its mask be drawn; look whether the outline fits",)
     seen = Look(name, defect, (), digest(image), image.size, odd=odd)
     if min(image.size) < LEAST_SIDE:

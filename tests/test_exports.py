@@ -107,7 +107,7 @@ def marks(generated: Path) -> dict[str, tuple[str, np.ndarray]]:
 
 def read_back(root: Path) -> tuple[dict[str, tuple[str, np.ndarray]], dict[str, str | None]]:
     """Image name -> defect type and mask; image name -> split, of all with a mask, as the project's readers see it."""
-    rows = [row for name, folder in find_objects(root).items() for row in read_object(folder, name) if row.mask]
+    rows = [row for name, folder in find_objects(root).items() for row in read_object(folder, name).rows if row.mask]
     return {r.image.stem: (r.defect, r.mask.render()) for r in rows}, {r.image.stem: r.split for r in rows}
 
 

@@ -197,10 +197,8 @@ def pair_rows(
         passed_over: sub-folders (of the first level) that are no part of this type.
     """
     files = image_files(images)
-    stems = {spelt(file.stem) for file in files}
     below = {f.name for place in (images, masks) for f in folders_in(place)} - passed_over
-    nested = {name for name in below if (images / name).is_dir() or spelt(name) not in stems}
-    nested = {name for name in nested if all_images(images / name) or all_images(masks / name)}
+    nested = {name for name in below if all_images(images / name)}
     candidates = [*image_files(masks), *(f for f in folders_in(masks) if f.name in below - nested)]
     reading = Reading()
     pairs, reading.problems = pair_masks(files, candidates, root)

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..masks import MaskFiles
 from .files import Place, child, file_inside
-from .marks import MALFORMED
+from .marks import MALFORMED, said
 from .rows import GOOD, ONE_TYPE, SPLITS, Reading, Row, relative, split_of
 from .text import parse_json, read_csv, read_text, unreadable
 
@@ -27,7 +27,7 @@ def _read_jsonl(file: Path) -> list[dict[str, str]]:
             if text.strip():
                 lines.append({key: "" if value is None else str(value) for key, value in parse_json(text).items()})
         except MALFORMED as error:
-            raise unreadable(file, f"line {number} is not a JSON object: {error}") from error
+            raise unreadable(f"{file}, line {number}", f"is not a JSON object: {said(error)}") from error
     return lines
 
 

@@ -25,7 +25,7 @@ MARKS = {  # the longer first: UTF-32's begins with UTF-16's
 }
 
 
-def unreadable(file: Path, what: str, fix: str = "mend or remove it") -> InputError:
+def unreadable(file: Path | str, what: str, fix: str = "mend or remove it") -> InputError:
     return InputError(Problem("DF166", str(file), what, fix))
 
 

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import yaml
 from conftest import write_image
-from defectfill_dataset.readers.rows import SPLITS
-from defectfill_dataset.readers import read_object
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -25,6 +23,8 @@ from defectfill_dataset import InputError, binarise, find_objects
 from defectfill_dataset.exports import EXPORTERS, NORMAL_ONLY
 from defectfill_dataset.masks import pieces, polygon_mask
 from defectfill_dataset.outlines import exact_polygon, joined_polygon, outlines
+from defectfill_dataset.readers import read_object
+from defectfill_dataset.readers.rows import SPLITS
 
 
 SIZE = (64, 48)  # W, H

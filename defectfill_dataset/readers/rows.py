@@ -107,6 +107,10 @@ def unite(reading: Reading, root: Path) -> Reading:
     for row in reading.rows:
         row = dataclasses.replace(row, defect=chosen[label_key(row.defect)])
         together.setdefault((row.image, row.defect), []).append(row)
+    for row in reading.rows:
+        for file in (row.image, *(row.mask.paths if row.mask else ())):
+            if not is_unicode(str(file)):
+                reading.blame("DF115", row.image, root, "its name or path is not UTF-8", "rename it", relative(file, root))
     good = {image for image, defect in together if defect == GOOD}
     both = {image for image, defect in together if defect != GOOD} & good
     both |= {image for image in good if len(together[image, GOOD]) > 1}
@@ -114,6 +118,11 @@ def unite(reading: Reading, root: Path) -> Reading:
         reading.blame("DF144", image, root, "is listed more than once", "keep one")
     reading.rows = list(_merged(rows for (image, _), rows in together.items() if image not in both))
     return reading
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a name, as the system gives it, is Unicode; names from old archives may be other bytes."""
+    return name == name.encode(errors="replace").decode()
 
 
 def tidy(label: str) -> str:

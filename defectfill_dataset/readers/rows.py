@@ -110,7 +110,9 @@ def unite(reading: Reading, root: Path) -> Reading:
     for row in reading.rows:
         for file in (row.image, *(row.mask.paths if row.mask else ())):
             if not is_unicode(str(file)):
-                reading.blame("DF115", row.image, root, "its name or path is not UTF-8", "rename it", relative(file, root))
+                reading.blame(
+                    "DF115", row.image, root, "its name or path is not UTF-8", "rename it", relative(file, root)
+                )
     good = {image for image, defect in together if defect == GOOD}
     both = {image for image, defect in together if defect != GOOD} & good
     both |= {image for image in good if len(together[image, GOOD]) > 1}

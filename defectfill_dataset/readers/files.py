@@ -46,6 +46,14 @@ def entries(folder: Path) -> list[Path]:
         ) from error
 
 
+def may_read(folder: Path) -> bool:
+    try:
+        entries(folder)
+    except InputError:
+        return False
+    return True
+
+
 def image_files(folder: Path) -> list[Path]:
     """The image files directly in `folder`, sorted by name."""
     return [f for f in entries(folder) if f.suffix.lower() in IMAGE_EXTENSIONS and not f.is_dir()]

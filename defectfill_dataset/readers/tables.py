@@ -7,7 +7,7 @@ from ..masks import MaskFiles
 from .files import Place, child, file_inside
 from .marks import MALFORMED, said
 from .rows import GOOD, ONE_TYPE, SPLITS, Reading, Row, relative, split_of
-from .text import parse_json, read_csv, read_text, unreadable
+from .text import holds_text, parse_json, read_csv, read_text, unreadable
 
 
 def is_metadata(place: Place) -> bool:
@@ -17,7 +17,7 @@ def is_metadata(place: Place) -> bool:
 def metadata_files(root: Path) -> list[Path]:
     places = [root, *(child(root, split) for split in (*SPLITS, "good"))]
     files = [child(place, name) for place in places for name in ("metadata.csv", "metadata.jsonl")]
-    return [f for f in dict.fromkeys(files) if f.is_file() and "mask_file_name" in f.read_bytes().decode("latin-1")]
+    return [f for f in dict.fromkeys(files) if f.is_file() and holds_text(f, "mask_file_name")]
 
 
 def _read_jsonl(file: Path) -> list[dict[str, str]]:

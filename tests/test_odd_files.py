@@ -455,3 +455,21 @@ def test_walking_takes_each_folder_once(tmp_path):
     (tmp_path / "c/up").symlink_to(tmp_path)
     assert [f.relative_to(tmp_path).as_posix() for f in files.walk(tmp_path)] == [".", "a", "c", "a/b"]
     assert binarise(Image.fromarray(BOX)).sum() == 144
+
+
+def test_an_image_listed_twice_is_never_united(tmp_path):
+    """In two COCO files, by two LabelMe files, in two lines of a table: one of them is stale."""
+    root = make_coco_with(tmp_path / "coco", {"bbox": [9, 9, 5, 5]})
+    (root / "b.json").write_text((root / "a.json").read_text().replace("[9, 9, 5, 5]", "[20, 9, 5, 5]"))
+    assert told(root) == ("DF144 0.png: is listed more than once; keep one",)
+    shape = {"label": "hole", "shape_type": "rectangle", "points": [[18, 6], [30, 18]]}
+    write_image(tmp_path / "labelme/1.png")
+    for name in ("1", "2"):
+        write_json(tmp_path / f"labelme/{name}.json", {"shapes": [shape], "imagePath": "1.png"})
+    assert told(tmp_path / "labelme") == ("DF144 1.png: is listed more than once; keep one",)
+    write_image(tmp_path / "table/1.png"), write_mask(tmp_path / "table/m.png"), write_mask(tmp_path / "table/n.png")
+    lines = ["file_name,mask_file_name,defect", "1.png,m.png,hole", "1.png,n.png,hole"]
+    (tmp_path / "table/metadata.csv").write_text("\n".join(lines))
+    assert told(tmp_path / "table") == ("DF144 1.png: is listed more than once; keep one",)
+    (tmp_path / "table/metadata.csv").write_text("\n".join([lines[0], "1.png,m.png,Good "]))
+    assert told(tmp_path / "table")[0].startswith("DF167 metadata.csv, row 1: a good image with a mask")

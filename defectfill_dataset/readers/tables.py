@@ -6,7 +6,7 @@ from ..errors import InputError
 from ..masks import MaskFiles
 from .files import Place, child, file_inside
 from .marks import MALFORMED, said
-from .rows import GOOD, ONE_TYPE, SPLITS, Reading, Row, relative, split_of
+from .rows import GOOD, ONE_TYPE, SPLITS, Reading, Row, relative, split_of, tidy
 from .text import holds_text, parse_json, read_csv, read_text, unreadable
 
 
@@ -60,7 +60,8 @@ def read_metadata(root: Path) -> Reading:
 
 def _add_line(reading: Reading, root: Path, file: Path, line: dict[str, str], place: str) -> None:
     image, mask = (file_inside(root, file.parent, line.get(k)) for k in ("file_name", "mask_file_name"))
-    defect, kind = line.get("defect", ""), line.get("object") or None
+    defect, kind = tidy(line.get("defect", "")), line.get("object") or None
+    defect = GOOD if defect.casefold() == GOOD else defect
     if image is None:
         reading.missing(place, f"names the image '{line.get('file_name')}', which is not in {root}")
     elif mask is None and (line.get("mask_file_name") or defect not in ("", GOOD)):

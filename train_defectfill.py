@@ -892,5 +892,9 @@ def main(args: argparse.Namespace) -> None:
         train(args, job, accelerator, stop)
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_input_error(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    command()

@@ -19,16 +19,13 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from tqdm.auto import tqdm
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from defectfill.files import write_json  # noqa: E402
-from defectfill_dataset import LAYOUTS, InputError, exit_on_input_error, load_image  # noqa: E402
-from defectfill_dataset.checks import Look, look, passed_over, suspicions  # noqa: E402
-from defectfill_dataset.discovery import find_objects, read_object  # noqa: E402
-from defectfill_dataset.errors import did_you_mean, one_line  # noqa: E402
-from defectfill_dataset.layouts import Row, RowsError  # noqa: E402
-from defectfill_dataset.splits import split_rows  # noqa: E402
+from defectfill.files import write_json
+from defectfill_dataset import LAYOUTS, InputError, exit_on_input_error, load_image
+from defectfill_dataset.checks import Look, look, passed_over, suspicions
+from defectfill_dataset.discovery import find_objects, read_object
+from defectfill_dataset.errors import did_you_mean, one_line
+from defectfill_dataset.layouts import Row, RowsError
+from defectfill_dataset.splits import split_rows
 
 
 CELL, COLUMNS, MOST = 192, 8, 48  # of a contact sheet: pixels a picture, pictures a row, pictures
@@ -145,5 +142,9 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(2)
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_input_error(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    command()

@@ -22,6 +22,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import defectfill.quiet  # noqa: F401
+
 import datasets
 import diffusers
 import numpy as np
@@ -51,6 +53,7 @@ from defectfill.signals import StopSignal
 from defectfill_dataset import (
     LAYOUTS,
     InputError,
+    Parser,
     PromptPair,
     TokenizedPrompts,
     TrainingSamples,
@@ -696,7 +699,7 @@ IDENTITY = (
 
 # fmt: off
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
 
     def group(title: str) -> Callable:
         return parser.add_argument_group(title).add_argument

@@ -10,8 +10,9 @@ Shapes: H, W image pixels; h, w cells of the latent grid; L prompt tokens.
 from .builder import DefectPairs, data_digest, file_digest, load_defect_pairs, load_prepared, select_defects
 from .cases import Case, check_cases, find_cases, repeat_seed
 from .checks import check_pairs
+from .commands import Parser, exit_on_input_error
 from .discovery import LAYOUTS, find_objects
-from .errors import InputError, exit_on_input_error
+from .errors import InputError
 from .foreground import find_foreground
 from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image, upright_exif
 from .masks import binarise, boxes_mask, cover, piece_boxes, random_boxes, random_mask, to_grid
@@ -41,6 +42,7 @@ __all__ = [
     "DefectPairs",
     "InputError",
     "MaskSource",
+    "Parser",
     "Placed",
     "PlacedShapes",
     "Prompt",

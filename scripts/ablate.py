@@ -13,6 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
+import defectfill.quiet  # noqa: F401
+
 import numpy as np
 import torch
 import torch.nn.functional as F

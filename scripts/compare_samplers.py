@@ -10,6 +10,8 @@ ablate.py, whose LoRAs it takes; the difference of the segmenter's IoU to the fi
 import argparse
 from pathlib import Path
 
+import defectfill.quiet  # noqa: F401
+
 import numpy as np
 import torch
 from diffusers import StableDiffusionInpaintPipeline, UNet2DModel

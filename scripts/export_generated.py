@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import defectfill.quiet  # noqa: F401
+
 from tqdm.auto import tqdm
 
 from defectfill.files import TEMPORARY, clear_leftovers, move_in, sole_writer

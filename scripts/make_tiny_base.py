@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import defectfill.quiet  # noqa: F401
+
 import diffusers
 import numpy as np
 import torch

@@ -13,6 +13,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import defectfill.quiet  # noqa: F401
+
 from tqdm.auto import tqdm
 
 from defectfill.files import TEMPORARY, clear_leftovers, move_in, sole_writer

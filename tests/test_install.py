@@ -1,4 +1,4 @@
-"""The lock and the package."""
+"""The lock, the package, and what the commands print at their start and end."""
 
 import importlib.metadata
 import os
@@ -12,14 +12,19 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, options
 from lock import differences, failures, read_lock, read_requirements
 from packaging.utils import canonicalize_name
+
+import generate_defectfill
+import train_defectfill
+from defectfill_dataset import commands
 
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMMANDS = PYPROJECT["project"]["scripts"]
 REQUIREMENTS = [ROOT / folder / "requirements.txt" for folder in ("", "tests", "tests/consumers")]
+LAUNCH = "--num_machines 1 --mixed_precision no --dynamo_backend no".split()
 
 
 # The lock
@@ -123,3 +128,64 @@ def test_a_script_runs_as_a_file(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(ROOT / "scripts/prepare_data.py", run_name="__main__")
     assert "--license" in capsys.readouterr().out
+
+
+# What is printed
+
+
+@pytest.mark.parametrize("script, word", [("train_defectfill", "--lambda_attn"), ("generate_defectfill", "--zone")])
+def test_help_is_all_that_help_prints(script, word):
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and word in done.stdout and done.stderr == ""
+
+
+def launched(*argv, processes: int = 1) -> subprocess.CompletedProcess:
+    several = ["--multi_gpu"] if processes > 1 else []
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *several, *LAUNCH]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [*launch, ROOT / "train_defectfill.py", *argv]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_shows_our_progress_alone(base, data, tmp_path):
+    done = launched(*options(base, data, tmp_path / "out"))
+    assert done.returncode == 0 and done.stdout == ""
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line]
+    assert all(re.match(r"Steps: |\d\d:\d\d:\d\d (INFO|WARNING) ", line) for line in lines), done.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_refusal_is_the_last_thing_on_the_screen(base, data, tmp_path, processes):
+    done = launched(*options(base, data, tmp_path / "out", "--defect", "nope"), processes=processes)
+    *before, last = done.stderr.splitlines()
+    assert done.returncode == 1 and last.startswith("DF162 --defect nope")
+    assert any("Error" in line for line in before) and done.stderr.count("DF162") == 1
+
+
+@pytest.mark.parametrize("code", ["raise InputError('DF199 it: is wrong')", "Parser('it').error('is wrong')"])
+def test_a_refusal_outlives_a_launcher_that_is_killed(code, tmp_path):
+    """And waits for it: the launcher, here asleep, is killed after its process has ended."""
+    script, launcher = tmp_path / "refuse.py", tmp_path / "accelerate.py"
+    script.write_text(f"""if True:
+        from defectfill_dataset import InputError, Parser, exit_on_input_error
+        def main():
+            {code}
+        exit_on_input_error(main)""")
+    launcher.write_text("""if True:
+        import os, signal, subprocess, sys, time
+        status = subprocess.run([sys.executable, sys.argv[1]]).returncode
+        time.sleep(1)
+        print("a traceback, after", status, file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)""")
+    done = subprocess.run([sys.executable, launcher, script], capture_output=True, text=True, timeout=60)
+    told = "\nDF199 it: is wrong\n" if "raise" in code else "usage: it [-h]\nit: error: is wrong\n"
+    assert done.stderr == f"a traceback, after 2\n{told}" and done.returncode == -9
+
+
+@pytest.mark.parametrize("script", [train_defectfill, generate_defectfill])
+def test_wrong_flags_are_told_as_wrong_input_is(script, monkeypatch):
+    told = []
+    monkeypatch.setattr(commands, "tell", told.append)
+    with pytest.raises(SystemExit) as end:
+        script.parse_args(["--no_such_flag"])
+    assert end.value.code == 2 and told[0].startswith("usage: ")

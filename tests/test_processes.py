@@ -1,4 +1,4 @@
-"""Real launches: two processes on the CPU, and the scripts from the command line."""
+"""Real launches: two processes on the CPU."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_mvtec, options, read_lines
+from conftest import make_mvtec, options, read_lines
 from safetensors.torch import load_file
 
 from defectfill.lora_file import LORA_FILE
@@ -68,9 +68,3 @@ def test_two_processes_train_like_one_of_twice_the_batch(two_processes, train, t
         for run in (tmp_path / "out", two_processes / "out")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_scripts_print_their_help():
-    for script, words in (("train_defectfill.py", "--lambda_attn"), ("generate_defectfill.py", "--mask_source")):
-        done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
-        assert done.returncode == 0 and words in done.stdout

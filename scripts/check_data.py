@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from defectfill.files import write_json
+from defectfill.runs.files import write_json
 from defectfill_dataset import (
     InputError,
     MaskClasses,

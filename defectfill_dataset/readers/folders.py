@@ -139,7 +139,9 @@ def read_ksdd2(root: Path) -> Reading:
     return reading
 
 
-def black_is_good(files: Collection[Path], masks: list[Path], root: Path, split: str | None = None) -> Reading:
+def black_is_good(
+    files: Collection[Path], masks: list[Path], root: Path, split: str | None = None, nonzero: bool = False
+) -> Reading:
     """The rows of images (all files that are no masks), each with a mask of its name; an all-black mask means good."""
     reading = Reading()
     apart = set(masks)
@@ -151,7 +153,7 @@ def black_is_good(files: Collection[Path], masks: list[Path], root: Path, split:
             reading.blame("DF103", image, root, f"its mask cannot be read: {error}")
             continue
         if marked:
-            reading.rows.append(Row(image, MaskFiles(found), ONE_TYPE, split))
+            reading.rows.append(Row(image, MaskFiles(found, nonzero), ONE_TYPE, split))
         else:
             reading.add_good([image])
     return reading

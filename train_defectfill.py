@@ -810,7 +810,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     check_resolution(base, args.resolution)
     shown = args.num_validation_images if args.validation_steps and "good" in data else 0
     used = [data["train"], *([data["good"].take(min(shown, len(data["good"])))] if shown else [])]
-    for note in check_pairs(*used, resolution=args.resolution, grid=args.resolution // base.vae_scale_factor):
+    grid = args.resolution // base.vae_scale_factor
+    for note in check_pairs(*used, resolution=args.resolution, grid=grid, of_folder=bool(args.train_data_dir)):
         logger.warning(note)
     zoom = choose_zoom(args.zoom, args.zoom_context, args.zoom_min_area, map(binarise, data["train"]["mask"]))
     object_words = args.object_words or to_words(data["train"]["object"][0])

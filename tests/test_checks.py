@@ -83,8 +83,8 @@ def test_small_defects_are_named_with_what_is_left_of_them():
         Look(f"{i}.png", "hole", (), str(i), (512, 512), 0.001, cells, mask=str(i))
         for i, cells in enumerate((1, 3, 4))
     ]
-    assert [note[:15] for note in suspicions(looks, set(), 512)] == ["DF151 0.png: it", "DF151 1.png: it"]
-    assert check_data.shortened([str(i) for i in range(25)])[-1] == "and 5 more like these"
+    (note,) = suspicions(looks, set(), 512)
+    assert note.startswith("DF151 0.png, 1.png: 2 of 3 defects cover fewer than 4 cells of the latent grid")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real images beside the project")

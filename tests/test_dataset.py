@@ -326,7 +326,11 @@ def test_masks_of_unclear_coding_are_refused():
     palette = Image.fromarray(classes).convert("P")
     palette.putpalette([0, 0, 0, 0, 0, 255, 0, 0, 0, 255, 255, 0])
     hidden = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
-    for mask, words in ((Image.fromarray(classes), "value is 3"), (palette, "3 palette colours"), (hidden, "transp")):
+    for mask, words in (
+        (Image.fromarray(classes), "value is 3"),
+        (palette, "several palette colours. It holds 0 .62 pixels., 1 .1 pixels., 3"),
+        (hidden, "transp"),
+    ):
         with pytest.raises(ValueError, match=words):
             binarise(mask)
     two = Image.fromarray((classes > 0).astype(np.uint8)).convert("P")

@@ -9,7 +9,7 @@ from ..errors import InputError, Problem
 from ..mask_values import NO_CLASSES, MaskClasses
 from . import coco, folders, labelme, published, real_iad, tables, visa, yolo
 from .classes import split_classes
-from .files import Place, child, entries, folders_in
+from .files import IMAGE_EXTENSIONS, Place, child, entries, folders_in, may_read
 from .rows import Reading, unite
 
 
@@ -67,7 +67,8 @@ def layout_of(folder: Path, layout: str = "auto", below: bool = False) -> str | 
     if layout != "auto":
         return layout if LAYOUTS[layout][0](place) else None
     fitting = list(itertools.islice((name for name, (fits, _) in FOLDERS.items() if fits(place)), 1))
-    fitting += [name for name, (fits, _) in ANNOTATIONS.items() if fits(place)]
+    if place.of_kind(*IMAGE_EXTENSIONS):
+        fitting += [name for name, (fits, _) in ANNOTATIONS.items() if fits(place)]
     if fitting == ["folder", "metadata"]:  # the table says which masks the images have
         fitting.remove("folder")
     if len(fitting) > 1:
@@ -110,17 +111,13 @@ def _object_folders(folder: Path, layout: str, depth: int = DEPTH) -> list[Path]
     """The folder if it is an object, else the objects below it, else the folder with annotations anywhere below."""
     if layout_of(folder, layout):
         return [folder]
-    try:
-        below = [o for f in (folders_in(folder) if depth else []) for o in _object_folders(f, layout, depth - 1)]
-    except InputError:
-        if depth == DEPTH:
-            raise
-        return []
+    inner = [f for f in folders_in(folder) if may_read(f)] if depth else []
+    below = [found for f in inner for found in _object_folders(f, layout, depth - 1)]
     return below or ([folder] if layout_of(folder, layout, below=True) else [])
 
 
 def _nothing_known(root: Path, layout: str) -> Problem:
-    parent = next((p for p in root.parents if any(fits(Place(p)) for fits, _ in FOLDERS.values())), None)
+    parent = next((p for p in root.parents if may_read(p) and _is_of_folders(Place(p))), None)
     found = [entry.name for entry in entries(root)]
     wanted = "a known layout" if layout == "auto" else f"the layout {layout}"
     return Problem(
@@ -130,6 +127,13 @@ def _nothing_known(root: Path, layout: str) -> Problem:
         + "Expected test/<defect>/ with ground_truth/<defect>/ (MVTec AD), images/ with masks/, annotation files "
         "(COCO, YOLO, LabelMe, metadata.csv), or another layout of README.md, in the folder or below it",
     )  # fmt: skip
+
+
+def _is_of_folders(place: Place) -> bool:
+    try:
+        return any(fits(place) for fits, _ in FOLDERS.values())
+    except InputError:  # something in it may not be read, which nobody asked for
+        return False
 
 
 def explain(root: Path) -> str:

@@ -52,6 +52,14 @@ def _names(folder: Path, only_folders: bool = False) -> list[str]:
         ) from error
 
 
+def may_read(folder: Path) -> bool:
+    try:
+        entries(folder)
+    except InputError:
+        return False
+    return True
+
+
 def image_files(folder: Path) -> list[Path]:
     """The image files directly in `folder`, sorted by name."""
     return [f for f in entries(folder) if f.suffix.lower() in IMAGE_EXTENSIONS and not f.is_dir()]
@@ -208,10 +216,8 @@ def pair_rows(
         passed_over: sub-folders (of the first level) that are no part of this type.
     """
     files = image_files(images)
-    stems = {spelt(file.stem) for file in files}
     below = {f.name for place in (images, masks) for f in folders_in(place)} - passed_over
-    nested = {name for name in below if (images / name).is_dir() or spelt(name) not in stems}
-    nested = {name for name in nested if all_images(images / name) or all_images(masks / name)}
+    nested = {name for name in below if all_images(images / name)}
     candidates = [*image_files(masks), *(f for f in folders_in(masks) if f.name in below - nested)]
     reading = Reading()
     pairs, reading.problems = pair_masks(files, candidates, root)

@@ -117,7 +117,7 @@ def read_classes(root: Path, folders: Iterable[Path]) -> dict[int, str]:
     found: dict[Path, list[str]] = {}
     for folder in dict.fromkeys([root, child(root, "labels"), *sorted(folders)]):
         files = (child(folder, name) for name in CLASS_FILES)
-        found |= {file: read_text(file).splitlines() for file in files if file.is_file()}
+        found |= {file: read_text(file).rstrip().splitlines() for file in files if file.is_file()}
     if not found:
         raise InputError(
             Problem("DF166", str(root), "no class names", "add data.yaml with 'names', or classes.txt, a name a line")

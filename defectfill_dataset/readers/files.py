@@ -213,10 +213,11 @@ def pair_rows(
 
     Args:
         nonzero: any value above 0 is defect.
-        passed_over: sub-folders (of the first level) that are no part of this type.
+        passed_over: sub-folders (of the first level) that are no part of this type, in any capitals.
     """
     files = image_files(images)
-    below = {f.name for place in (images, masks) for f in folders_in(place)} - passed_over
+    apart = {spelt(name).casefold() for name in passed_over}
+    below = {f.name for place in (images, masks) for f in folders_in(place) if spelt(f.name).casefold() not in apart}
     nested = {name for name in below if all_images(images / name)}
     candidates = [*image_files(masks), *(f for f in folders_in(masks) if f.name in below - nested)]
     reading = Reading()

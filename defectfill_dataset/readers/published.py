@@ -5,7 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..masks import MaskFiles
-from .files import MASK_SUFFIX, Place, all_images, child, folders_in, image_files, pair_masks, pair_rows, spelt
+from .files import (
+    MASK_SUFFIX,
+    Place,
+    all_images,
+    child,
+    folders_in,
+    image_files,
+    may_read,
+    pair_masks,
+    pair_rows,
+    spelt,
+)
 from .folders import black_is_good, with_good
 from .rows import GOOD, ONE_TYPE, Reading, Row, split_of
 from .text import read_text, unreadable
@@ -163,7 +174,7 @@ def _defective(table: Path) -> dict[str, bool]:
 
 def is_anomalydiffusion(place: Place) -> bool:
     """Whether a folder, which is no split, holds image/ and mask/."""
-    types = (folder for name, folder in place.folders.items() if not split_of(name))
+    types = (folder for name, folder in place.folders.items() if not split_of(name) and may_read(folder))
     return any(child(f, "image").is_dir() and child(f, "mask").is_dir() for f in types)
 
 

@@ -80,13 +80,13 @@ def _tell_unnamed(reading: Reading, root: Path, table: Path, named: set[Path]) -
             reading.problems.append(Problem("DF143", relative(file, root), what, "name or remove it"))
     images = [file for file in left if file.suffix.lower() != ".png"]
     if images:
-        what = f"does not name {len(images)} images, such as {relative(images[0], root)}"
+        what = f"images that it does not name: {len(images)}, such as {relative(images[0], root)}"
         reading.notes.append(Problem("DF166", str(table), what, "they are left out"))
 
 
 def _tell_unmarked(reading: Reading, root: Path, images: list[Path], fix: str) -> None:
     if images:
-        what = f"{len(images)} images of defective parts have no mask, such as {relative(images[0], root)}"
+        what = f"images of defective parts without a mask: {len(images)}, such as {relative(images[0], root)}"
         reading.notes.append(Problem("DF142", str(root), what, fix))
 
 

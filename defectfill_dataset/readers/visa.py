@@ -47,12 +47,12 @@ def read_visa(root: Path) -> Reading:
     reading.rows = [new for row in rows for new in (named | apart).get(row.image, [row])]
     combined = [image for image, found in apart.items() if found[0].defect == COMBINED]
     if combined:
-        what = f"{len(combined)} images have several types that the values of their masks do not tell apart"
-        fix = f"they are read as '{COMBINED}', such as {relative(combined[0], root)}"
-        reading.notes.append(Problem("DF156", str(table), what, fix))
+        what = f"images of several types that the values of their masks do not tell apart: {len(combined)}, such as "
+        fix = f"they are read as '{COMBINED}'"
+        reading.notes.append(Problem("DF156", str(table), what + relative(combined[0], root), fix))
     unnamed = [row.image for row in rows if row.mask and row.image not in labels]
     if unnamed:
-        what = f"names no type of {len(unnamed)} defect images, such as {relative(unnamed[0], root)}"
+        what = f"defect images whose type it does not name: {len(unnamed)}, such as {relative(unnamed[0], root)}"
         reading.notes.append(Problem("DF166", str(table), what, "their type is read as 'anomaly'"))
     return reading
 
@@ -74,7 +74,7 @@ def _labels(reading: Reading, root: Path, table: Path, lines: list[dict[str, str
                 reading.blame("DF144", images[key], root, f"is named twice by {table.name}", "keep one line")
             labels[images[key]] = list(found.values())
     if strange:
-        what = f"names {len(strange)} images that are not there, such as '{strange[0]}'"
+        what = f"images that it names and that are not there: {len(strange)}, such as '{strange[0]}'"
         reading.notes.append(Problem("DF166", str(table), what, "their types are not used"))
     return labels
 

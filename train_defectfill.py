@@ -22,6 +22,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import defectfill.quiet  # noqa: F401
+
 import datasets
 import diffusers
 import numpy as np
@@ -50,6 +52,7 @@ from defectfill.record import LossLog, log_picture, lora_record, run_record
 from defectfill.signals import StopSignal
 from defectfill_dataset import (
     InputError,
+    Parser,
     PromptPair,
     TokenizedPrompts,
     TrainingSamples,
@@ -697,7 +700,7 @@ IDENTITY = (
 
 # fmt: off
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
 
     def group(title: str) -> Callable:
         return parser.add_argument_group(title).add_argument
@@ -900,5 +903,9 @@ def main(args: argparse.Namespace) -> None:
         train(args, job, accelerator, stop)
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_input_error(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    command()

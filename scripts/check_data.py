@@ -15,21 +15,18 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from defectfill.files import write_json  # noqa: E402
-from defectfill_dataset import (  # noqa: E402
+from defectfill.files import write_json
+from defectfill_dataset import (
     InputError,
     MaskClasses,
     exit_on_input_error,
     find_objects,
     load_image,
 )
-from defectfill_dataset.checks import skippable  # noqa: E402
-from defectfill_dataset.errors import did_you_mean, folded, one_line  # noqa: E402
-from defectfill_dataset.inputs import add_reading_flags  # noqa: E402
-from defectfill_dataset.report import ObjectReport, check_object  # noqa: E402
+from defectfill_dataset.checks import skippable
+from defectfill_dataset.errors import did_you_mean, folded, one_line
+from defectfill_dataset.inputs import add_reading_flags
+from defectfill_dataset.report import ObjectReport, check_object
 
 
 CELL, COLUMNS, MOST = 192, 8, 48  # of a contact sheet: pixels a picture, pictures a row, pictures
@@ -106,5 +103,9 @@ def print_report(report: ObjectReport) -> None:
         print(f"  {one_line(defect)}: " + ", ".join(f"{k} {v}" for k, v in found.items()))
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_input_error(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    command()

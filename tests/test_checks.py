@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import check_data
 import numpy as np
 import pytest
 from conftest import ROOT, make_mvtec, write_image
@@ -11,6 +10,7 @@ from PIL import Image
 
 from defectfill_dataset import InputError
 from defectfill_dataset.checks import Look, suspicions
+from defectfill_scripts import check_data
 
 
 SHARED = ROOT.parent / "shared/data"

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import COLOURS, RESOLUTION, make_mvtec, make_seed_layout, write_image, write_mask
-from make_tiny_base import WORDS, make_tokenizer
 from PIL import Image
 
 from defectfill_dataset import (
@@ -35,6 +34,7 @@ from defectfill_dataset import (
     tokenize_prompts,
 )
 from defectfill_dataset.splits import split_rows
+from defectfill_scripts.make_tiny_base import WORDS, make_tokenizer
 
 
 def problems(call, *args, **kwargs) -> list[str]:

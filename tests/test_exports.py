@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import datasets
-import export_generated
 import numpy as np
 import pytest
 import yaml
@@ -25,6 +24,7 @@ from defectfill_dataset.masks import pieces, polygon_mask
 from defectfill_dataset.outlines import exact_polygon, joined_polygon, outlines
 from defectfill_dataset.readers import read_object
 from defectfill_dataset.readers.rows import SPLITS
+from defectfill_scripts import export_generated
 
 
 SIZE = (64, 48)  # W, H

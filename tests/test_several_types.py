@@ -24,6 +24,7 @@ from defectfill_dataset import (
     zoom_boxes,
 )
 from defectfill_dataset.zoom import cut
+from defectfill_scripts import prepare_data
 
 
 SIZE = 200
@@ -126,7 +127,6 @@ def test_training_follows_changes_of_the_other_types(tmp_path, train):
 
 
 def test_published_data_keeps_the_types_of_an_image_together(tmp_path):
-    import prepare_data
 
     root = make_boards(tmp_path / "pcb")
     for kind in ("imagefolder", "parquet"):

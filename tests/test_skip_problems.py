@@ -4,7 +4,6 @@ import json
 import logging
 
 import numpy as np
-import prepare_data
 import pytest
 from conftest import make_mvtec, read_lines, write_image
 from PIL import Image
@@ -12,6 +11,7 @@ from test_checks import run
 from test_formats import make_coco, make_yolo, write_json
 
 from defectfill_dataset import InputError, load_defect_pairs, split_names
+from defectfill_scripts import prepare_data
 
 
 def make_broken(root):

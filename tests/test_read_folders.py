@@ -195,6 +195,7 @@ def test_links_to_folders_are_followed(tmp_path, name):
     for folder in [f for f in root.iterdir() if f.is_dir()]:
         folder.rename(store / folder.name)
         folder.symlink_to(store / folder.name)
+    (root / "itself").symlink_to("itself"), (root / "nowhere").symlink_to("gone")
     assert find_objects(tmp_path / "data") == {"nut": root.resolve()} and rows_of(root) == plain
     (tmp_path / "linked").mkdir(), (tmp_path / "linked/nut").symlink_to(root)
     assert list(find_objects(tmp_path / "linked")) == ["nut"]

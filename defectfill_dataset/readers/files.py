@@ -45,11 +45,15 @@ def _names(folder: Path, only_folders: bool = False) -> list[str]:
         return []
     try:
         with os.scandir(folder) as found:
-            return sorted(e.name for e in found if not is_hidden(e.name) and (not only_folders or e.is_dir()))
+            return sorted(e.name for e in found if not is_hidden(e.name) and (not only_folders or _is_folder(e)))
     except PermissionError as error:
         raise InputError(
             Problem("DF108", str(folder), "this folder may not be read", "allow it, or move it away")
         ) from error
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # a link may lead to itself
 
 
 def may_read(folder: Path) -> bool:

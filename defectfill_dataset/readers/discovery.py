@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..errors import InputError, Problem
 from ..mask_values import NO_CLASSES, MaskClasses
-from . import coco, folders, labelme, published, real_iad, tables, visa, yolo
+from . import coco, cvat, datumaro, folders, label_studio, labelme, published, real_iad, tables, visa, voc, yolo
 from .classes import split_classes
+from .explain import explain
 from .files import IMAGE_EXTENSIONS, Place, child, entries, folders_in, may_read
 from .rows import Reading, unite
 
@@ -44,6 +45,10 @@ ANNOTATIONS: Layouts = {
     "coco": (coco.is_coco, coco.read_coco),
     "yolo": (yolo.is_yolo, yolo.read_yolo),
     "labelme": (labelme.is_labelme, labelme.read_labelme),
+    "voc": (voc.is_voc, voc.read_voc),
+    "cvat": (cvat.is_cvat, cvat.read_cvat),
+    "datumaro": (datumaro.is_datumaro, datumaro.read_datumaro),
+    "label_studio": (label_studio.is_label_studio, label_studio.read_label_studio),
 }
 LAYOUTS = FOLDERS | ANNOTATIONS
 OLD_NAMES = {"seed": "defectfill"}
@@ -125,7 +130,8 @@ def _nothing_known(root: Path, layout: str) -> Problem:
         f"no images of {wanted}. Found: {', '.join(found[:8]) or 'nothing'}{' ...' if len(found) > 8 else ''}. "
         + (f"'{parent}' looks right: give that. " if parent else "") + explain(root)
         + "Expected test/<defect>/ with ground_truth/<defect>/ (MVTec AD), images/ with masks/, annotation files "
-        "(COCO, YOLO, LabelMe, metadata.csv), or another layout of README.md, in the folder or below it",
+        "(COCO, YOLO, LabelMe, Pascal VOC, CVAT, Datumaro, Label Studio, metadata.csv), or another layout of "
+        "README.md, in the folder or below it",
     )  # fmt: skip
 
 
@@ -134,11 +140,6 @@ def _is_of_folders(place: Place) -> bool:
         return any(fits(place) for fits, _ in FOLDERS.values())
     except InputError:  # something in it may not be read, which nobody asked for
         return False
-
-
-def explain(root: Path) -> str:
-    """Why what lies in the folder is no layout, as far as that can be said: a sentence each."""
-    return ""
 
 
 def check_names(names: Iterable[str], source: str | Path) -> None:

@@ -100,7 +100,7 @@ def all_files(folder: Path, *suffixes: str) -> list[Path]:
 STRUCTURE = re.compile(  # folders inside an object, by their names: what is in others may be objects of their own
     r"(images?|imgs?|jpegimages|pngimages|pictures?|photos?|labels?|annotations?|annos?|anns?|jsons?|xmls?|txts?"
     r"|masks?|good|normal|ok|data|obj_train_data|obj_valid_data|obj_test_data|imagesets|segmentation(class|object)"
-    r"|(train|val|valid|validation|test)([_\- ]?\d{4})?)",
+    r"|(train|val|valid|validation|test)([_\- ]?\d{4})?|default)",
     re.IGNORECASE,
 )
 

@@ -56,6 +56,13 @@ def number(value: object) -> float:
     return found
 
 
+def numbers(values: Sequence[object], count: int) -> list[float]:
+    """So many finite numbers."""
+    if len(values) != count:
+        raise ValueError(f"has {len(values)} numbers where {count} belong")
+    return [number(value) for value in values]
+
+
 def polygon(points: Iterable[Iterable[object]], size: tuple[int, int]) -> Polygon:
     """Three corners or more, (x, y) in pixels, in the image of this (W, H).
 
@@ -91,6 +98,16 @@ def clipped(points: Sequence[Point], size: tuple[int, int]) -> Polygon:
     middle = (sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points))
     polygon([middle] * 3, size)
     return tuple(points)
+
+
+def turned_box(
+    x: float, y: float, width: float, height: float, degrees: float, size: tuple[int, int], centre: Point | None = None
+) -> Polygon:
+    """A box by its top left corner and its sides, turned clockwise about its middle or another point."""
+    if width <= 0 or height <= 0:
+        raise ValueError(f"its box is {width:g} wide and {height:g} high")
+    corners = box(x, y, width, height)
+    return clipped(turned(corners, degrees, centre), size) if degrees % 360 else polygon(corners, size)
 
 
 def ellipse(cx: float, cy: float, rx: float, ry: float, size: tuple[int, int], degrees: float = 0) -> Polygon:

@@ -29,7 +29,7 @@ def is_yolo(place: Place) -> bool:
 
 
 def may_be_labels(file: Path) -> bool:
-    return file.name.casefold() not in NO_LABELS
+    return file.name.casefold() not in NO_LABELS and "ImageSets" not in file.parts  # VOC's: lists with "0 1" too
 
 
 def in_labels(file: Path) -> bool:

@@ -225,6 +225,15 @@ def test_what_is_no_layout_is_explained(tmp_path, file, content, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("name", EXAMPLES_ANNOTATIONS)
+def test_annotations_without_images_are_explained(tmp_path, name):
+    root = EXAMPLES_ANNOTATIONS[name](tmp_path / "nut")
+    for image in [*root.rglob("*.png"), *root.rglob("*.jpg")]:
+        image.unlink()
+    problems = told(root)
+    assert codes(problems) == ["DF143"] * len(problems) or "but no images; put them beside" in problems[0]
+
+
 def test_images_or_masks_alone_are_explained(tmp_path):
     write_image(tmp_path / "nut/photos/1.png"), write_image(tmp_path / "nut/photos/2.png")
     with pytest.raises(InputError, match="'photos/1.png' and 1 more are images, but there is neither a mask nor an"):

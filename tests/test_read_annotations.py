@@ -97,6 +97,7 @@ def test_cvat_of_a_project_with_subsets(tmp_path):
         ('<box label="x" xtl="five" ytl="5" xbr="5" ybr="9"/>', "'five' is not a number"),
         ('<box label="x" xtl="60" ytl="5" xbr="70" ybr="9" rotation="20"/>', "(65, 7) is not in the image"),
         ('<ellipse label="x" cx="5" cy="5" rx="0" ry="3"/>', "the radii 0 and 3"),
+        ('<ellipse label="x" cx="5" cy="5" rx="900" ry="3"/>', "the point (905, 5) is far from the image of 48x48"),
         ('<mask label="x" rle="1, 2" left="3" top="4" width="3" height="2"/>', "do not fill 3x2 pixels"),
         ('<mask label="x" rle="1, 2, 3.5, -0.5" left="3" top="4" width="3" height="2"/>', "not whole numbers"),
         ('<mask label="x" rle="9, -4, 1" left="3" top="4" width="3" height="2"/>', "do not fill 3x2 pixels"),

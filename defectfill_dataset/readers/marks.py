@@ -94,9 +94,15 @@ def turned(points: Sequence[Point], degrees: float, centre: Point | None = None)
 
 
 def clipped(points: Sequence[Point], size: tuple[int, int]) -> Polygon:
-    """The corners of a turned shape: its middle must be in the image of this (W, H), its ends may stand out."""
+    """The corners of a turned shape: its middle must be in the image of this (W, H), its ends may stand out.
+
+    By no more than the image's diagonal: what reaches further is a wrong number.
+    """
     middle = (sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points))
     polygon([middle] * 3, size)
+    for x, y in points:
+        if any(not -math.hypot(*size) <= v <= side + math.hypot(*size) for v, side in zip((x, y), size)):
+            raise ValueError(f"the point ({x:g}, {y:g}) is far from the image of {size[0]}x{size[1]}")
     return tuple(points)
 
 

@@ -23,6 +23,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import defectfill.quiet  # noqa: F401
+
 import lpips
 import numpy as np
 import torch
@@ -52,6 +54,7 @@ from defectfill_dataset import (
     Box,
     Case,
     InputError,
+    Parser,
     cover,
     cut,
     exit_on_input_error,
@@ -544,7 +547,7 @@ def check_picture_flags(parser: argparse.ArgumentParser, args: argparse.Namespac
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_case_flags(parser)
     cases_help = "A JSON object a line, each like a run of its own: flags of the groups above by their names."
     parser.add_argument("--cases", type=Path, metavar="FILE", help=cases_help)
@@ -791,5 +794,9 @@ SCHEDULERS = {
 }
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_input_error(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    command()

@@ -22,6 +22,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import defectfill.quiet  # noqa: F401
+
 import datasets
 import diffusers
 import numpy as np
@@ -50,6 +52,7 @@ from defectfill.record import LossLog, log_picture, lora_record, run_record
 from defectfill.signals import StopSignal
 from defectfill_dataset import (
     InputError,
+    Parser,
     PromptPair,
     TokenizedPrompts,
     TrainingSamples,
@@ -697,7 +700,7 @@ IDENTITY = (
 
 # fmt: off
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
 
     def group(title: str) -> Callable:
         return parser.add_argument_group(title).add_argument
@@ -810,7 +813,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
     check_resolution(base, args.resolution)
     shown = args.num_validation_images if args.validation_steps and "good" in data else 0
     used = [data["train"], *([data["good"].take(min(shown, len(data["good"])))] if shown else [])]
-    for note in check_pairs(*used, resolution=args.resolution, grid=args.resolution // base.vae_scale_factor):
+    grid = args.resolution // base.vae_scale_factor
+    for note in check_pairs(*used, resolution=args.resolution, grid=grid, of_folder=bool(args.train_data_dir)):
         logger.warning(note)
     zoom = choose_zoom(args.zoom, args.zoom_context, args.zoom_min_area, map(binarise, data["train"]["mask"]))
     object_words = args.object_words or to_words(data["train"]["object"][0])
@@ -899,5 +903,9 @@ def main(args: argparse.Namespace) -> None:
         train(args, job, accelerator, stop)
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_input_error(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    command()

@@ -39,8 +39,13 @@ def check_options(args: argparse.Namespace) -> None:
         problems.append("DF187 --phrase '': is empty; leave it out for the default")
     if args.dataset_name and args.split != "auto":
         problems.append("DF188 --split: a prepared dataset has its own split; leave it out with --dataset_name")
-    if args.dataset_name and args.layout != "auto":
-        problems.append("DF188 --layout: is of --train_data_dir; leave it out with --dataset_name")
+    of_folder = {
+        "layout": args.layout != "auto",
+        "mask_classes": args.mask_classes,
+        "skip_problems": args.skip_problems,
+    }
+    for name in (name for name, given in of_folder.items() if given and args.dataset_name):
+        problems.append(f"DF188 --{name}: is of --train_data_dir; leave it out with --dataset_name")
     if (args.train_data_dir is None) == (args.dataset_name is None):
         problems.append("DF188 give either --train_data_dir or --dataset_name")
     if args.use_8bit_adam and not is_bitsandbytes_available():

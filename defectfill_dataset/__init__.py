@@ -18,7 +18,8 @@ from .builder import (
 )
 from .cases import Case, check_cases, find_cases, repeat_seed
 from .checks import check_pairs
-from .errors import InputError, Problem, exit_on_input_error
+from .commands import Parser, exit_on_input_error
+from .errors import InputError, Problem
 from .foreground import find_foreground
 from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image, upright_exif
 from .inputs import add_reading_flags
@@ -52,6 +53,7 @@ __all__ = [
     "InputError",
     "MaskClasses",
     "MaskSource",
+    "Parser",
     "Placed",
     "PlacedShapes",
     "Prompt",

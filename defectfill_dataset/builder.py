@@ -13,11 +13,11 @@ import datasets
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from .checks import problems_of, skippable, without
+from .checks import problems_of, refused, skippable, without
 from .errors import InputError, did_you_mean
 from .images import UNREADABLE
 from .mask_values import MaskClasses
-from .masks import Mask, MaskShapes
+from .masks import Mask
 from .readers import Row, check_names, find_objects, read_object, relative
 from .splits import SPLIT_RULES, split_rows
 
@@ -111,7 +111,7 @@ def _encode_masks(rows: list[Row], root: str | Path) -> list[str | dict | None]:
     try:
         return [_encode_mask(row.mask) if row.mask else None for row in rows]
     except UNREADABLE as error:
-        raise InputError(*problems_of(rows, root)) from error
+        raise refused(problems_of(rows, root)) from error
 
 
 class DefectData(DatasetDict):
@@ -154,7 +154,7 @@ def load_defect_pairs(
             skipped = sorted({problem.image for problem in bad if problem.image})
             reading = without(reading, skipped, root)
     if reading.problems:  # what is wrong with the pixels is told at once
-        raise InputError(*reading.problems, *problems_of(reading.rows, root))
+        raise refused([*reading.problems, *problems_of(reading.rows, root)])
     rows = reading.rows
     if all(row.mask is None for row in rows):
         raise InputError(f"DF163 {root}: no defect images, only {len(rows)} good ones; add at least one with its mask")
@@ -184,8 +184,7 @@ def _fingerprint(splits: dict[str, list[Row]]) -> str:
     digest = hashlib.sha256()
     for split, rows in splits.items():
         for row in rows:
-            paths = () if row.mask is None or isinstance(row.mask, MaskShapes) else row.mask.paths
-            files = [(str(file), file_digest(file)) for file in (row.image, *paths)]
+            files = [(str(f), file_digest(f)) for f in (row.image, *(row.mask.paths if row.mask else ()))]
             digest.update(json.dumps([split, row.defect, repr(row.mask), files]).encode())
     return digest.hexdigest()
 

@@ -15,7 +15,7 @@ from .errors import InputError, Problem
 from .images import UNREADABLE, load_image, open_image
 from .mask_values import binarise
 from .placement import MaskSource, Placed
-from .readers import image_files, pair_by_name
+from .readers import image_files, is_unicode, pair_by_name
 from .seeds import derive_seed
 
 
@@ -124,7 +124,7 @@ def check_cases(cases: list[Case]) -> None:
         seen = look_at(name, "good", case.image)
         looks.append(seen)
         problems += seen.problems
-        if name != name.encode(errors="replace").decode():
+        if not is_unicode(name):
             problems.append(f"DF115 {name}: the file's name is not UTF-8; rename it")
         if any(odd.startswith("DF120") for odd in seen.odd):
             problems.append(

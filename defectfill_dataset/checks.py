@@ -23,6 +23,7 @@ from .zoom import Zoom, cut, zoom_boxes
 
 LEAST_SIDE = 32  # of an image, in pixels: four cells of the latent grid
 MOST_ASPECT = 4
+LEAST_CELLS = 4  # of the latent grid
 STRIP = 64  # rows
 BESIDE_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".yml", ".md", ".db", ".ini"}
 
@@ -61,16 +62,18 @@ class Look:
 
 
 def look(
-    row: Row, root: str | Path, resolution: int = 512, grid: int = 64, with_zoom: bool = False, others: Mask | None = None
+    row: Row,
+    root: str | Path,
+    resolution: int = 512,
+    grid: int = 64,
+    with_zoom: bool = False,
+    others: Mask | None = None,
 ) -> Look:
     """`look_at` for one row of a dataset's folder; `others` marks the image's defects of other types."""
     name = relative(row.image, root)
     render, render_others = (mask.render if mask else None for mask in (row.mask, others))
     render, render_others = (mask.render if mask else None for mask in (row.mask, others))
     seen = look_at(name, row.defect, row.image, render, resolution, grid, with_zoom, render_others)
-    if name != name.encode(errors="replace").decode():
-        problem = Problem("DF115", name, "the file's name is not UTF-8", "rename it", name)
-        return dataclasses.replace(seen, problems=(problem, *seen.problems))
     if os.path.realpath(row.image).startswith(os.path.realpath(root) + os.sep):
         return seen
     return dataclasses.replace(seen, odd=(*seen.odd, "DF114 is a link to a file outside the dataset"))
@@ -119,7 +122,7 @@ def look_at(
     orientation = opened.getexif().get(ORIENTATION, 1)
     if orientation not in range(9):
         odd += ("DF126 has an EXIF orientation that means nothing; it is not turned",)
-    elif orientation > 1 and render:
+    elif render and (orientation in (2, 3, 4) or (orientation > 4 and image.width == image.height)):
         odd += ("DF127 is turned by its EXIF tag, and so must its mask be drawn; look whether the outline fits",)
     seen = Look(name, defect, (), digest(image), image.size, odd=odd)
     if min(image.size) < LEAST_SIDE:
@@ -172,11 +175,23 @@ def area_problems(name: str, size: tuple[int, int], inside: np.ndarray, what: st
     return []
 
 
-def check_pairs(references: Dataset, *more: Dataset, resolution: int = 512, grid: int = 64) -> list[str]:
+def refused(problems: Sequence[Problem]) -> InputError:
+    """The refusal of a dataset's folder, which says whether `--skip_problems` would help."""
+    images = {problem.image for problem in problems if problem.image}
+    if not images or not all(map(skippable, problems)):
+        return InputError(*problems)
+    what = f"leaves out {'this image' if len(images) == 1 else f'these {len(images)} images'} and uses the others"
+    return InputError(*problems, Problem("DF109", "--skip_problems", what))
+
+
+def check_pairs(
+    references: Dataset, *more: Dataset, resolution: int = 512, grid: int = 64, of_folder: bool = False
+) -> list[str]:
     """Proves that every image of a defect split, and of more splits, is fit to train; returns what is suspicious.
 
     Args:
         resolution: of the training to come; `grid` is the side of its latent grid.
+        of_folder: the images are a folder's, for which there is `--skip_problems`.
 
     Raises:
         InputError: no images at all (DF163), or all problems that `look_at` finds.
@@ -185,7 +200,7 @@ def check_pairs(references: Dataset, *more: Dataset, resolution: int = 512, grid
         raise InputError("DF163 no defect images to train on; check --defect and --split")
     looks = [_look_at_row(row, resolution, grid) for split in (references, *more) for row in _encoded(split)]
     if problems := [problem for seen in looks for problem in seen.problems]:
-        raise InputError(*problems)
+        raise refused(problems) if of_folder else InputError(*problems)
     return suspicions(looks, set(references["source_file"]), resolution)
 
 
@@ -246,28 +261,31 @@ def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> 
     long = [x.name for x in opened if max(x.size) > MOST_ASPECT * min(x.size)]
     if long:
         notes.append(
-            f"DF131 {_some(long)}: over {MOST_ASPECT} times as long as wide, squeezed to a square; zoom, or cut it up"
+            f"DF131 {_some(long)}: over {MOST_ASPECT} times as long as wide, squeezed to a square; use --zoom on"
         )
     small = {x.name: resolution / min(x.size) for x in opened if min(x.size) < resolution}
     if small:
         times = f"{max(small.values()):.1f} times"
-        notes.append(f"DF132 {_some(list(small))}: enlarged up to {times} to {resolution} pixels; lower --resolution")
+        what = f"enlarged up to {times} to {resolution} pixels, which adds no detail"
+        notes.append(f"DF132 {_some(small)}: {what}; a lower --resolution trains faster")
     if marked and all(x.area > 0.5 for x in marked):
         notes.append(f"DF150 all {len(marked)} masks are more than half white; are they inverted?")
     elif full := [x.name for x in marked if x.area > 0.9]:
         notes.append(f"DF150 {_some(full)}: the mask covers more than 90 % of the image; is it inverted?")
     if len(marked) > 1 and len({x.mask for x in marked}) == 1:
         notes.append(f"DF155 all {len(marked)} masks are the same; is each that of its image?")
-    notes += [
-        f"DF151 {x.name}: its defect is {x.cells} cells of the latent grid; zoom, or train at a higher resolution"
-        for x in marked
-        if x.cells < 4
-    ]
+    tiny = [x for x in marked if x.cells < LEAST_CELLS]
+    if tiny:
+        notes.append(
+            f"DF151 {_some([x.name for x in tiny])}: {len(tiny)} of {len(marked)} defects cover fewer than "
+            f"{LEAST_CELLS} cells of the latent grid; use --zoom on, or a higher --resolution"
+        )
     crowded = [x for x in marked if x.crowded]
     if crowded:
         notes.append(
-            f"DF157 {_some(list(dict.fromkeys(x.name for x in crowded)))}: {sum(x.crowded for x in crowded)} of "
-            f"{sum(x.windows for x in marked)} zoom windows show defects of other types too, which lie too close"
+            f"DF157 {_some(x.name for x in crowded)}: {sum(x.crowded for x in crowded)} of "
+            f"{sum(x.windows for x in marked)} zoom windows show defects of other types too, which lie too close; "
+            "leave these images out if the types get mixed"
         )
     same: dict[str, list[Look]] = {}
     for x in opened:
@@ -288,7 +306,7 @@ def odd_lines(looks: Iterable[Look]) -> list[str]:
     for x in looks:
         for kind in x.odd:
             names.setdefault(kind, []).append(x.name)
-    return [one_line(f"{kind[:5]} {_some(list(dict.fromkeys(n)))}: {kind[6:]}") for kind, n in names.items()]
+    return [one_line(f"{kind[:5]} {_some(n)}: {kind[6:]}") for kind, n in names.items()]
 
 
 def passed_over(rows: Iterable[Row], root: Path) -> list[str]:
@@ -305,5 +323,6 @@ def passed_over(rows: Iterable[Row], root: Path) -> list[str]:
     return [one_line(f"DF107 {_some(names)}: not read; only files of {read} are; convert it")] if names else []
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Iterable[str]) -> str:
+    names = list(dict.fromkeys(names))
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -3,9 +3,7 @@
 import collections
 import dataclasses
 import difflib
-import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +75,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"{hint} Known: {', '.join(known) or 'none'}."
-
-
-def exit_on_input_error(main: Callable[[], None]) -> None:
-    """Runs a command's `main`; wrong input ends it with its message on stderr and exit status 2, no traceback."""
-    try:
-        main()
-    except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process sees the same problem: say it once
-            print("", *folded(error.problems), sep="\n", file=sys.stderr)
-        sys.exit(2)

@@ -158,6 +158,8 @@ def binarise(mask: Image.Image) -> np.ndarray:
         ValueError: several values or colours that may be classes, a ground that is not black, a greatest value that
             no coding has, or what `load_image` says.
     """
+    if mask.mode == "P" and np.unique(np.asarray(mask)).size > 2:
+        raise ValueError(_ambiguous(np.asarray(mask), "it has several palette colours"))
     pixels = values_of(mask)
     if pixels.ndim == 3:
         pixels = _one_colour(pixels, is_lossy(mask))

@@ -94,6 +94,7 @@ class MaskShapes:
     polygons: tuple[tuple[tuple[float, float], ...], ...] = ()
     rles: tuple[str, ...] = ()
     plain: ClassVar[None] = None
+    paths: ClassVar[tuple[Path, ...]] = ()
 
     def render(self) -> np.ndarray:
         """The (H, W) bool array.

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .checks import Look, look, other_types, passed_over, skippable, suspicions, without
 from .errors import InputError, Problem
 from .mask_values import NO_CLASSES, MaskClasses
-from .masks import Mask
+from .masks import Mask, MaskShapes
 from .readers import GOOD, Row, read_object, relative
 from .splits import split_rows
 
@@ -47,7 +47,12 @@ class ObjectReport:
     def figures(self) -> dict[str, dict]:
         """Figures of each defect type, and of the good images."""
         types = sorted({x.defect for x in self.looks}, key=lambda defect: (defect == GOOD, defect))
-        return {defect: figures([x for x in self.looks if x.defect == defect]) for defect in types}
+        found = {defect: figures([x for x in self.looks if x.defect == defect]) for defect in types}
+        for row in self.rows:
+            if isinstance(row.mask, MaskShapes):
+                found[row.defect].setdefault("shapes", 0)
+                found[row.defect]["shapes"] += len(row.mask.polygons) + len(row.mask.rles)
+        return found
 
     def as_json(self) -> dict:
         return {

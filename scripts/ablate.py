@@ -11,25 +11,23 @@ each; what is there is not run again. table.md and samples.png are made from the
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-import make_demo_data
+import defectfill.quiet  # noqa: F401
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionInpaintPipeline, UNet2DModel
 from PIL import Image
-from train_segmenter import drawn_pairs, iou, segment
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import train_defectfill  # noqa: E402
-from defectfill.files import sole_writer, write_json  # noqa: E402
-from defectfill.lora_file import load_lora, read_lora  # noqa: E402
-from defectfill_dataset import derive_seed, tensor_image, to_grid  # noqa: E402
-from generate_defectfill import ddim, paint  # noqa: E402
+import train_defectfill
+from defectfill.files import sole_writer, write_json
+from defectfill.lora_file import load_lora, read_lora
+from defectfill_dataset import derive_seed, tensor_image, to_grid
+from defectfill_scripts import make_demo_data
+from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
+from generate_defectfill import ddim, paint
 
 
 VARIANTS = {
@@ -216,5 +214,9 @@ def main(args: argparse.Namespace) -> None:
         print(table(results))
 
 
-if __name__ == "__main__":
+def command() -> None:
     main(parse_args())
+
+
+if __name__ == "__main__":
+    command()

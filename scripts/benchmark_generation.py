@@ -14,25 +14,23 @@ Shapes: P pairs, N candidates of each, S side of the pictures, G of the latent g
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import defectfill.quiet  # noqa: F401
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
-from make_tiny_base import WORDS, make_tokenizer
-from train_segmenter import drawn_pairs
 from transformers import CLIPTextConfig, CLIPTextModel
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from defectfill.base import read_base  # noqa: E402
-from defectfill.files import replacing  # noqa: E402
-from defectfill_dataset import cover, derive_seed, exit_on_input_error, to_grid  # noqa: E402
-from generate_defectfill import SCHEDULERS, load_pipeline, paint, rmse_score  # noqa: E402
+from defectfill.base import read_base
+from defectfill.files import replacing
+from defectfill_dataset import cover, derive_seed, exit_on_input_error, to_grid
+from defectfill_scripts.make_tiny_base import WORDS, make_tokenizer
+from defectfill_scripts.train_segmenter import drawn_pairs
+from generate_defectfill import SCHEDULERS, load_pipeline, paint, rmse_score
 
 
 PROMPT = "A nut with sks"
@@ -228,5 +226,9 @@ def main(args: argparse.Namespace) -> None:
     print(text)
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_input_error(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    command()

@@ -8,22 +8,20 @@ ablate.py, whose LoRAs it takes; the difference of the segmenter's IoU to the fi
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+import defectfill.quiet  # noqa: F401
 
 import numpy as np
 import torch
-from ablate import defect_features, figures_of
 from diffusers import StableDiffusionInpaintPipeline, UNet2DModel
-from train_segmenter import drawn_pairs
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from defectfill.files import replacing  # noqa: E402
-from defectfill.lora_file import load_lora, read_lora  # noqa: E402
-from defectfill_dataset import derive_seed, to_grid  # noqa: E402
-from generate_defectfill import SCHEDULERS, paint  # noqa: E402
+from defectfill.files import replacing
+from defectfill.lora_file import load_lora, read_lora
+from defectfill_dataset import derive_seed, to_grid
+from defectfill_scripts.ablate import defect_features, figures_of
+from defectfill_scripts.train_segmenter import drawn_pairs
+from generate_defectfill import SCHEDULERS, paint
 
 
 # Scheduler, steps, whether guided, and where; the first is what the others are compared with.
@@ -111,5 +109,9 @@ def main(args: argparse.Namespace) -> None:
     print(table(lines))
 
 
-if __name__ == "__main__":
+def command() -> None:
     main(parse_args())
+
+
+if __name__ == "__main__":
+    command()

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 out="${1:-demo}"
 venv="${VENV:-.venv}"
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-"$venv/bin/python" -m pip install -q --disable-pip-version-check -r requirements.txt
+"$venv/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt -e .
 export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 
 [ -e "$out/data" ] || "$venv/bin/python" scripts/make_demo_data.py --output_dir "$out/data" --parts nut --good 6

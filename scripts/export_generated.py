@@ -7,22 +7,20 @@ All is checked first; the exit status is 2 if anything cannot be used.
 
 import argparse
 import itertools
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import defectfill.quiet  # noqa: F401
+
 from tqdm.auto import tqdm
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from defectfill.files import TEMPORARY, clear_leftovers, move_in, sole_writer  # noqa: E402
-from defectfill.publish import write_dataset_card  # noqa: E402
-from defectfill_dataset import InputError, exit_on_input_error  # noqa: E402
-from defectfill_dataset.checks import look  # noqa: E402
-from defectfill_dataset.exports import (  # noqa: E402
+from defectfill.files import TEMPORARY, clear_leftovers, move_in, sole_writer
+from defectfill.publish import write_dataset_card
+from defectfill_dataset import InputError, exit_on_input_error
+from defectfill_dataset.checks import look
+from defectfill_dataset.exports import (
     EXPORTERS,
     NORMAL_ONLY,
     Item,
@@ -31,7 +29,7 @@ from defectfill_dataset.exports import (  # noqa: E402
     read_photographs,
     split_items,
 )
-from defectfill_dataset.writers import WRITERS  # noqa: E402
+from defectfill_dataset.writers import WRITERS
 
 
 def check_options(args: argparse.Namespace) -> list[str]:
@@ -149,5 +147,9 @@ def main(args: argparse.Namespace) -> None:
         write(splits, args)
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_input_error(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    command()

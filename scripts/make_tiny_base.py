@@ -17,10 +17,11 @@ import collections
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import defectfill.quiet  # noqa: F401
 
 import diffusers
 import numpy as np
@@ -31,19 +32,15 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
-from make_demo_data import PARTS, blob, distance_to, draw, smoothstep, wandering_line
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from defectfill import checkpoint as checkpoints  # noqa: E402
-from defectfill.files import replacing, sole_writer, write_json  # noqa: E402
-from defectfill_dataset import (  # noqa: E402
+from defectfill import checkpoint as checkpoints
+from defectfill.files import replacing, sole_writer, write_json
+from defectfill_dataset import (
     InputError,
     boxes_mask,
     cover,
@@ -56,8 +53,9 @@ from defectfill_dataset import (  # noqa: E402
     to_grid,
     to_words,
 )
-from defectfill_dataset.masks import bounds  # noqa: E402
-from defectfill_dataset.readers import image_files  # noqa: E402
+from defectfill_dataset.masks import bounds
+from defectfill_dataset.readers import image_files
+from defectfill_scripts.make_demo_data import PARTS, blob, distance_to, draw, smoothstep, wandering_line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -601,5 +599,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(input_args)
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_input_error(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    command()

@@ -14,18 +14,17 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import defectfill.quiet  # noqa: F401
+
 from tqdm.auto import tqdm
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from defectfill.files import TEMPORARY, clear_leftovers, move_in, sole_writer  # noqa: E402
-from defectfill.publish import PUBLISHED_DATA, check_hub, push, write_dataset_card  # noqa: E402
-from defectfill_dataset import InputError, MaskClasses, exit_on_input_error, find_objects  # noqa: E402
-from defectfill_dataset.inputs import add_reading_flags  # noqa: E402
-from defectfill_dataset.readers import Row  # noqa: E402
-from defectfill_dataset.report import check_object  # noqa: E402
-from defectfill_dataset.writers import WRITERS, read_examples  # noqa: E402
+from defectfill.files import TEMPORARY, clear_leftovers, move_in, sole_writer
+from defectfill.publish import PUBLISHED_DATA, check_hub, push, write_dataset_card
+from defectfill_dataset import InputError, MaskClasses, exit_on_input_error, find_objects
+from defectfill_dataset.inputs import add_reading_flags
+from defectfill_dataset.readers import Row
+from defectfill_dataset.report import check_object
+from defectfill_dataset.writers import WRITERS, read_examples
 
 
 Splits = dict[str, list[tuple[str, Path, Row]]]  # split -> (object, its folder, row)
@@ -114,5 +113,9 @@ def main(args: argparse.Namespace) -> None:
             print(f"Pushed to {repo_id}")
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_input_error(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    command()

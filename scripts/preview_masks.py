@@ -10,7 +10,6 @@ the masks lies on the part, and their areas and angles beside those of the refer
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +17,15 @@ from PIL import Image
 from scipy import ndimage
 from tqdm.auto import tqdm
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from defectfill.files import save_picture  # noqa: E402
-from defectfill_dataset import (  # noqa: E402
+from defectfill.files import save_picture
+from defectfill_dataset import (
     exit_on_input_error,
     find_foreground,
     load_masks,
     principal_axis,
     repeat_seed,
 )
-from defectfill_dataset.inputs import add_input_flags, check_input_flags, read_cases, read_source  # noqa: E402
+from defectfill_dataset.inputs import add_input_flags, check_input_flags, read_cases, read_source
 
 
 CELL = 192  # pixels a side of the grid's pictures
@@ -121,5 +117,9 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"Without a mask, {len(without)} of {number}:\n" + "\n".join(without))
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_input_error(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    command()

@@ -10,22 +10,20 @@ Shapes: B pictures, R side. Pictures are in [-1, 1], masks 1 inside the defect.
 
 import argparse
 import json
-import sys
 from pathlib import Path
+
+import defectfill.quiet  # noqa: F401
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from make_demo_data import PARTS, draw
-from make_tiny_base import fit
 from tqdm.auto import tqdm
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from defectfill.files import sole_writer, write_json  # noqa: E402
-from defectfill_dataset import derive_seed  # noqa: E402
+from defectfill.files import sole_writer, write_json
+from defectfill_dataset import derive_seed
+from defectfill_scripts.make_demo_data import PARTS, draw
+from defectfill_scripts.make_tiny_base import fit
 
 
 KINDS = [(part, defect) for part, (_, defects) in PARTS.items() for defect in defects]

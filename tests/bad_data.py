@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[Callable[[Pair], object], str, str]] = {
     "B50 two masks": (lambda p: p.mask.with_stem(p.image.stem).write_bytes(p.mask.read_bytes()), "DF144", "keep one"),
     "B52 empty mask": (lambda p: p.save_mask(p.area & False), "DF145", "its mask is empty"),
     "B53 full mask": (lambda p: p.save_mask(p.area | True), "DF146", "covers the whole image"),
-    "B55 classes": (lambda p: p.save_mask(classes(p)), "DF103", "_mask.png: the mask's brightest value is 3; code it"),
+    "B55 classes": (lambda p: p.save_mask(classes(p)), "DF103", "_mask.png: its greatest value is 3; code it"),
     "B58 mask in alpha": (
         lambda p: p.save_mask(with_alpha(p, p.area * 255)), "DF103", "_mask.png: it has transparent pixels"),
     "B01 empty mask file": (lambda p: p.mask.write_bytes(b""), "DF103", "_mask.png: it is empty"),
@@ -277,7 +277,7 @@ ACCEPTED: dict[str, tuple[Callable[[Pair], object], str]] = {
     "B37 LAB": (lambda p: p.save(as_mode(p, "LAB"), ".tif"), "DF125"),
     "B37 YCbCr": (lambda p: p.save(as_mode(p, "YCbCr"), ".tif"), "DF125"),
     "B38 broken profile": (lambda p: p.save(p.pixels, icc_profile=b"no profile"), ""),
-    "B39 turned": (turn, ""),
+    "B39 turned": (turn, "DF127"),
     "B40 turned by nothing": (lambda p: p.save(p.pixels, exif=turned(99)), "DF126"),
     "B41 one colour": (lambda p: p.save(np.full_like(p.pixels, 90)) and p.pixels.fill(90), "DF124"),
     "B44 long and thin": (
@@ -301,7 +301,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "B68 nothing": (lambda d: d, "DF161", "Found: nothing. Expected test/<defect>/"),
     "B69 a leaf": (lambda d: make_mvtec(d / "nut") / "test/hole", "DF161", "nut' looks right"),
     "B69 a leaf of the other layout": (lambda d: make_seed_layout(d / "nut") / "train", "DF161", "nut' looks right"),
-    "B70 too deep": (lambda d: make_mvtec(d / "a/b/nut").parents[1], "DF161", "Found: b. Expected"),
+    "B70 too deep": (lambda d: make_mvtec(d / "a/b/c/d/e/nut").parents[4], "DF161", "Found: b. Expected"),
     "B72 only good": (lambda d: (make_mvtec(d / "nut", {"hole": 0}), (d / "nut/ground_truth").mkdir())[0], "DF163",
                       "no defect images"),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """Toy data, a toy base model and runs of the real scripts, all offline."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -21,18 +22,23 @@ os.environ.update(
     HF_HOME=HOME, TORCH_HOME=HOME, OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1",
     HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1",
 )  # fmt: skip
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import pytest  # noqa: E402
+
+
+installed = importlib.util.find_spec("defectfill_scripts")
+if not installed or not ROOT.joinpath("scripts/__init__.py").samefile(installed.origin):
+    pytest.exit("Install this clone first: pip install -c constraints.txt -e .", returncode=4)
 
 import numpy as np  # noqa: E402
-import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from accelerate.utils import set_seed  # noqa: E402
-from make_tiny_base import Sizes, build_pipeline  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import generate_defectfill  # noqa: E402
 import train_defectfill  # noqa: E402
+from defectfill_scripts.make_tiny_base import Sizes, build_pipeline  # noqa: E402
 
 
 torch.set_num_threads(1)  # two threads are no faster at this size, and sums stay the same everywhere
@@ -158,8 +164,12 @@ def generate(*argv) -> None:
     generate_defectfill.main(generate_defectfill.parse_args([str(a) for a in argv]))
 
 
+OURS = ["defectfill", "defectfill_dataset", "defectfill_scripts", "generate_defectfill", "train_defectfill"]
+
+
 def in_clean_process(code: str, *argv, cwd: Path, **env: str) -> str:
-    """Runs Python code with only the installed libraries on its path; returns what it prints."""
+    """Runs Python code that cannot import anything of ours; returns what it prints."""
+    code = f"import sys; sys.modules |= dict.fromkeys({OURS})\n{code}"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
     command = [sys.executable, "-I", "-W", "error::DeprecationWarning:__main__", "-c", code, *map(str, argv)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)

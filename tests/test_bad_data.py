@@ -1,5 +1,6 @@
 """Bad inputs: each is refused by its code, file and fix before a model is loaded, or read right."""
 
+import json
 import logging
 import os
 import re
@@ -51,7 +52,10 @@ def test_all_bad_pairs_are_told_at_once_by_check_data_training_and_generation(tm
     pairs = {row: make_pair(tmp_path / "bolt", row) for row in REFUSED}
     for row, pair in pairs.items():
         REFUSED[row][0](pair)
-    status, lines = checked(tmp_path / "bolt", capsys)
+    status = run(tmp_path / "bolt", "--split", "all", "--resolution", SIZE, "--output_dir", tmp_path / "report")
+    (found,) = json.loads((tmp_path / "report/report.json").read_text())["objects"]
+    lines, printed = found["problems"], capsys.readouterr().out.splitlines()
+    assert len([line for line in printed if line.startswith("DF103")]) == 21 and "more like these" in "".join(printed)
     told = refused(tmp_path / "bolt")
     cases = [Case(pair.image, pair.mask) for pair in pairs.values() if pair.mask.exists()]
     with pytest.raises(InputError) as caught:

@@ -8,13 +8,10 @@ import re
 from pathlib import Path
 
 import datasets
-import export_generated
 import numpy as np
 import pytest
 import yaml
 from conftest import write_image
-from defectfill_dataset.readers.rows import SPLITS
-from defectfill_dataset.readers import read_object
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -25,6 +22,9 @@ from defectfill_dataset import InputError, binarise, find_objects
 from defectfill_dataset.exports import EXPORTERS, NORMAL_ONLY
 from defectfill_dataset.masks import pieces, polygon_mask
 from defectfill_dataset.outlines import exact_polygon, joined_polygon, outlines
+from defectfill_dataset.readers import read_object
+from defectfill_dataset.readers.rows import SPLITS
+from defectfill_scripts import export_generated
 
 
 SIZE = (64, 48)  # W, H
@@ -107,7 +107,7 @@ def marks(generated: Path) -> dict[str, tuple[str, np.ndarray]]:
 
 def read_back(root: Path) -> tuple[dict[str, tuple[str, np.ndarray]], dict[str, str | None]]:
     """Image name -> defect type and mask; image name -> split, of all with a mask, as the project's readers see it."""
-    rows = [row for name, folder in find_objects(root).items() for row in read_object(folder, name) if row.mask]
+    rows = [row for name, folder in find_objects(root).items() for row in read_object(folder, name).rows if row.mask]
     return {r.image.stem: (r.defect, r.mask.render()) for r in rows}, {r.image.stem: r.split for r in rows}
 
 

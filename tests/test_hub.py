@@ -3,7 +3,6 @@
 import shlex
 
 import huggingface_hub.constants
-import prepare_data
 import pytest
 import yaml
 from conftest import HUB_PORT, RESOLUTION, generate, toy_pipeline, write_image, write_mask
@@ -11,6 +10,7 @@ from fake_hub import TOKEN, FakeHub
 
 from defectfill.lora_file import LORA_FILE, read_lora
 from defectfill_dataset import InputError
+from defectfill_scripts import prepare_data
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import prepare_data
 import pyarrow.parquet as pq
 import pytest
 from conftest import generate, write_image, write_mask
@@ -18,6 +17,7 @@ from test_exports import export, make_generated
 
 from defectfill_dataset import images, writers
 from defectfill_dataset.exports import EXPORTERS
+from defectfill_scripts import prepare_data
 
 
 GPS, CAMERA, ORIENTATION = 0x8825, 0x0110, 0x0112  # EXIF tags

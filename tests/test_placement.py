@@ -2,9 +2,7 @@
 
 import json
 
-import make_demo_data
 import numpy as np
-import preview_masks
 import pytest
 from conftest import generate, make_mvtec, read_lines, write_image
 from PIL import Image
@@ -27,6 +25,7 @@ from defectfill_dataset import (
 )
 from defectfill_dataset.placement import GAP, NamedMask, find_place
 from defectfill_dataset.shapes import SCALES, Transform, cut_out, random_transform, transform, union
+from defectfill_scripts import make_demo_data, preview_masks
 
 
 def rng(*seed: int) -> np.random.Generator:

@@ -51,7 +51,7 @@ def test_cvat(tmp_path):
 def test_cvat_finds_images(tmp_path, images):
     root = make_cvat(tmp_path / "nut", images)
     write_cvat(root, CVAT, subset="train")
-    assert len(masks_of(root)) == 7
+    assert len(masks_of(root)) == 8  # of seven images, one of two types
     assert {split for defect, split in table(root).values() if defect != "good"} == {"train"}
     for name in CVAT:
         write_image(root / "images/val" / name)

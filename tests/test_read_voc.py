@@ -120,7 +120,7 @@ def test_voc_masks_by_labelmap(tmp_path, palette):
     root = make_voc_masks(tmp_path / "nut", palette)
     assert table(root) == {
         "JPEGImages/hole.png": ("hole", None),
-        "JPEGImages/both.png": ("hole", None),
+        "JPEGImages/both.png": ("crack: big+hole", None),
         "JPEGImages/crack.png": ("crack: big", None),
         "JPEGImages/clean.png": ("good", "good"),
     }
@@ -129,7 +129,7 @@ def test_voc_masks_by_labelmap(tmp_path, palette):
     assert np.array_equal(both["hole"], square(12, 10, 30, 20)) and np.array_equal(
         both["crack: big"], square(1, 1, 9, 4)
     )
-    assert len(masks_of(root)) == 3
+    assert len(masks_of(root)) == 4
     write_class_mask(root / "SegmentationClass/hole.png", (3, 1, 1, 9, 9), palette=palette)
     write_class_mask(root / "SegmentationClass/clean.png", (255, 1, 1, 9, 9), palette=palette)
     (root / "JPEGImages/crack.png").unlink()

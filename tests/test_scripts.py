@@ -6,15 +6,9 @@ import os
 import subprocess
 import sys
 
-import ablate
-import benchmark_generation as benchmark
-import compare_samplers
-import make_demo_data
-import make_tiny_base
 import numpy as np
 import pytest
 import torch
-import train_segmenter
 from conftest import ROOT, in_clean_process, read_lines, reset_accelerate, toy_pipeline, write_image
 from diffusers import StableDiffusionInpaintPipeline
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
@@ -22,6 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from defectfill_dataset import InputError, binarise, check_pairs, cover, image_tensor, load_defect_pairs
+from defectfill_scripts import ablate, compare_samplers, make_demo_data, make_tiny_base, train_segmenter
+from defectfill_scripts import benchmark_generation as benchmark
 from generate_defectfill import ddim, paint
 
 

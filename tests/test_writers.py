@@ -8,7 +8,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import prepare_data
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -29,6 +28,7 @@ from defectfill_dataset import (
     load_prepared,
     writers,
 )
+from defectfill_scripts import prepare_data
 
 
 GPS, CAMERA, ORIENTATION = 0x8825, 0x0110, 0x0112  # EXIF tags

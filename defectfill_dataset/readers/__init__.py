@@ -2,7 +2,7 @@
 
 from .discovery import LAYOUTS, NAME, RESERVED, check_names, find_objects, layout_of, read_object
 from .files import IMAGE_EXTENSIONS, file_inside, image_files, pair_by_name
-from .rows import GOOD, ONE_TYPE, Reading, Row, relative
+from .rows import GOOD, ONE_TYPE, Reading, Row, is_unicode, relative
 
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "file_inside",
     "find_objects",
     "image_files",
+    "is_unicode",
     "layout_of",
     "pair_by_name",
     "read_object",

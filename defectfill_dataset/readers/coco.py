@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import InputError
 from .files import PEEKED, Place, all_files, all_images, file_inside, folders_in, spelt
 from .marks import (
     ANNOTATION_ERRORS,
@@ -42,12 +41,13 @@ def read_coco(root: Path) -> Reading:
         pictures[spelt(image.name).casefold()].append(image)
     for file, content in json_objects(all_files(root, ".json"), reading, root):
         if {"images", "annotations"} <= content.keys():
+            of_file = Reading()
             try:
-                _read_file(reading, root, file, content, pictures)
+                _read_file(of_file, root, file, content, pictures)
             except MALFORMED as error:
-                if isinstance(error, InputError):
-                    raise
-                reading.missing(relative(file, root), f"is not of COCO's form: {said(error)}")
+                of_file = Reading()
+                of_file.missing(relative(file, root), f"is not of COCO's form: {said(error)}")
+            reading += of_file
     return reading
 
 
@@ -61,7 +61,7 @@ def _read_file(reading: Reading, root: Path, file: Path, content: dict, pictures
         if annotation["image_id"] in annotations:
             annotations[annotation["image_id"]].append(annotation)
         else:
-            reading.missing(place, f"annotation {annotation.get('id')} is of no image", "remove it")
+            reading.missing(place, f"annotation {annotation.get('id')} is of no image", "remove it", "DF143")
     for entry in content["images"]:
         name = str(entry["file_name"])
         found = _images_of(root, file, name, pictures)

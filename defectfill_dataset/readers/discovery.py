@@ -1,15 +1,16 @@
 """Which layout a folder has, the objects at or below it, and what one holds."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import InputError, Problem
 from ..mask_values import NO_CLASSES, MaskClasses
-from . import coco, cvat, datumaro, folders, label_studio, labelme, tables, voc, yolo
+from . import coco, cvat, datumaro, folders, label_studio, labelme, published, real_iad, tables, visa, voc, yolo
 from .classes import split_classes
 from .explain import explain
-from .files import Place, child, entries, folders_in
+from .files import IMAGE_EXTENSIONS, Place, child, entries, folders_in, may_read
 from .rows import Reading, unite
 
 
@@ -25,13 +26,19 @@ Layouts = dict[str, tuple[Fits, Reader]]  # what proves it, its reader
 FOLDERS: Layouts = {  # the first that fits counts
     "defectfill": (_holds("train/defective/"), folders.read_defectfill),
     "mvtec_ad2": (_holds("test_public/"), folders.read_mvtec_ad2),
+    "mvtec_3d": (published.is_mvtec_3d, published.read_mvtec_3d),
+    "anomalib": (published.is_anomalib, published.read_anomalib),
     "btad": (_holds("ground_truth/", "test/ko/"), folders.read_btad),
     "mvtec_loco": (folders.has_mask_folders, folders.read_mvtec_loco),
     "mvtec": (_holds("ground_truth/"), folders.read_mvtec),
-    "visa": (_holds("Data/Images/"), folders.read_visa),
+    "visa": (_holds("Data/Images/"), visa.read_visa),
     "ksdd2": (folders.is_ksdd2, folders.read_ksdd2),
     "magnetic_tile": (folders.is_magnetic_tile, folders.read_magnetic_tile),
+    "ksdd": (published.is_ksdd, published.read_ksdd),
+    "dagm": (published.is_dagm, published.read_dagm),
+    "real_iad": (real_iad.is_real_iad, real_iad.read_real_iad),
     "folder": (_holds("images/", "masks/"), folders.read_folder),
+    "anomalydiffusion": (published.is_anomalydiffusion, published.read_anomalydiffusion),
 }
 ANNOTATIONS: Layouts = {
     "metadata": (tables.is_metadata, tables.read_metadata),
@@ -64,8 +71,9 @@ def layout_of(folder: Path, layout: str = "auto", below: bool = False) -> str | 
     place = Place(folder, below)
     if layout != "auto":
         return layout if LAYOUTS[layout][0](place) else None
-    fitting = [name for name, (fits, _) in FOLDERS.items() if fits(place)][:1]
-    fitting += [name for name, (fits, _) in ANNOTATIONS.items() if fits(place)]
+    fitting = list(itertools.islice((name for name, (fits, _) in FOLDERS.items() if fits(place)), 1))
+    if place.of_kind(*IMAGE_EXTENSIONS):
+        fitting += [name for name, (fits, _) in ANNOTATIONS.items() if fits(place)]
     if fitting == ["folder", "metadata"]:  # the table says which masks the images have
         fitting.remove("folder")
     if len(fitting) > 1:
@@ -108,17 +116,13 @@ def _object_folders(folder: Path, layout: str, depth: int = DEPTH) -> list[Path]
     """The folder if it is an object, else the objects below it, else the folder with annotations anywhere below."""
     if layout_of(folder, layout):
         return [folder]
-    try:
-        below = [o for f in (folders_in(folder) if depth else []) for o in _object_folders(f, layout, depth - 1)]
-    except InputError:
-        if depth == DEPTH:
-            raise
-        return []
+    inner = [f for f in folders_in(folder) if may_read(f)] if depth else []
+    below = [found for f in inner for found in _object_folders(f, layout, depth - 1)]
     return below or ([folder] if layout_of(folder, layout, below=True) else [])
 
 
 def _nothing_known(root: Path, layout: str) -> Problem:
-    parent = next((p for p in root.parents if any(fits(Place(p)) for fits, _ in FOLDERS.values())), None)
+    parent = next((p for p in root.parents if may_read(p) and _is_of_folders(Place(p))), None)
     found = [entry.name for entry in entries(root)]
     wanted = "a known layout" if layout == "auto" else f"the layout {layout}"
     return Problem(
@@ -129,6 +133,13 @@ def _nothing_known(root: Path, layout: str) -> Problem:
         "(COCO, YOLO, LabelMe, Pascal VOC, CVAT, Datumaro, Label Studio, metadata.csv), or another layout of "
         "README.md, in the folder or below it",
     )  # fmt: skip
+
+
+def _is_of_folders(place: Place) -> bool:
+    try:
+        return any(fits(place) for fits, _ in FOLDERS.values())
+    except InputError:  # something in it may not be read, which nobody asked for
+        return False
 
 
 def check_names(names: Iterable[str], source: str | Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..images import open_image
+from ..images import UNREADABLE, open_image
 from .files import IMAGE_EXTENSIONS, PEEKED, Place, all_files, all_images, file_inside, spelt
 from .marks import (
     ANNOTATION_ERRORS,
@@ -151,10 +151,11 @@ def _polygon(kind: str, points: list, size: tuple[int, int]) -> tuple:
 def _mask_rle(encoded: str, points: list, size: tuple[int, int]) -> str:
     """Run lengths of a picture, base64, that lies between two corners."""
     try:
-        picture = open_image(io.BytesIO(base64.b64decode(encoded, validate=True)))
+        part = np.asarray(open_image(io.BytesIO(base64.b64decode(encoded, validate=True))).convert("L")) > 0
     except binascii.Error as error:
         raise ValueError(f"its mask is not base64: {error}") from error
-    part = np.asarray(picture.convert("L")) > 0
+    except UNREADABLE as error:
+        raise ValueError(f"its mask cannot be read: {error}") from error
     (left, top), (right, bottom) = ([round(number(v)) for v in point] for point in points)
     if abs(right - left - part.shape[1]) > 1 or abs(bottom - top - part.shape[0]) > 1:
         raise ValueError(f"its mask is {part.shape[1]}x{part.shape[0]}, its box {right - left}x{bottom - top}")

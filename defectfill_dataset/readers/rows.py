@@ -90,7 +90,7 @@ def unite(reading: Reading, root: Path) -> Reading:
     """The reading with one row for each image and defect type, and one spelling for each type.
 
     The most frequent spelling stays (of equals, the first by name). An image that is both good and defective, or
-    that is listed twice as good, is a problem (DF144).
+    that is listed twice with one label, is a problem (DF144).
     """
     spellings: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for row in reading.rows:
@@ -107,13 +107,25 @@ def unite(reading: Reading, root: Path) -> Reading:
     for row in reading.rows:
         row = dataclasses.replace(row, defect=chosen[label_key(row.defect)])
         together.setdefault((row.image, row.defect), []).append(row)
+    for row in reading.rows:
+        for file in (row.image, *(row.mask.paths if row.mask else ())):
+            if not is_unicode(str(file)):
+                reading.blame(
+                    "DF115", row.image, root, "its name or path is not UTF-8", "rename it", relative(file, root)
+                )
     good = {image for image, defect in together if defect == GOOD}
-    both = {image for image, defect in together if defect != GOOD} & good
-    both |= {image for image in good if len(together[image, GOOD]) > 1}
-    for image in sorted(both):
+    listed_twice = {image for image, defect in together if defect != GOOD} & good
+    counts = collections.Counter((row.image, row.defect) for row in reading.rows)
+    listed_twice |= {image for (image, _), number in counts.items() if number > 1}
+    for image in sorted(listed_twice):
         reading.blame("DF144", image, root, "is listed more than once", "keep one")
-    reading.rows = list(_merged(rows for (image, _), rows in together.items() if image not in both))
+    reading.rows = list(_merged(rows for (image, _), rows in together.items() if image not in listed_twice))
     return reading
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a name, as the system gives it, is Unicode; names from old archives may be other bytes."""
+    return name == name.encode(errors="replace").decode()
 
 
 def tidy(label: str) -> str:

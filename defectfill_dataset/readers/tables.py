@@ -5,9 +5,9 @@ from pathlib import Path
 from ..errors import InputError
 from ..masks import MaskFiles
 from .files import Place, child, file_inside
-from .marks import MALFORMED
-from .rows import GOOD, ONE_TYPE, SPLITS, Reading, Row, relative, split_of
-from .text import parse_json, read_csv, read_text, unreadable
+from .marks import MALFORMED, said
+from .rows import GOOD, ONE_TYPE, SPLITS, Reading, Row, relative, split_of, tidy
+from .text import holds_text, parse_json, read_csv, read_text, unreadable
 
 
 def is_metadata(place: Place) -> bool:
@@ -17,7 +17,7 @@ def is_metadata(place: Place) -> bool:
 def metadata_files(root: Path) -> list[Path]:
     places = [root, *(child(root, split) for split in (*SPLITS, "good"))]
     files = [child(place, name) for place in places for name in ("metadata.csv", "metadata.jsonl")]
-    return [f for f in dict.fromkeys(files) if f.is_file() and "mask_file_name" in f.read_bytes().decode("latin-1")]
+    return [f for f in dict.fromkeys(files) if f.is_file() and holds_text(f, "mask_file_name")]
 
 
 def _read_jsonl(file: Path) -> list[dict[str, str]]:
@@ -27,7 +27,7 @@ def _read_jsonl(file: Path) -> list[dict[str, str]]:
             if text.strip():
                 lines.append({key: "" if value is None else str(value) for key, value in parse_json(text).items()})
         except MALFORMED as error:
-            raise unreadable(file, f"line {number} is not a JSON object: {error}") from error
+            raise unreadable(f"{file}, line {number}", f"is not a JSON object: {said(error)}") from error
     return lines
 
 
@@ -60,7 +60,8 @@ def read_metadata(root: Path) -> Reading:
 
 def _add_line(reading: Reading, root: Path, file: Path, line: dict[str, str], place: str) -> None:
     image, mask = (file_inside(root, file.parent, line.get(k)) for k in ("file_name", "mask_file_name"))
-    defect, kind = line.get("defect", ""), line.get("object") or None
+    defect, kind = tidy(line.get("defect", "")), line.get("object") or None
+    defect = GOOD if defect.casefold() == GOOD else defect
     if image is None:
         reading.missing(place, f"names the image '{line.get('file_name')}', which is not in {root}")
     elif mask is None and (line.get("mask_file_name") or defect not in ("", GOOD)):

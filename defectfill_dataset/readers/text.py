@@ -25,7 +25,10 @@ MARKS = {  # the longer first: UTF-32's begins with UTF-16's
 }
 
 
-def unreadable(file: Path, what: str, fix: str = "mend or remove it") -> InputError:
+OTHER_ENCODINGS = ["gb18030", "big5", "cp932", "euc_jp", "euc_kr", "cp1252", "cp1250", "cp1251"]  # by how common
+
+
+def unreadable(file: Path | str, what: str, fix: str = "mend or remove it") -> InputError:
     return InputError(Problem("DF166", str(file), what, fix))
 
 
@@ -40,12 +43,15 @@ def read_text(file: Path) -> str:
     except OSError as error:
         raise unreadable(file, f"cannot be read: {error.strerror or error}") from error
     encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
+    if encoding in ("utf-8", "utf-8-sig") and b"\0" in content:
+        raise unreadable(file, "holds zero bytes, as UTF-16 without its byte order mark does", "save it as UTF-8")
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
-        best = charset_normalizer.from_bytes(content).best()
-        looks = f", it looks like {best.encoding}" if best else ""
-        raise unreadable(file, f"is not UTF-8 (byte {error.start}){looks}", "save it as UTF-8") from error
+        found = charset_normalizer.from_bytes(content, cp_isolation=OTHER_ENCODINGS, threshold=0.5)
+        names = ", ".join(match.encoding for match in found) or "unknown"
+        what = f"is not UTF-8 (byte {content[error.start]:#04x} at {error.start}); its encoding may be {names}"
+        raise unreadable(file, what, "save it as UTF-8") from error
 
 
 def parse_json(text: str) -> Any:

@@ -18,7 +18,7 @@ from .text import read_text, read_yaml, unreadable
 
 
 CLASS_FILES = ("classes.txt", "obj.names", "predefined_classes.txt")
-NO_LABELS = {*CLASS_FILES, "train.txt", "val.txt", "valid.txt", "test.txt"}  # the latter list images
+NO_LABELS = {*CLASS_FILES, "train.txt", "val.txt", "valid.txt", "test.txt", "labels.txt"}  # the latter list images
 LABEL_LINE = re.compile(r"\s*\d+(\.0*)?[\s,]+[-+\d.]")
 TOLERANCE = 0.005  # of the side: how far rounding may leave a number outside [0, 1]
 
@@ -117,7 +117,7 @@ def read_classes(root: Path, folders: Iterable[Path]) -> dict[int, str]:
     found: dict[Path, list[str]] = {}
     for folder in dict.fromkeys([root, child(root, "labels"), *sorted(folders)]):
         files = (child(folder, name) for name in CLASS_FILES)
-        found |= {file: read_text(file).splitlines() for file in files if file.is_file()}
+        found |= {file: read_text(file).rstrip().splitlines() for file in files if file.is_file()}
     if not found:
         raise InputError(
             Problem("DF166", str(root), "no class names", "add data.yaml with 'names', or classes.txt, a name a line")

@@ -6,6 +6,6 @@ venv="$(realpath "${1:?say the folder of the virtual environment}")"
 cd "$(dirname "$0")/../.."
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 "$venv/bin/python" -m pip install -q --disable-pip-version-check \
-    -r requirements.txt -r tests/requirements.txt -r tests/consumers/requirements.txt
+    -c constraints.txt -e . -r tests/requirements.txt -r tests/consumers/requirements.txt
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 "$venv/bin/python" -m pytest -q tests/consumers/test_consumers.py

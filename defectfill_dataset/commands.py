@@ -1,0 +1,76 @@
+"""How a command ends that refuses its input."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import InputError, folded
+
+
+LAUNCHERS = rb"accelerate|torchrun|torch\.distributed"
+# Prints its input when the process behind a file descriptor has ended, or after 40 seconds: PyTorch's launcher gives
+# the other processes 30 to end.
+WATCHER = """
+import select, sys
+message = sys.stdin.read()
+select.select([int(sys.argv[1])], [], [], 40)
+sys.stderr.write(message)
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells of wrong flags as `tell` does."""
+
+    def error(self, message: str) -> NoReturn:
+        tell(f"{self.format_usage()}{self.prog}: error: {message}")
+        sys.exit(2)
+
+
+def exit_on_input_error(main: Callable[[], None]) -> None:
+    """Runs a command's `main`; wrong input ends it with its message on stderr and exit status 2, no traceback."""
+    try:
+        main()
+    except InputError as error:
+        tell("\n".join(["", *folded(error.problems)]))
+        sys.exit(2)
+    except SystemExit as end:
+        if not isinstance(end.code, str):
+            raise
+        tell(end.code)
+        sys.exit(1)
+
+
+def tell(message: str) -> None:
+    """Prints on stderr; under a launcher once that has ended, so that its traceback is not what is seen last."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # every process sees the same problem: say it once
+        return
+    end = end_of_launcher()
+    if end is None:
+        print(message, file=sys.stderr)
+        return
+    watcher = subprocess.Popen(
+        [sys.executable, "-ISc", WATCHER, str(end)],
+        stdin=subprocess.PIPE, text=True, pass_fds=[end], start_new_session=True,
+    )  # fmt: skip
+    assert watcher.stdin
+    with watcher.stdin:
+        watcher.stdin.write(f"{message}\n")
+
+
+def end_of_launcher() -> int | None:
+    """A file descriptor to read from once the launcher has ended; None where there is none, or no Linux.
+
+    A launcher that is the first process of a container is none either: the watcher would end with it.
+    """
+    parent = os.getppid()
+    try:
+        if parent != 1 and re.search(LAUNCHERS, Path(f"/proc/{parent}/cmdline").read_bytes()):
+            return os.pidfd_open(parent)
+    except (AttributeError, OSError):
+        pass
+    return None

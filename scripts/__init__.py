@@ -1,0 +1,1 @@
+"""The commands beside training and generation, installed as the package `defectfill_scripts`."""

@@ -97,6 +97,7 @@ def test_cvat_of_a_project_with_subsets(tmp_path):
         ('<box label="x" xtl="five" ytl="5" xbr="5" ybr="9"/>', "'five' is not a number"),
         ('<box label="x" xtl="60" ytl="5" xbr="70" ybr="9" rotation="20"/>', "(65, 7) is not in the image"),
         ('<ellipse label="x" cx="5" cy="5" rx="0" ry="3"/>', "the radii 0 and 3"),
+        ('<ellipse label="x" cx="5" cy="5" rx="900" ry="3"/>', "the point (905, 5) is far from the image of 48x48"),
         ('<mask label="x" rle="1, 2" left="3" top="4" width="3" height="2"/>', "do not fill 3x2 pixels"),
         ('<mask label="x" rle="1, 2, 3.5, -0.5" left="3" top="4" width="3" height="2"/>', "not whole numbers"),
         ('<mask label="x" rle="9, -4, 1" left="3" top="4" width="3" height="2"/>', "do not fill 3x2 pixels"),
@@ -223,6 +224,15 @@ def test_what_is_no_layout_is_explained(tmp_path, file, content, words):
     with pytest.raises(InputError, match="DF161") as caught:
         find_objects(tmp_path / "nut")
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", EXAMPLES_ANNOTATIONS)
+def test_annotations_without_images_are_explained(tmp_path, name):
+    root = EXAMPLES_ANNOTATIONS[name](tmp_path / "nut")
+    for image in [*root.rglob("*.png"), *root.rglob("*.jpg")]:
+        image.unlink()
+    problems = told(root)
+    assert codes(problems) == ["DF143"] * len(problems) or "but no images; put them beside" in problems[0]
 
 
 def test_images_or_masks_alone_are_explained(tmp_path):

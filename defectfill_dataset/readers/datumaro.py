@@ -66,7 +66,7 @@ def _read_file(images: NamedImages, file: Path, content: dict) -> None:
         if image is None:
             continue
         try:
-            height, width = media.get("size") or (None, None)
+            height, width = numbers(media["size"], 2) if media.get("size") else (None, None)
             size = annotated_size(image, root, width, height)
             shapes = [a for a in item["annotations"] if a.get("type") not in REMARKS]
             marks = [mark_of(shape, names, size) for shape in shapes]

@@ -62,8 +62,8 @@ def read_label_studio(root: Path) -> Reading:
                 predicted += bool(task.get("predictions"))
                 place = f"{relative(file, root)}, task {task.get('id', '')}".rstrip()
                 if image := _image_of(images, task, place):
-                    annotations.setdefault(image, []).extend(task.get("annotations") or task.get("completions") or [])
                     places.setdefault(image, place)
+                    annotations.setdefault(image, []).extend(task.get("annotations") or task.get("completions") or [])
         except MALFORMED as error:
             reading.missing(relative(file, root), f"is not of Label Studio's form: {said(error)}")
             continue

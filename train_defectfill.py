@@ -3,8 +3,8 @@
     accelerate launch train_defectfill.py --pretrained_model_name_or_path sd2-community/stable-diffusion-2-inpainting \
         --train_data_dir mvtec/hazelnut --defect hole --output_dir lora-hazelnut-hole
 
-Reads top to bottom: the method's equations, attention maps, LoRA and precision, one training step, figures and
-pictures, the loop, the command.
+Reads top to bottom: the method's equations, attention maps, LoRA and precision, one training step, measures and
+validation images, the loop, the command. Its flags are in `defectfill/runs/flags.py`.
 
 Shapes: B samples, L prompt tokens, Q queries of an attention layer, h x w the latent grid.
 Masks are 1 inside the defect; images are in [-1, 1].
@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -42,22 +42,23 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from defectfill import checkpoint as checkpoints
-from defectfill.base import Base, check_resolution, read_base
-from defectfill.files import clear_leftovers, save_picture, sole_writer, write_json
-from defectfill.lora_file import ADAPTER, LORA_FILE, lora_parameters, read_lora, reload_and_compare, save_lora
-from defectfill.options import check_options
-from defectfill.publish import check_hub, push, write_model_card
-from defectfill.record import LossLog, log_picture, lora_record, run_record
-from defectfill.signals import StopSignal
+from defectfill.base_model import BaseModel, check_resolution, load_models, load_tokenizer, read_base
+from defectfill.colour_stats import statistics_by_defect
+from defectfill.lora import ADAPTER, LORA_FILE, lora_parameters, read_lora, reload_and_compare, save_lora
+from defectfill.runs import checkpoint as checkpoints
+from defectfill.runs.cards import write_model_card
+from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
+from defectfill.runs.flags import check_training_args, parse_training_args
+from defectfill.runs.hub import check_hub, push
+from defectfill.runs.record import LossLog, log_image, lora_record, run_record
+from defectfill.runs.signals import StopSignal
+from defectfill.sampling import composite, ddim, inpaint
 from defectfill_dataset import (
     InputError,
-    Parser,
     PromptPair,
     TokenizedPrompts,
     TrainingSamples,
     Zoom,
-    add_reading_flags,
     binarise,
     build_prompts,
     check_pairs,
@@ -75,11 +76,9 @@ from defectfill_dataset import (
     select_defects,
     split_names,
     tensor_image,
-    to_grid,
     to_words,
     tokenize_prompts,
 )
-from generate_defectfill import composite, ddim, defect_colours, learn_appearance, paint
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -264,20 +263,6 @@ def add_lora(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, rank: int,
         cast_training_params(model, dtype=torch.float32)
 
 
-def load_models(base: Base, variant: str | None, cache_dir: str | None, dtype: torch.dtype) -> tuple:
-    """(unet, text_encoder, vae, noise scheduler) of the base, frozen, in `dtype`."""
-    common = {"revision": base.revision, "cache_dir": cache_dir}
-    weights = common | {"variant": variant, "dtype": dtype, "use_safetensors": True}
-    try:
-        unet = UNet2DConditionModel.from_pretrained(base.name, subfolder="unet", **weights)
-        text_encoder = CLIPTextModel.from_pretrained(base.name, subfolder="text_encoder", **weights)
-        vae = AutoencoderKL.from_pretrained(base.name, subfolder="vae", **weights).requires_grad_(False)
-    except OSError as error:
-        raise InputError(f"DF182 {base.name}: its safetensors weights cannot be loaded: {error}") from error
-    scheduler = DDPMScheduler.from_pretrained(base.name, subfolder="scheduler", **common)
-    return unet, text_encoder, vae, scheduler
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # One training step
 
@@ -293,16 +278,16 @@ class Models(NamedTuple):
     tokens: TokenizedPrompts
 
 
-class Draws(NamedTuple):
-    """What a step draws: eps and t, shared by both passes, and the sample of the VAE's posterior."""
+class NoiseSample(NamedTuple):
+    """The random numbers of a step: eps and t, shared by both passes, and the sample of the VAE's posterior."""
 
     noise: torch.Tensor  # (B, C, h, w)
     timesteps: torch.Tensor  # (B,)
     posterior: torch.Tensor  # (B, C, h, w)
 
 
-def draw(models: Models, batch: dict) -> Draws:
-    """Draws each sample's numbers from its own seed, on the CPU, so that they are the same on every machine."""
+def sample_noise(models: Models, batch: dict) -> NoiseSample:
+    """Samples each item's numbers from its own seed, on the CPU, so that they are the same on every machine."""
     shape = (2, models.vae.config.latent_channels, *batch["mask"].shape[-2:])
     samples = []
     for seed in batch["seed"].tolist():
@@ -310,7 +295,7 @@ def draw(models: Models, batch: dict) -> Draws:
         noise, posterior = torch.randn(shape, generator=generator)
         t = torch.randint(0, models.noise_scheduler.config.num_train_timesteps, (), generator=generator)
         samples.append((noise, t, posterior))
-    return Draws(*(torch.stack(column).to(batch["mask"].device) for column in zip(*samples)))
+    return NoiseSample(*(torch.stack(column).to(batch["mask"].device) for column in zip(*samples)))
 
 
 def encode_images(
@@ -338,7 +323,7 @@ def encode_prompts(text_encoder: torch.nn.Module, tokens: TokenizedPrompts, rows
     return text_encoder(tokens.input_ids[distinct.cpu()].to(rows.device))[0][place]
 
 
-def training_losses(models: Models, batch: dict, draws: Draws, options: LossOptions) -> dict[str, torch.Tensor]:
+def training_losses(models: Models, batch: dict, sample: NoiseSample, options: LossOptions) -> dict[str, torch.Tensor]:
     """The three losses and their total for one batch: both passes in one UNet call, on the same eps, t and x_t.
 
     Args:
@@ -349,10 +334,10 @@ def training_losses(models: Models, batch: dict, draws: Draws, options: LossOpti
     """
     unet, text_encoder, vae, scheduler, store, tokens = models
     mask, random_mask = batch["mask"], batch["random_mask"]  # (B, 1, h, w)
-    x_0, b_def, b_obj = encode_images(vae, batch["pixel_values"], [mask, random_mask], draws.posterior)
-    x_t = scheduler.add_noise(x_0, draws.noise, draws.timesteps)
+    x_0, b_def, b_obj = encode_images(vae, batch["pixel_values"], [mask, random_mask], sample.posterior)
+    x_t = scheduler.add_noise(x_0, sample.noise, sample.timesteps)
     v_prediction = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(x_0, draws.noise, draws.timesteps) if v_prediction else draws.noise
+    target = scheduler.get_velocity(x_0, sample.noise, sample.timesteps) if v_prediction else sample.noise
 
     n = len(mask)
     prompts = torch.cat([batch["defect_prompt"], batch["object_prompt"]])  # (2B,)
@@ -360,7 +345,7 @@ def training_losses(models: Models, batch: dict, draws: Draws, options: LossOpti
     store.record(recorded, tokens.phrase_weights[prompts[recorded].cpu()].to(prompts.device))
     noise_pred = unet(
         torch.cat([unet_input(x_t, mask, b_def), unet_input(x_t, random_mask, b_obj)]),  # (2B, 9, h, w)
-        draws.timesteps.repeat(2),
+        sample.timesteps.repeat(2),
         encoder_hidden_states=encode_prompts(text_encoder, tokens, prompts),
     ).sample.float()
     attention = attention_map(store.pop(), mask.shape[-2:], options.attention_map_scale)
@@ -378,7 +363,7 @@ MAX_SKIPPED_STEPS = 30  # in a row; a loss scale of 65536 is down to nothing by 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures and pictures
+# Measures and validation images
 
 
 def collate(items: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
@@ -387,53 +372,53 @@ def collate(items: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def measure(models: Models, items: Iterable[dict], options: LossOptions, device: torch.device) -> dict[str, float]:
-    """Losses and attention overlap over whole images at four fixed timesteps with fixed noise: figures to compare.
+    """Losses and attention overlap over whole items at four fixed timesteps with fixed noise, to compare runs.
 
     Returns:
         the mean of each loss, of the map's IoU with the mask and of its share inside the mask; and `mask_area`, the
         share that a map without a preference would have.
     """
-    figures = []
+    rows = []
     for item in items:
         batch = collate([item], device)
-        draws = draw(models, batch)
+        sample = sample_noise(models, batch)
         for fifth in range(1, 5):
-            t = torch.full_like(draws.timesteps, fifth * models.noise_scheduler.config.num_train_timesteps // 5)
-            losses = training_losses(models, batch, draws._replace(timesteps=t), options)
+            t = torch.full_like(sample.timesteps, fifth * models.noise_scheduler.config.num_train_timesteps // 5)
+            losses = training_losses(models, batch, sample._replace(timesteps=t), options)
             iou, share = attention_overlap(losses["attention_map"][0], batch["mask"][0, 0])
-            figures.append([*(losses[k].item() for k in LOSSES), iou, share, batch["mask"].mean().item()])
+            rows.append([*(losses[k].item() for k in LOSSES), iou, share, batch["mask"].mean().item()])
     models.store.stop()
     names = (*LOSSES, "attention_iou", "attention_inside", "mask_area")
-    return {name: round(float(x), 6) for name, x in zip(names, np.mean(figures, axis=0))}
+    return {name: round(float(x), 6) for name, x in zip(names, np.mean(rows, axis=0))}
 
 
 @torch.no_grad()
-def validation_picture(
+def validation_image(
     models: Models, pipe: StableDiffusionInpaintPipeline, cases: list[dict], options: LossOptions, inference_steps: int
 ) -> Image.Image:
-    """A picture of one row a case: good image | mask | result | the phrase's attention over the result.
+    """One row for each case: good image | mask | result | the phrase's attention over the result.
 
     Args:
         cases: items like those of `TrainingSamples`, with `prompt` and a good image as `pixel_values`.
     """
     rows = []
     for case in cases:
-        image, grid = case["pixel_values"], case["mask"]
+        image, mask = case["pixel_values"], case["mask"]
         models.store.stop()
-        result = paint(pipe, image[None], grid[None], case["prompt"], [[case["seed"]]], inference_steps)[0, 0]
+        result = inpaint(pipe, image[None], mask[None], case["prompt"], [[case["seed"]]], inference_steps)[0, 0]
         size = image.shape[-1]
-        pixels = cover(grid, size // grid.shape[-1])[0].numpy() > 0.5
+        pixels = cover(mask, size // mask.shape[-1])[0].numpy() > 0.5
         good = tensor_image(image)
-        painted = composite(good, result, pixels)
+        inpainted = composite(good, result, pixels)
         item = {k: v for k, v in case.items() if k != "prompt"} | {
-            "pixel_values": image_tensor(painted, size),
-            "random_mask": grid,
+            "pixel_values": image_tensor(inpainted, size),
+            "random_mask": mask,
         }
         batch = collate([item], pipe.device)
-        draws = draw(models, batch)
-        t = torch.full_like(draws.timesteps, models.noise_scheduler.config.num_train_timesteps // 2)
-        attention = training_losses(models, batch, draws._replace(timesteps=t), options)["attention_map"][0]
-        cells = [good, Image.fromarray(pixels).convert("RGB"), painted, heat_overlay(painted, attention)]
+        sample = sample_noise(models, batch)
+        t = torch.full_like(sample.timesteps, models.noise_scheduler.config.num_train_timesteps // 2)
+        attention = training_losses(models, batch, sample._replace(timesteps=t), options)["attention_map"][0]
+        cells = [good, Image.fromarray(pixels).convert("RGB"), inpainted, heat_overlay(inpainted, attention)]
         rows.append(np.concatenate([np.asarray(cell) for cell in cells], axis=1))
     models.store.stop()
     return Image.fromarray(np.concatenate(rows))
@@ -443,25 +428,37 @@ def validation_picture(
 # The loop
 
 
-class Job(NamedTuple):
-    """What to train on, checked, before any weight is loaded."""
+class PreparedTraining(NamedTuple):
+    """What to train on, read and checked, before any weight is loaded."""
 
-    base: Base
+    base: BaseModel
     data: datasets.DatasetDict
     prompts: dict[str, PromptPair]  # by defect type
     tokenizer: CLIPTokenizer
     tokens: TokenizedPrompts
     samples: TrainingSamples
     zoom: Zoom | None
-    record: dict  # what the LoRA file says of itself, all but its steps
+    record: dict  # of the LoRA file, all but its steps
     split: dict[str, list[str]]  # image names of train and test, of all defect types
     identity: dict  # what must be the same when the run is resumed
     checkpoint: Path | None
 
 
-def make_models(args: argparse.Namespace, job: Job, dtype: torch.dtype, device: torch.device) -> Models:
+class Training(NamedTuple):
+    """What is trained, and what trains it."""
+
+    models: Models  # as accelerate wrapped them
+    bare_models: Models  # the same weights, not wrapped: to measure, validate and save
+    parameters: dict[str, torch.nn.Parameter]  # the LoRA's, by portable name
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+
+
+def make_models(
+    args: argparse.Namespace, prepared: PreparedTraining, dtype: torch.dtype, device: torch.device
+) -> Models:
     """The base's models on `device` with fresh LoRA and recording processors."""
-    unet, text_encoder, vae, noise_scheduler = load_models(job.base, args.variant, args.cache_dir, dtype)
+    unet, text_encoder, vae, noise_scheduler = load_models(prepared.base, args.variant, args.cache_dir, dtype)
     set_seed(args.seed)
     add_lora(unet, text_encoder, args.rank, args.lora_alpha, args.lora_dropout)
     if args.gradient_checkpointing:
@@ -472,7 +469,7 @@ def make_models(args: argparse.Namespace, job: Job, dtype: torch.dtype, device: 
     store = record_attention(unet)  # last: xformers replaces every processor
     for model in (unet, text_encoder, vae):
         model.to(device)
-    return Models(unet, text_encoder, vae, noise_scheduler, store, job.tokens)
+    return Models(unet, text_encoder, vae, noise_scheduler, store, prepared.tokens)
 
 
 def make_optimizer(unet, text_encoder, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -488,27 +485,10 @@ def make_optimizer(unet, text_encoder, args: argparse.Namespace) -> torch.optim.
     )
 
 
-@contextmanager
-def evaluating(*models: torch.nn.Module) -> Iterator[None]:
-    """The models in eval mode (no LoRA dropout), and back in train mode after."""
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model in models:
-            model.train()
-
-
-def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: StopSignal) -> None:
-    """Trains, and leaves the LoRA, its card and the run record in `args.output_dir`."""
-    began = time.time()
-    device = accelerator.device
+def start_training(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Accelerator) -> Training:
+    """Models with fresh LoRA, their optimizer and schedule of learning rates."""
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    options = LossOptions(*(getattr(args, field) for field in LossOptions._fields))
-
-    # Models, optimizer, schedule, data.
-    bare_models = make_models(args, job, weight_dtype, device)
+    bare_models = make_models(args, prepared, weight_dtype, accelerator.device)
     unet, text_encoder = bare_models.unet, bare_models.text_encoder
     parameters = lora_parameters(unet, text_encoder)
     optimizer = make_optimizer(unet, text_encoder, args)
@@ -517,25 +497,44 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
         args.lr_scheduler, optimizer.optimizer,
         num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
     )  # fmt: skip
-    samples = job.samples
     models = bare_models._replace(unet=unet, text_encoder=text_encoder)
-    if job.zoom:
-        logger.info(f"Zoom: {len(samples)} windows around the defects of {len(job.data['train'])} images")
+    return Training(models, bare_models, parameters, optimizer, lr_scheduler)
 
-    def evaluate() -> dict[str, float] | None:
-        """Figures over the references, on the main process."""
-        if not accelerator.is_main_process:
-            return None
-        with evaluating(bare_models.unet, bare_models.text_encoder), accelerator.autocast():
-            return measure(bare_models, samples.references(), options, device)
 
-    step, before = 0, None
-    if job.checkpoint:
-        weights = read_lora(job.checkpoint).tensors
-        state = checkpoints.restore(job.checkpoint, weights, parameters, optimizer, lr_scheduler, accelerator.scaler)
+@contextmanager
+def evaluating(models: Models, accelerator: Accelerator) -> Iterator[None]:
+    """The trained models in eval mode (no LoRA dropout) with autocast, and back in train mode after."""
+    models.unet.eval(), models.text_encoder.eval()
+    try:
+        with accelerator.autocast():
+            yield
+    finally:
+        models.unet.train(), models.text_encoder.train()
+
+
+def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Accelerator, stop: StopSignal) -> None:
+    """Trains, and leaves the LoRA, its card and the run record in `args.output_dir`."""
+    began, device = time.time(), accelerator.device
+    options = LossOptions(*(getattr(args, field) for field in LossOptions._fields))
+    training = start_training(args, prepared, accelerator)
+    models, bare_models, parameters, optimizer, lr_scheduler = training
+    samples = prepared.samples
+    if prepared.zoom:
+        logger.info(f"Zoom: {len(samples)} crops around the defects of {len(prepared.data['train'])} images")
+
+    def measure_references() -> dict[str, float] | None:
+        if accelerator.is_main_process:
+            with evaluating(bare_models, accelerator):
+                return measure(bare_models, samples.references(), options, device)
+
+    if prepared.checkpoint:
+        weights = read_lora(prepared.checkpoint).tensors
+        state = checkpoints.restore(
+            prepared.checkpoint, weights, parameters, optimizer, lr_scheduler, accelerator.scaler
+        )
         step, before = state["step"], state["before"]
     else:
-        before = evaluate()
+        step, before = 0, measure_references()
     accumulation = accelerator.gradient_accumulation_steps
     schedule = sampling_schedule(
         step * accumulation, args.max_train_steps * accumulation, args.train_batch_size,
@@ -543,33 +542,20 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(samples, batch_sampler=schedule, num_workers=args.dataloader_num_workers)
     log = LossLog(args.output_dir / "losses.jsonl", step) if accelerator.is_main_process else None
-    validate = make_validation(args, job, bare_models, samples, options, accelerator)
-
-    def save() -> bool:
-        written = True
-        if accelerator.is_main_process:
-            log.flush()
-            record = job.record | {"steps": step}
-            written = checkpoints.save_checkpoint(
-                args.output_dir, {"step": step, "before": before, "identity": job.identity},
-                lambda folder: save_lora(folder / LORA_FILE, bare_models.unet, bare_models.text_encoder, record),
-                parameters, optimizer, lr_scheduler, accelerator.scaler, args.checkpoints_total_limit,
-            )  # fmt: skip
-        accelerator.wait_for_everyone()
-        return written
+    validate = make_validation(args, prepared, bare_models, options, accelerator)
 
     # The loop: one micro-batch an iteration; `step` counts optimizer steps.
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     )
     sums, skipped = torch.zeros(len(LOSSES), device=device), 0
-    unet.train(), text_encoder.train()
+    models.unet.train(), models.text_encoder.train()
     for keys, batch in zip(schedule, loader):
         batch = {k: v.to(device) for k, v in batch.items()}
         torch.manual_seed(derive_seed(args.seed, "dropout", *keys[0][:2]))
-        draws = draw(models, batch)
-        with accelerator.accumulate(unet, text_encoder):
-            losses = training_losses(models, batch, draws, options)
+        sample = sample_noise(models, batch)
+        with accelerator.accumulate(models.unet, models.text_encoder):
+            losses = training_losses(models, batch, sample, options)
             accelerator.backward(losses["loss"])
             models.store.pop()  # what gradient checkpointing recorded again
             sums += torch.stack([losses[k].detach() for k in LOSSES]) / accumulation
@@ -599,7 +585,7 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
 
         stopping = stop.requested(accelerator)
         if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            written = save()
+            written = save(args, prepared, training, accelerator, {"step": step, "before": before}, log)
         if stopping and step < args.max_train_steps:
             kept = "resume with --resume_from_checkpoint latest" if written else "its checkpoint could not be written"
             logger.info(f"Stopped at step {step}; {kept}")
@@ -612,9 +598,33 @@ def train(args: argparse.Namespace, job: Job, accelerator: Accelerator, stop: St
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         log.flush()
-        figures = {"before": before, "after": evaluate(), **log.summary()}
-        finish(args, job, accelerator, bare_models, figures, time.time() - began)
+        measures = {"before": before, "after": measure_references(), **log.summary()}
+        finish(args, prepared, accelerator, bare_models, measures, time.time() - began)
     accelerator.end_training()
+
+
+def save(
+    args, prepared: PreparedTraining, training: Training, accelerator: Accelerator, state: dict, log: LossLog | None
+) -> bool:
+    """Writes losses and a checkpoint of `state` on the main process; returns whether the checkpoint was written."""
+    written = True
+    if accelerator.is_main_process:
+        log.flush()
+        record = prepared.record | {"steps": state["step"]}
+        written = checkpoints.save_checkpoint(
+            args.output_dir, state | {"identity": prepared.identity},
+            lambda folder: write_lora(folder / LORA_FILE, training.bare_models, record),
+            training.parameters, training.optimizer, training.lr_scheduler, accelerator.scaler,
+            args.checkpoints_total_limit,
+        )  # fmt: skip
+    accelerator.wait_for_everyone()
+    return written
+
+
+def write_lora(path: Path, models: Models, record: dict) -> None:
+    """Writes the LoRA file atomically."""
+    with atomic_write(path) as temporary:
+        save_lora(temporary, models.unet, models.text_encoder, record)
 
 
 def stop_if_not_finite(terms: dict, norm: torch.Tensor, step: int, samples, batch: dict, scaled: bool) -> None:
@@ -630,32 +640,32 @@ def stop_if_not_finite(terms: dict, norm: torch.Tensor, step: int, samples, batc
 
 
 def make_validation(
-    args, job: Job, models: Models, samples: TrainingSamples, options: LossOptions, accelerator: Accelerator
+    args, prepared: PreparedTraining, models: Models, options: LossOptions, accelerator: Accelerator
 ) -> Callable:
-    """The function that paints the validation pictures of a step, to disk and to the trackers."""
+    """The function that makes the validation image of a step, for the disk and the trackers."""
     folder = args.output_dir / "validation"
-    pipe, cases = make_pipeline(job, models), []
+    pipe, cases = make_pipeline(prepared, models), []
     if args.validation_steps and accelerator.is_main_process:
-        cases = samples.validation_cases(job.data.get("good"), args.num_validation_images)
+        cases = prepared.samples.validation_cases(prepared.data.get("good"), args.num_validation_images)
         folder.mkdir(exist_ok=True)
 
     def validate(step: int) -> None:
         if accelerator.is_main_process:
-            with evaluating(models.unet, models.text_encoder), accelerator.autocast():
-                picture = validation_picture(models, pipe, cases, options, args.validation_inference_steps)
-            save_picture(picture, folder / f"step-{step:06d}.png")
-            log_picture(accelerator.trackers, picture, step)
+            with evaluating(models, accelerator):
+                image = validation_image(models, pipe, cases, options, args.validation_inference_steps)
+            save_image(image, folder / f"step-{step:06d}.png")
+            log_image(accelerator.trackers, image, step)
         accelerator.wait_for_everyone()
 
     return validate
 
 
-def make_pipeline(job: Job, models: Models) -> StableDiffusionInpaintPipeline:
+def make_pipeline(prepared: PreparedTraining, models: Models) -> StableDiffusionInpaintPipeline:
     """The models as a pipeline with DDIM; nothing is copied or cast."""
     pipe = StableDiffusionInpaintPipeline(
         vae=models.vae,
         text_encoder=models.text_encoder,
-        tokenizer=job.tokenizer,
+        tokenizer=prepared.tokenizer,
         unet=models.unet,
         scheduler=ddim(models.noise_scheduler),
         safety_checker=None,
@@ -666,16 +676,18 @@ def make_pipeline(job: Job, models: Models) -> StableDiffusionInpaintPipeline:
     return pipe
 
 
-def finish(args, job: Job, accelerator: Accelerator, models: Models, figures: dict, seconds: float) -> None:
-    """Saves the LoRA, proves that diffusers loads it as it was trained, writes card and run record, pushes."""
-    path, record = args.output_dir / LORA_FILE, job.record | {"steps": args.max_train_steps}
-    save_lora(path, models.unet, models.text_encoder, record)
-    reload_and_compare(make_pipeline(job, models), path)
+def finish(
+    args, prepared: PreparedTraining, accelerator: Accelerator, models: Models, measures: dict, seconds: float
+) -> None:
+    """Saves the LoRA, checks that diffusers loads it as it was trained, writes card and run record, pushes."""
+    path, record = args.output_dir / LORA_FILE, prepared.record | {"steps": args.max_train_steps}
+    write_lora(path, models, record)
+    reload_and_compare(make_pipeline(prepared, models), path)
     batch_size = args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
-    write_model_card(args.output_dir, record, len(job.data["train"]), batch_size, args.hub_model_id)
-    figures["seconds"] = round(seconds, 1)
-    write_json(args.output_dir / "run_record.json", run_record(vars(args), job.identity, job.data) | figures)
-    changes = (f"{k} {figures['before'][k]:.4f} -> {figures['after'][k]:.4f}" for k in ("loss", "attention_iou"))
+    write_model_card(args.output_dir, record, len(prepared.data["train"]), batch_size, args.hub_model_id)
+    results = run_record(vars(args), prepared.identity, prepared.data) | measures | {"seconds": round(seconds, 1)}
+    write_json(args.output_dir / "run_record.json", results)
+    changes = (f"{k} {measures['before'][k]:.4f} -> {measures['after'][k]:.4f}" for k in ("loss", "attention_iou"))
     logger.info(f"Over the references: {', '.join(changes)}")
     logger.info(f"LoRA saved in {args.output_dir}, reloaded and compared")
     if args.push_to_hub:
@@ -686,9 +698,6 @@ def finish(args, job: Job, accelerator: Accelerator, models: Models, figures: di
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-# piecewise_constant needs rules that no flag gives.
-LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
-
 # Options that must not change when a run resumes; they are also all that a tracker is told.
 IDENTITY = (
     "resolution", "max_resize_scale", "center_crop", *LossOptions._fields, "num_random_boxes", "rank", "lora_alpha",
@@ -698,133 +707,50 @@ IDENTITY = (
 )  # fmt: skip
 
 
-# fmt: off
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
-
-    def group(title: str) -> Callable:
-        return parser.add_argument_group(title).add_argument
-
-    add = group("base model")
-    add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID", help="Inpainting model.")
-    add("--revision", help="Its revision on the Hub.")
-    add("--variant", help="Variant of its weight files, such as fp16.")
-    add("--cache_dir", metavar="DIR", help="Where downloaded models and datasets are kept.")
-
-    add = group("data")
-    add("--train_data_dir", metavar="DIR", help="An object's folder in a known layout, or one above it.")
-    add_reading_flags(add, "--train_data_dir")
-    add("--dataset_name", metavar="PATH|ID", help="Prepared dataset, in place of --train_data_dir.")
-    add("--dataset_config_name", metavar="NAME", help="Its config.")
-    add("--object", metavar="NAME", help="Which object, where there are several.")
-    add("--defect", nargs="+", metavar="NAME", help="Defect types to learn; all of the object if not given.")
-    add("--split", default="auto", metavar="RULE|FILE", help="auto, first_third, all, or a split file.")
-    add("--resolution", type=int, default=512, metavar="PX", help="Side of the square the model sees.")
-    add("--max_resize_scale", type=float, default=1.125, metavar="X", help="Random resize by 1 to X, then crop.")
-    add("--center_crop", action="store_true", help="Crop the centre, not a random part.")
-    add("--zoom", choices=["auto", "on", "off"], default="auto", help="Windows round defects; auto: small ones.")
-    add("--zoom_context", type=float, default=3.0, metavar="X", help="A window's side over its defect's.")
-    add("--zoom_min_area", type=float, default=0.01, metavar="X", help="Smaller is small, and tiled if it is long.")
-    add("--dataloader_num_workers", type=int, default=0, metavar="N", help="Further processes that load images.")
-
-    add = group("prompts")
-    add("--phrase", help="What names the defect. If not given, sks for one type, {defect} for several.")
-    add("--object_words", metavar="WORDS", help="What names the object; if not given, its folder's name.")
-    add("--defect_prompt", default="A photo of {phrase}", metavar="TEXT", help="Of the defect pass.")
-    add("--object_prompt", default="A {object} with {phrase}", metavar="TEXT", help="Of the object pass.")
-
-    add = group("method")
-    add("--lambda_def", type=float, default=0.5, metavar="X", help="Weight of the defect loss.")
-    add("--lambda_obj", type=float, default=0.2, metavar="X", help="Weight of the object loss.")
-    add("--lambda_attn", type=float, default=0.05, metavar="X", help="Weight of the attention loss.")
-    add("--background_alpha", type=float, default=0.3, metavar="X", help="alpha in M' = M + alpha (1 - M).")
-    add("--num_random_boxes", type=int, default=30, metavar="N", help="Boxes in the object pass's mask M_rand.")
-    add("--loss_reduction", choices=["mean", "mask"], default="mean", help="Over all elements or each mask.")
-    add("--attention_pass", choices=["object", "defect"], default="object", help="Feeds the attention loss.")
-    add("--attention_map_scale", choices=["raw", "minmax"], default="raw", help="Probabilities, or stretched to 0-1.")
-
-    add = group("LoRA")
-    add("--rank", type=int, default=8, metavar="N", help="Rank of every LoRA layer.")
-    add("--lora_alpha", type=float, default=16, metavar="X", help="LoRA layers are scaled by alpha / rank.")
-    add("--lora_dropout", type=float, default=0.1, metavar="P", help="Dropout before LoRA layers, in training only.")
-
-    add = group("optimisation")
-    add("--seed", type=int, default=0, metavar="N", help="Of everything random.")
-    add("--max_train_steps", type=int, default=2000, metavar="N", help="Optimizer steps.")
-    add("--train_batch_size", type=int, default=4, metavar="N", help="Images per process and micro-batch.")
-    add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="Micro-batches per step.")
-    add("--learning_rate", type=float, default=2e-4, metavar="X", help="Of the UNet's LoRA.")
-    add("--text_encoder_lr", type=float, default=4e-5, metavar="X", help="Of the text encoder's LoRA.")
-    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup", help="Shape of the learning rates.")
-    add("--lr_warmup_steps", type=int, default=100, metavar="N", help="Steps from 0 to the full rate.")
-    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit moments, from bitsandbytes.")
-    add("--adam_beta1", type=float, default=0.9, metavar="X", help="Decay of the first moment.")
-    add("--adam_beta2", type=float, default=0.999, metavar="X", help="Decay of the second moment.")
-    add("--adam_weight_decay", type=float, default=1e-2, metavar="X", help="Weight decay.")
-    add("--adam_epsilon", type=float, default=1e-8, metavar="X", help="Added to the root of the second moment.")
-    add("--max_grad_norm", type=float, default=1.0, metavar="X", help="Gradients are clipped to this norm.")
-
-    add = group("precision and memory")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="LoRA weights stay fp32.")
-    add("--gradient_checkpointing", action="store_true", help="Less memory, slower, the same gradients.")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Needs CUDA.")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products, on Ampere and later GPUs.")
-
-    add = group("output and checkpoints")
-    add("--output_dir", type=Path, required=True, metavar="DIR", help="Where the LoRA, checkpoints and records go.")
-    add("--checkpointing_steps", type=int, default=500, metavar="N", help="A checkpoint every N steps.")
-    add("--checkpoints_total_limit", type=int, metavar="N", help="Keep the newest N checkpoints; all if not given.")
-    add("--resume_from_checkpoint", metavar="latest|PATH", help="latest starts anew without one.")
-
-    add = group("validation and logging")
-    add("--validation_steps", type=int, default=500, metavar="N", help="Pictures every N steps; 0 for none.")
-    add("--num_validation_images", type=int, default=4, metavar="N", help="Good images to paint on.")
-    add("--validation_inference_steps", type=int, default=50, metavar="N", help="DDIM steps of each picture.")
-    add("--report_to", default="tensorboard", metavar="NAME", help="One of accelerate's trackers, all or none.")
-    add("--logging_dir", default="logs", metavar="DIR", help="Where trackers write, inside the output folder.")
-
-    add = group("Hugging Face Hub")
-    add("--push_to_hub", action="store_true", help="Push LoRA and card, token from HF_TOKEN or login.")
-    add("--hub_model_id", metavar="ID", help="Repository; the output folder's name if not given.")
-    add("--hub_public", action="store_true", help="Publish; the repository is private if not given.")
-    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="When to give the push up.")
-    return parser.parse_args(input_args)
-# fmt: on
+    return parse_training_args(__doc__, input_args)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is written."""
-
-
-def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
-    """Checks and reads everything that can be wrong, before a weight is loaded."""
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise InputError("DF189 --mixed_precision fp16: needs a GPU, and there is none here; use bf16 or no")
+def read_data(args: argparse.Namespace, accelerator: Accelerator) -> datasets.DatasetDict:
+    """The dataset of the flags, all its defect types."""
     with accelerator.main_process_first():
         if args.train_data_dir:
-            data = load_defect_pairs(
+            return load_defect_pairs(
                 args.train_data_dir, args.object, args.split, args.cache_dir, args.layout, args.mask_classes,
                 args.skip_problems,
             )  # fmt: skip
-        else:
-            data = load_prepared(args.dataset_name, args.dataset_config_name, args.object, args.cache_dir)
-        split, all_types, data = split_names(data), data["train"], select_defects(data, args.defect)
-    base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
-    check_resolution(base, args.resolution)
+        return load_prepared(args.dataset_name, args.dataset_config_name, args.object, args.cache_dir)
+
+
+def check_images(args: argparse.Namespace, data: datasets.DatasetDict, base: BaseModel) -> None:
+    """Opens every image and mask that training and validation will use; logs warnings.
+
+    Raises:
+        InputError: all problems of the images and masks.
+    """
     shown = args.num_validation_images if args.validation_steps and "good" in data else 0
     used = [data["train"], *([data["good"].take(min(shown, len(data["good"])))] if shown else [])]
     grid = args.resolution // base.vae_scale_factor
     for note in check_pairs(*used, resolution=args.resolution, grid=grid, of_folder=bool(args.train_data_dir)):
         logger.warning(note)
+
+
+def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTraining:
+    """Reads and checks everything that can be wrong, before a weight is loaded."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("DF189 --mixed_precision fp16: needs a GPU, and there is none here; use bf16 or no")
+    every_type = read_data(args, accelerator)
+    data = select_defects(every_type, args.defect)
+    base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
+    check_resolution(base, args.resolution)
+    check_images(args, data, base)
     zoom = choose_zoom(args.zoom, args.zoom_context, args.zoom_min_area, map(binarise, data["train"]["mask"]))
     object_words = args.object_words or to_words(data["train"]["object"][0])
     defects = sorted(data["train"].unique("defect"))
     prompts = build_prompts(defects, object_words, args.phrase, args.defect_prompt, args.object_prompt)
-    tokenizer = CLIPTokenizer.from_pretrained(
-        base.name, subfolder="tokenizer", revision=base.revision, cache_dir=args.cache_dir
-    )
+    tokenizer = load_tokenizer(base, args.cache_dir)
     tokens = tokenize_prompts(tokenizer, prompts.values())
-    others = other_types(all_types, data["train"]) if zoom else None
+    others = other_types(every_type["train"], data["train"]) if zoom else None
     identity = {name: getattr(args, name) for name in IDENTITY} | {
         "base": base.name,
         "revision": base.revision,
@@ -849,30 +775,37 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Job:
         args.max_resize_scale, args.center_crop, args.num_random_boxes, zoom, others,
     )  # fmt: skip
     record = lora_record(
-        base, object_words, prompts, args.push_to_hub, appearance=appearances(samples),
+        base, object_words, prompts, args.push_to_hub, appearance=statistics_by_defect(samples),
         resolution=args.resolution, zoom=identity["zoom"], rank=args.rank, alpha=args.lora_alpha, seed=args.seed,
     )  # fmt: skip
-    return Job(base, data, prompts, tokenizer, tokens, samples, zoom, record, split, identity, checkpoint)
+    split = split_names(every_type)
+    return PreparedTraining(base, data, prompts, tokenizer, tokens, samples, zoom, record, split, identity, checkpoint)
 
 
-def appearances(samples: TrainingSamples) -> dict[str, dict]:
-    """How the references of each defect type look, for generation to tell artefacts by."""
-    colours: dict[str, dict[str, torch.Tensor]] = {}  # of a defect type: a photograph's, of all its windows
-    for window in samples.windows:
-        picture, mask = image_tensor(window.image, samples.resolution), to_grid(window.mask, samples.resolution)
-        found, of_type = defect_colours(picture / 2 + 0.5, mask), colours.setdefault(window.defect, {})
-        of_type[window.source_file] = torch.cat([of_type.get(window.source_file, found[:0]), found])
-    return {defect: learn_appearance(list(of_type.values())) for defect, of_type in colours.items()}
+def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Accelerator) -> None:
+    """Writes split and run record, tidies up after an earlier start, and starts the trackers."""
+    clear_leftovers(args.output_dir)
+    if prepared.checkpoint:
+        checkpoints.archive_newer_checkpoints(args.output_dir, int(prepared.checkpoint.name.split("-")[1]))
+    write_json(args.output_dir / "split.json", prepared.split)
+    write_json(args.output_dir / "run_record.json", run_record(vars(args), prepared.identity, prepared.data))
+    if accelerator.log_with:
+        (args.output_dir / args.logging_dir).mkdir(exist_ok=True)
+    accelerator.init_trackers(
+        "defectfill",
+        config={k: v for k, v in prepared.identity.items() if k in IDENTITY},
+        init_kwargs={"wandb": {"dir": str(args.output_dir / args.logging_dir)}},
+    )
 
 
 def main(args: argparse.Namespace) -> None:
-    check_options(args)
+    check_training_args(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
-        # The other processes wait while the first measures, paints and saves.
+        # The other processes wait while the first measures, validates and saves.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
     )
     logging.basicConfig(
@@ -883,24 +816,13 @@ def main(args: argparse.Namespace) -> None:
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    job = prepare(args, accelerator)
+    prepared = prepare(args, accelerator)
     stop = StopSignal()
-    with sole_writer(args.output_dir) if accelerator.is_main_process else nullcontext():
+    with exclusive_lock(args.output_dir) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
-            clear_leftovers(args.output_dir)
-            if job.checkpoint:
-                checkpoints.set_aside_later(args.output_dir, int(job.checkpoint.name.split("-")[1]))
-            write_json(args.output_dir / "split.json", job.split)
-            write_json(args.output_dir / "run_record.json", run_record(vars(args), job.identity, job.data))
-            if accelerator.log_with:
-                (args.output_dir / args.logging_dir).mkdir(exist_ok=True)
-            accelerator.init_trackers(
-                "defectfill",
-                config={k: v for k, v in job.identity.items() if k in IDENTITY},
-                init_kwargs={"wandb": {"dir": str(args.output_dir / args.logging_dir)}},
-            )
+            start_run(args, prepared, accelerator)
         accelerator.wait_for_everyone()
-        train(args, job, accelerator, stop)
+        train(args, prepared, accelerator, stop)
 
 
 def command() -> None:

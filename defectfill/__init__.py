@@ -1,1 +1,1 @@
-"""Machinery around the method, used by both scripts: base models, LoRA files, checkpoints, signals, publishing."""
+"""The method beside training's equations: base model, LoRA file, sampling, selection; `runs/` carries a run."""

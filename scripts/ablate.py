@@ -22,12 +22,12 @@ from diffusers import StableDiffusionInpaintPipeline, UNet2DModel
 from PIL import Image
 
 import train_defectfill
-from defectfill.files import sole_writer, write_json
-from defectfill.lora_file import load_lora, read_lora
+from defectfill.lora import load_lora, read_lora
+from defectfill.runs.files import exclusive_lock, write_json
+from defectfill.sampling import ddim, inpaint
 from defectfill_dataset import derive_seed, tensor_image, to_grid
 from defectfill_scripts import make_demo_data
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
-from generate_defectfill import ddim, paint
 
 
 VARIANTS = {
@@ -114,7 +114,7 @@ def paint_parts(
         grid = to_grid(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor)
         seeds = [[derive_seed(seed, "ablation", i)]]
         steps, guidance = args.num_inference_steps, args.guidance_scale
-        candidates = paint(pipe, image[None], grid[None], prompt, seeds, steps, guidance)
+        candidates = inpaint(pipe, image[None], grid[None], prompt, seeds, steps, guidance)
         painted.append(torch.where(mask > 0.5, candidates[0, 0] * 2 - 1, image))
     return torch.stack(painted)
 
@@ -199,7 +199,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    with sole_writer(args.output_dir):
+    with exclusive_lock(args.output_dir):
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         write_json(args.output_dir / "options.json", options)
         if not (args.output_dir / "data").exists():

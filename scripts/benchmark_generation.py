@@ -25,12 +25,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from defectfill.base import read_base
-from defectfill.files import replacing
+from defectfill.base_model import read_base
+from defectfill.runs.files import atomic_write
+from defectfill.sampling import SCHEDULERS, inpaint, load_pipeline
+from defectfill.selection import rmse_score
 from defectfill_dataset import cover, derive_seed, exit_on_input_error, to_grid
 from defectfill_scripts.make_tiny_base import WORDS, make_tokenizer
 from defectfill_scripts.train_segmenter import drawn_pairs
-from generate_defectfill import SCHEDULERS, load_pipeline, paint, rmse_score
 
 
 PROMPT = "A nut with sks"
@@ -82,7 +83,7 @@ def paint_pairs(pipe: StableDiffusionInpaintPipeline, pairs: Pairs, way: Way) ->
     painted = []
     for i in range(0, len(pairs.seeds), way.together):
         images, grids, seeds = (of_all[i : i + way.together] for of_all in pairs)
-        painted.append(paint(pipe, images, grids, PROMPT, seeds, way.steps, 7.5, way.batch_size, way.interval))
+        painted.append(inpaint(pipe, images, grids, PROMPT, seeds, way.steps, 7.5, way.batch_size, way.interval))
     return torch.cat(painted)
 
 
@@ -221,7 +222,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     text = measure(args, load(args.base, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
-    with replacing(args.output) as temporary:
+    with atomic_write(args.output) as temporary:
         temporary.write_text(text)
     print(text)
 

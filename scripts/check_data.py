@@ -13,7 +13,7 @@ import sys
 import unicodedata
 from pathlib import Path
 
-from defectfill.files import write_json
+from defectfill.runs.files import write_json
 from defectfill_dataset import InputError, MaskClasses, exit_on_input_error, find_objects
 from defectfill_dataset.checks import skippable
 from defectfill_dataset.errors import did_you_mean, folded, one_line

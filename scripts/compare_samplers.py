@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionInpaintPipeline, UNet2DModel
 
-from defectfill.files import replacing
-from defectfill.lora_file import load_lora, read_lora
+from defectfill.lora import load_lora, read_lora
+from defectfill.runs.files import atomic_write
+from defectfill.sampling import SCHEDULERS, inpaint
 from defectfill_dataset import derive_seed, to_grid
 from defectfill_scripts.ablate import defect_features, figures_of
 from defectfill_scripts.train_segmenter import drawn_pairs
-from generate_defectfill import SCHEDULERS, paint
 
 
 # Scheduler, steps, whether guided, and where; the first is what the others are compared with.
@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace, path: Path, seed: int) -> list[dict]:
         pipe.scheduler = SCHEDULERS[scheduler](given)
         rows.clear()
         scale = args.guidance_scale if guided else 1.0
-        painted = paint(pipe, good, grids, prompt, seeds, steps, scale, guidance_interval=interval)[:, 0] * 2 - 1
+        painted = inpaint(pipe, good, grids, prompt, seeds, steps, scale, guidance_interval=interval)[:, 0] * 2 - 1
         pictures = torch.where(masks > 0.5, painted, good)
         first = pictures if first is None else first
         for i in range(args.images):
@@ -104,7 +104,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     lines = [line for i, path in enumerate(args.lora) for line in measure(args, path, derive_seed(args.seed, i))]
-    with replacing(args.output) as temporary:
+    with atomic_write(args.output) as temporary:
         temporary.write_text(table(lines))
     print(table(lines))
 

@@ -16,8 +16,8 @@ import defectfill.quiet  # noqa: F401
 
 from tqdm.auto import tqdm
 
-from defectfill.files import TEMPORARY, clear_leftovers, move_in, sole_writer
-from defectfill.publish import write_dataset_card
+from defectfill.runs.cards import write_dataset_card
+from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill_dataset import InputError, exit_on_input_error
 from defectfill_dataset.checks import look
 from defectfill_dataset.exports import (
@@ -119,7 +119,7 @@ def write(splits: dict[str, list[Item]], args: argparse.Namespace) -> None:
         last = EXPORTERS[args.format](folder, examples, defects)
         if args.format in WRITERS:
             write_dataset_card(folder, counts, args.format, "photographs", None, None, len(bared), None)
-        move_in(folder, args.output_dir, last)
+        publish_dir(folder, args.output_dir, last)
     for (_, defect, split), number in sorted(counts.items(), key=lambda entry: entry[0][::-1]):
         print(f"{split} {defect}: {number}")
 
@@ -143,7 +143,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     splits = checked_splits(checked_items(args), args)
-    with sole_writer(args.output_dir):
+    with exclusive_lock(args.output_dir):
         write(splits, args)
 
 

@@ -38,8 +38,9 @@ from tokenizers import pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from defectfill import checkpoint as checkpoints
-from defectfill.files import replacing, sole_writer, write_json
+from defectfill.runs import checkpoint as checkpoints
+from defectfill.runs.files import atomic_write, exclusive_lock, write_json
+from defectfill.sampling import composite, ddim, inpaint
 from defectfill_dataset import (
     InputError,
     boxes_mask,
@@ -418,7 +419,7 @@ def encode(vae: AutoencoderKL, scenes: Scenes, device: torch.device) -> dict[str
 def load_latents(file: Path, make: Callable[[], dict]) -> dict[str, torch.Tensor]:
     """The latents kept in `file`, made and kept there if they are not."""
     if not file.exists():
-        with replacing(file) as temporary:
+        with atomic_write(file) as temporary:
             save_file(make(), temporary)
     return load_file(file)
 
@@ -481,8 +482,6 @@ def measure(pipe: StableDiffusionInpaintPipeline, scenes: Scenes) -> tuple[dict[
 
     The picture has a column each for six of the scenes: original, reconstruction, cut, inpainted.
     """
-    from generate_defectfill import composite, ddim, paint
-
     pipe.scheduler = ddim(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     reconstruction, inpainted, columns = [], [], []
@@ -496,7 +495,7 @@ def measure(pipe: StableDiffusionInpaintPipeline, scenes: Scenes) -> tuple[dict[
         grid = to_grid(pixel_mask, image.width // pipe.vae_scale_factor)
         prompt = scenes.captions[index][0]
         seeds = [[derive_seed(0, index)]]
-        [[z]] = paint(pipe, x[None], grid[None], prompt, seeds, num_inference_steps=30, guidance_scale=1.0) * 2 - 1
+        [[z]] = inpaint(pipe, x[None], grid[None], prompt, seeds, num_inference_steps=30, guidance_scale=1.0) * 2 - 1
         inside = cover(grid, pipe.vae_scale_factor)[0] > 0.5
         inpainted.append(psnr((x - z)[:, inside] / 2))
         painted = composite(image, (z.cpu() + 1) / 2, inside.cpu().numpy())
@@ -527,7 +526,7 @@ def main(args: argparse.Namespace) -> None:
         return pipe.save_pretrained(args.output_dir)
     work_dir = args.output_dir / "work"
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output_dir"}
-    with sole_writer(work_dir):
+    with exclusive_lock(work_dir):
         if (work_dir / "options.json").exists():
             checkpoints.check_identity(json.loads((work_dir / "options.json").read_text()), options)
         write_json(work_dir / "options.json", options)

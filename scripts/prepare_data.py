@@ -18,8 +18,9 @@ import defectfill.quiet  # noqa: F401
 
 from tqdm.auto import tqdm
 
-from defectfill.files import TEMPORARY, clear_leftovers, move_in, sole_writer
-from defectfill.publish import PUBLISHED_DATA, check_hub, push, write_dataset_card
+from defectfill.runs.cards import write_dataset_card
+from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
+from defectfill.runs.hub import PUBLISHED_DATA, check_hub, push
 from defectfill_dataset import InputError, MaskClasses, exit_on_input_error, find_objects
 from defectfill_dataset.inputs import add_reading_flags
 from defectfill_dataset.readers import Row
@@ -71,7 +72,7 @@ def write(splits: Splits, args: argparse.Namespace, repo_id: str | None) -> None
         write_dataset_card(
             Path(folder), counts, args.format, args.split, args.license, args.source, len(bared), repo_id
         )
-        move_in(Path(folder), args.output_dir, last="README.md")
+        publish_dir(Path(folder), args.output_dir, last="README.md")
     if bared:
         print(
             f"{len(bared)} of {counts.total()} images held metadata (EXIF, XMP, text, comments): "
@@ -103,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     splits, repo_id = checked_splits(args), None
     if args.push_to_hub:
         repo_id = check_hub(args.hub_dataset_id, args.hub_public, args.output_dir.resolve().name, "dataset")
-    with sole_writer(args.output_dir):
+    with exclusive_lock(args.output_dir):
         write(splits, args, repo_id)
         if repo_id:
             try:

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import ndimage
 from tqdm.auto import tqdm
 
-from defectfill.files import save_picture
+from defectfill.runs.files import save_image
 from defectfill_dataset import (
     exit_on_input_error,
     find_foreground,
@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
             pictures.append(outlined(image, [(part, BLUE), *zone, (placed.mask, RED)]))
     if drawn:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(grid_of(pictures), args.output)
+        save_image(grid_of(pictures), args.output)
         print(f"drawn: {figures_of(drawn)}")
         print(f"on the part: {100 * np.mean(shares):.2f} % of a mask's pixels, {100 * min(shares):.2f} % at least")
     if args.reference_data:

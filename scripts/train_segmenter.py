@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from tqdm.auto import tqdm
 
-from defectfill.files import sole_writer, write_json
+from defectfill.runs.files import exclusive_lock, write_json
 from defectfill_dataset import derive_seed
 from defectfill_scripts.make_demo_data import PARTS, draw
 from defectfill_scripts.make_tiny_base import fit
@@ -88,7 +88,7 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=800, metavar="N", help="Default: %(default)s.")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")
     args = parser.parse_args(input_args)
-    with sole_writer(args.output_dir / "work"):
+    with exclusive_lock(args.output_dir / "work"):
         torch.manual_seed(args.seed)
         unet = build_segmenter(args.resolution)
         good = [(part, None) for part in PARTS]

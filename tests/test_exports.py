@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy import ndimage
 
-from defectfill.files import sole_writer
+from defectfill.runs.files import exclusive_lock
 from defectfill_dataset import InputError, binarise, find_objects
 from defectfill_dataset.exports import EXPORTERS, NORMAL_ONLY
 from defectfill_dataset.masks import pieces, polygon_mask
@@ -407,9 +407,9 @@ def test_an_export_is_whole_or_not_there(tmp_path, generated, monkeypatch):
     assert {name: (out / name).read_bytes() for name in files(out)} == before
     assert not list(out.glob(".tmp*"))
     assert told(out, "yolo", generated)[0].startswith(f"DF193 {out}: holds annotations_test.json, which is not of")
-    with sole_writer(out):
+    with exclusive_lock(out):
         assert told(out, "coco", generated)[0].startswith("DF191")
-    monkeypatch.setattr(export_generated, "move_in", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(export_generated, "publish_dir", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         export(tmp_path / "other", "coco", generated)
     assert files(tmp_path / "other") == []

@@ -19,8 +19,11 @@ from safetensors.torch import save_file
 from torchvision.models import alexnet
 
 import generate_defectfill as g
-from defectfill import files, page
-from defectfill.lora_file import LORA_FILE
+from defectfill import sampling, selection
+from defectfill.base_model import read_base
+from defectfill.lora import LORA_FILE
+from defectfill.runs import files
+from defectfill.runs import report as page
 from defectfill_dataset import InputError, cover, image_tensor, to_grid
 
 
@@ -30,7 +33,7 @@ GRID = RESOLUTION // 4
 @pytest.fixture(scope="module")
 def pipe():
     pipe = toy_pipeline()
-    pipe.scheduler = g.ddim(pipe.scheduler)
+    pipe.scheduler = sampling.ddim(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -62,7 +65,7 @@ FAST = ["--num_inference_steps", 2, "--num_candidates", 3, "--selection", "rmse"
 @pytest.fixture
 def alex():
     """A random AlexNet where LPIPS looks for its backbone."""
-    file = os.path.join(HOME, "hub", "checkpoints", g.LPIPS_FILES["alex"])
+    file = os.path.join(HOME, "hub", "checkpoints", selection.LPIPS_FILES["alex"])
     os.makedirs(os.path.dirname(file), exist_ok=True)
     torch.manual_seed(0)
     torch.save(alexnet(weights=None).state_dict(), file)
@@ -75,9 +78,9 @@ def alex():
 
 def test_a_candidate_depends_on_its_own_seed_alone(pipe, good, grid):
     good, grid = good[None], grid[None]
-    [together] = g.paint(pipe, good, grid, "a nut", [[1, 2, 3]], num_inference_steps=3)
-    [in_twos] = g.paint(pipe, good, grid, "a nut", [[1, 2, 3]], num_inference_steps=3, batch_size=2)
-    [alone] = g.paint(pipe, good, grid, "a nut", [[3]], num_inference_steps=3)
+    [together] = sampling.inpaint(pipe, good, grid, "a nut", [[1, 2, 3]], num_inference_steps=3)
+    [in_twos] = sampling.inpaint(pipe, good, grid, "a nut", [[1, 2, 3]], num_inference_steps=3, batch_size=2)
+    [alone] = sampling.inpaint(pipe, good, grid, "a nut", [[3]], num_inference_steps=3)
     assert together.shape == (3, 3, RESOLUTION, RESOLUTION) and together.min() >= 0 and together.max() <= 1
     assert torch.allclose(together[2:], alone, atol=2e-4) and torch.allclose(together, in_twos, atol=2e-4)
     assert not torch.allclose(together[0], together[1], atol=1e-2)
@@ -86,20 +89,22 @@ def test_a_candidate_depends_on_its_own_seed_alone(pipe, good, grid):
 def test_a_pair_comes_out_the_same_among_others_in_its_batch(pipe, good, grid):
     other, elsewhere = good.flip(1), grid.flip(1)
     images, grids = torch.stack([good, other]), torch.stack([grid, elsewhere])
-    both = g.paint(pipe, images, grids, "a nut", [[1, 2], [3, 4]], num_inference_steps=3, batch_size=3)
+    both = sampling.inpaint(pipe, images, grids, "a nut", [[1, 2], [3, 4]], num_inference_steps=3, batch_size=3)
     assert both.shape == (2, 2, 3, RESOLUTION, RESOLUTION)
     for place, seeds in enumerate(([1, 2], [3, 4])):
-        alone = g.paint(pipe, images[place][None], grids[place][None], "a nut", [seeds], num_inference_steps=3)
+        alone = sampling.inpaint(
+            pipe, images[place][None], grids[place][None], "a nut", [seeds], num_inference_steps=3
+        )
         assert torch.allclose(both[place], alone[0], atol=2e-4)
 
 
-@pytest.mark.parametrize("name", g.SCHEDULERS)
+@pytest.mark.parametrize("name", sampling.SCHEDULERS)
 def test_background_latents_follow_the_clean_image_at_each_steps_noise_level(pipe, good, grid, name):
-    pipe.scheduler = g.SCHEDULERS[name](pipe.scheduler)
-    scheduler, seen = g.ddim(pipe.scheduler), []  # noise levels, as all of them have them
+    pipe.scheduler = sampling.SCHEDULERS[name](pipe.scheduler)
+    scheduler, seen = sampling.ddim(pipe.scheduler), []  # noise levels, as all of them have them
     record = pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     decoded = pipe.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    g.paint(pipe, good[None], grid[None], "a nut", [[5]], num_inference_steps=4, guidance_scale=1.0)
+    sampling.inpaint(pipe, good[None], grid[None], "a nut", [[5]], num_inference_steps=4, guidance_scale=1.0)
     record.remove(), decoded.remove()
     pixels = cover(grid, 4)
     with torch.no_grad():
@@ -148,10 +153,10 @@ def plain_loop(pipe, image, grid, seed, steps, scale, interval):
 @pytest.mark.parametrize("scale", [7.5, 1.0])
 @pytest.mark.parametrize("interval", [None, (0, 1), (0, 0.5), (0.5, 1), (0.3, 0.7), (0.05, 0.1)])
 def test_guidance_in_an_interval_is_that_of_a_plain_loop_and_saves_the_unets_work(pipe, good, grid, interval, scale):
-    pipe.scheduler, seen = g.ddim(pipe.scheduler), []
+    pipe.scheduler, seen = sampling.ddim(pipe.scheduler), []
     record = pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     given = {"guidance_interval": interval} if interval else {}
-    [painted] = g.paint(pipe, good[None], grid[None], "a nut", [[5]], 10, scale, **given)
+    [painted] = sampling.inpaint(pipe, good[None], grid[None], "a nut", [[5]], 10, scale, **given)
     record.remove()
     expected, rows = plain_loop(pipe, good, grid, 5, 10, scale, interval or (0, 1))
     assert seen == rows and torch.equal(painted, expected)
@@ -162,7 +167,7 @@ def test_guidance_in_an_interval_is_that_of_a_plain_loop_and_saves_the_unets_wor
 def test_where_guidance_is_off_pictures_differ_and_a_batch_changes_none(pipe, good, grid):
     images, grids = torch.stack([good, good.flip(1)]), torch.stack([grid, grid.flip(1)])
     whole, half = (
-        g.paint(pipe, images, grids, "a nut", [[1, 2], [3, 4]], 6, batch_size=3, guidance_interval=interval)
+        sampling.inpaint(pipe, images, grids, "a nut", [[1, 2], [3, 4]], 6, batch_size=3, guidance_interval=interval)
         for interval in ((0, 1), (0.5, 1))
     )
     assert not torch.allclose(whole, half, atol=1e-2)
@@ -175,7 +180,7 @@ def test_where_guidance_is_off_pictures_differ_and_a_batch_changes_none(pipe, go
 def test_ddim_clips_nothing_whatever_the_bases_scheduler():
     from diffusers import PNDMScheduler
 
-    scheduler = g.ddim(PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1))
+    scheduler = sampling.ddim(PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1))
     assert scheduler.config.clip_sample is False and scheduler.config.steps_offset == 1
 
 
@@ -183,15 +188,15 @@ def test_ddim_clips_nothing_whatever_the_bases_scheduler():
 
 
 def test_the_candidate_least_like_the_normal_image_is_kept():
-    assert g.select([0.1, 0.7, 0.3]) == 1
-    assert g.select([0.1, math.nan, math.inf, 0.3]) == 3
+    assert selection.select([0.1, 0.7, 0.3]) == 1
+    assert selection.select([0.1, math.nan, math.inf, 0.3]) == 3
     with pytest.raises(FloatingPointError):
-        g.select([math.nan, math.inf])
+        selection.select([math.nan, math.inf])
 
 
-@pytest.mark.parametrize("selection", ["lpips", "ssim", "rmse"])
-def test_scores_grow_with_the_change_and_look_only_inside_the_mask(alex, selection):
-    score = g.make_scorer(selection, "alex", torch.device("cpu"))
+@pytest.mark.parametrize("name", ["lpips", "ssim", "rmse"])
+def test_scores_grow_with_the_change_and_look_only_inside_the_mask(alex, name):
+    score = selection.make_scorer(name, "alex", torch.device("cpu"))
     normal, mask = torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
     mask[:, 16:48, 16:48] = 1
     noise = torch.rand(3, 64, 64)
@@ -199,9 +204,7 @@ def test_scores_grow_with_the_change_and_look_only_inside_the_mask(alex, selecti
     outside = normal + (noise - normal) * (1 - mask)
     scores = score(torch.stack([*steps, outside]), normal, mask)
     assert scores[0] == pytest.approx(0, abs=1e-5) and scores[0] < scores[1] < scores[2]
-    assert scores[3] == pytest.approx(
-        0, abs=1e-5 if selection != "ssim" else 0.4
-    )  # SSIM's window reaches over the edge
+    assert scores[3] == pytest.approx(0, abs=1e-5 if name != "ssim" else 0.4)  # SSIM's window reaches over the edge
 
 
 def test_lpips_is_that_of_image_times_mask(alex):
@@ -210,7 +213,7 @@ def test_lpips_is_that_of_image_times_mask(alex):
     model = lpips.LPIPS(net="alex", verbose=False)
     with torch.no_grad():
         expected = model((other * 2 - 1) * mask, (normal * 2 - 1) * mask).item()
-    assert g.lpips_scorer("alex", torch.device("cpu"))(other[None], normal, mask) == [pytest.approx(expected)]
+    assert selection.lpips_scorer("alex", torch.device("cpu"))(other[None], normal, mask) == [pytest.approx(expected)]
 
 
 def test_a_missing_lpips_backbone_is_explained(trained, inputs, tmp_path, monkeypatch):
@@ -222,15 +225,15 @@ def test_a_missing_lpips_backbone_is_explained(trained, inputs, tmp_path, monkey
     assert "--selection ssim, rmse or none" in told and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("net", g.LPIPS_FILES)
+@pytest.mark.parametrize("net", selection.LPIPS_FILES)
 @pytest.mark.parametrize("content", [b"", b"<html>"])
 def test_a_backbone_file_of_something_else(net, content):
-    file = os.path.join(HOME, "hub", "checkpoints", g.LPIPS_FILES[net])
+    file = os.path.join(HOME, "hub", "checkpoints", selection.LPIPS_FILES[net])
     os.makedirs(os.path.dirname(file), exist_ok=True)
     with open(file, "wb") as stream:
         stream.write(content)
-    with pytest.raises(InputError, match=f"DF430 .*{g.LPIPS_FILES[net]}"):
-        g.lpips_scorer(net, torch.device("cpu"))
+    with pytest.raises(InputError, match=f"DF430 .*{selection.LPIPS_FILES[net]}"):
+        selection.lpips_scorer(net, torch.device("cpu"))
     os.remove(file)
 
 
@@ -243,7 +246,7 @@ def test_every_pixel_outside_the_mask_is_the_inputs(size):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     mask = rng.random(size[::-1]) > 0.7
-    result = np.asarray(g.composite(image, torch.rand(3, 32, 32), mask))
+    result = np.asarray(sampling.composite(image, torch.rand(3, 32, 32), mask))
     assert np.array_equal(result[~mask], np.asarray(image)[~mask]) and result.shape == np.asarray(image).shape
     assert (result[mask] != np.asarray(image)[mask]).any(axis=-1).mean() > 0.9
 
@@ -284,17 +287,17 @@ def test_a_run_leaves_images_masks_scores_and_a_contact_sheet(trained, inputs, t
 
 
 def test_the_lora_decides_what_is_painted(trained, base, inputs, tmp_path):
-    from defectfill.lora_file import load_lora, read_lora
+    from defectfill.lora import load_lora, read_lora
 
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST)
     line = read_lines(tmp_path / "out/manifest.jsonl")[0]
-    pipe = g.load_pipeline(g.read_base(str(base)), None, None, "no", torch.device("cpu"))
+    pipe = sampling.load_pipeline(read_base(str(base)), None, None, "no", torch.device("cpu"))
     load_lora(pipe, read_lora(trained))
     image, mask = Image.open(tmp_path / "good/000.png"), np.asarray(Image.open(tmp_path / "masks/000_mask.png")) > 0
     [window] = line["windows"]
     good, grid = image_tensor(image, RESOLUTION)[None], to_grid(mask, GRID)[None]
-    [candidates] = g.paint(pipe, good, grid, line["prompt"], [window["candidate_seeds"]], 2, 7.5)
-    expected = g.composite(image, candidates[window["chosen"]], mask)
+    [candidates] = sampling.inpaint(pipe, good, grid, line["prompt"], [window["candidate_seeds"]], 2, 7.5)
+    expected = sampling.composite(image, candidates[window["chosen"]], mask)
     assert np.array_equal(np.asarray(expected), np.asarray(Image.open(tmp_path / "out" / line["image"])))
 
 
@@ -456,12 +459,12 @@ def test_runs_on_other_images_of_the_same_names_share_no_seed(trained, inputs, t
 
 def test_the_scheduler_that_is_asked_for_paints(trained, inputs, tmp_path):
     pictures = set()
-    for name in g.SCHEDULERS:
+    for name in sampling.SCHEDULERS:
         argv = [*FAST, "--num_inference_steps", 5, "--scheduler", name]
         generate("--lora", trained, *inputs, "--output_dir", tmp_path / name, *argv)
         pictures.add((tmp_path / name / "images/000.png").read_bytes())
         assert json.loads((tmp_path / name / "settings.json").read_text())["scheduler"] == name
-    assert len(pictures) == len(g.SCHEDULERS)
+    assert len(pictures) == len(sampling.SCHEDULERS)
 
 
 def test_bf16_in_small_batches(trained, inputs, tmp_path):
@@ -479,14 +482,14 @@ def chosen(out):
 
 
 def test_a_black_candidate_is_never_kept_even_without_selection(trained, inputs, tmp_path, monkeypatch):
-    paint = g.paint
+    paint = g.inpaint
 
     def overflowing(*args, **kwargs):
         candidates = paint(*args, **kwargs)
         candidates[:, 0, 0, 0, 0] = math.nan
         return candidates
 
-    monkeypatch.setattr(g, "paint", overflowing)
+    monkeypatch.setattr(g, "inpaint", overflowing)
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST, "--selection", "none")
     assert chosen(tmp_path / "out") == {"000": 1, "001": 1, "002": 1}
 
@@ -584,9 +587,10 @@ def test_options_that_contradict(capsys):
             g.parse_args([*common, *wrong])
         assert ended.value.code == 2
     defaults = g.parse_args([*common, "--mask", "m"])
-    assert (defaults.num_candidates, defaults.num_inference_steps, defaults.guidance_scale) == (8, 50, 7.5)
+    [request] = defaults.requests
+    assert (defaults.num_candidates, request.num_inference_steps, request.guidance_scale) == (8, 50, 7.5)
     assert (defaults.selection, defaults.lpips_net) == ("lpips", "alex")
-    assert defaults.guidance_interval == [0, 1]
+    assert request.guidance_interval == [0, 1]
 
 
 @pytest.mark.parametrize("interval", ["0.5 0.5", "-0.1 1", "0 1.5", "nan 1", "0 nan", "0 inf", "0.8 0.2"])

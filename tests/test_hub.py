@@ -8,7 +8,7 @@ import yaml
 from conftest import HUB_PORT, RESOLUTION, generate, toy_pipeline, write_image, write_mask
 from fake_hub import TOKEN, FakeHub
 
-from defectfill.lora_file import LORA_FILE, read_lora
+from defectfill.lora import LORA_FILE, read_lora
 from defectfill_dataset import InputError
 from defectfill_scripts import prepare_data
 

@@ -9,7 +9,7 @@ from conftest import RESOLUTION, toy_pipeline
 from diffusers import DDPMScheduler
 
 import train_defectfill as t
-from defectfill.lora_file import lora_parameters
+from defectfill.lora import lora_parameters
 from defectfill_dataset import build_prompts, tokenize_prompts
 
 
@@ -45,7 +45,7 @@ def make_batch(n: int = 2, seed: int = 0) -> dict:
 
 
 def losses_and_gradients(models: t.Models, batch: dict, options: t.LossOptions) -> tuple[dict, dict]:
-    losses = t.training_losses(models, batch, t.draw(models, batch), options)
+    losses = t.training_losses(models, batch, t.sample_noise(models, batch), options)
     losses["loss"].backward()
     models.store.pop()
     parameters = lora_parameters(models.unet, models.text_encoder)
@@ -96,7 +96,7 @@ def test_object_loss_does_not_depend_on_the_random_mask():
     models, batch = make_models(lora=False), make_batch()
     models.unet.forward = lambda x, *_, **__: Prediction(torch.zeros_like(x[:, :4]))
     models.store.pop = lambda: {"layer": torch.rand(2, 16)}
-    draws = t.draw(models, batch)
+    draws = t.sample_noise(models, batch)
     first = t.training_losses(models, batch, draws, t.LossOptions())["l_obj"]
     second = t.training_losses(models, batch | {"random_mask": 1 - batch["random_mask"]}, draws, t.LossOptions())[
         "l_obj"
@@ -133,7 +133,7 @@ def test_unet_gets_what_the_stock_pipeline_gives_it():
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     )
-    t.training_losses(models, batch | {"random_mask": batch["mask"]}, t.draw(models, batch), t.LossOptions())
+    t.training_losses(models, batch | {"random_mask": batch["mask"]}, t.sample_noise(models, batch), t.LossOptions())
     (stock, ours), (stock_text, our_text) = [call[0][0] for call in seen.calls], [call[1] for call in seen.calls]
     assert torch.equal(ours[:1, 4:5], batch["mask"]) and torch.equal(stock[:, 4:5], batch["mask"])
     assert torch.allclose(ours[:1, 5:], stock[:, 5:], atol=1e-5) and not torch.allclose(ours[:1, :4], stock[:, :4])
@@ -144,7 +144,7 @@ def test_both_passes_share_noise_timestep_and_noised_latent_and_see_the_clean_ma
     """Errors 4 and 5: masked latents from noisy ones, noise added to pixels, a draw of its own for each pass."""
     models, batch = make_models(lora=False), make_batch()
     unet, encoder, text = Spy(models.unet), Spy(models.vae.encoder), Spy(models.text_encoder)
-    draws = t.draw(models, batch)
+    draws = t.sample_noise(models, batch)
     t.training_losses(models, batch, draws, t.LossOptions())
     assert len(unet.calls) == len(encoder.calls) == len(text.calls) == 1
     clean, m, r = batch["pixel_values"], *(t.cover(batch[k], 4) for k in ("mask", "random_mask"))
@@ -165,15 +165,15 @@ def test_both_passes_share_noise_timestep_and_noised_latent_and_see_the_clean_ma
 def test_draws_depend_on_each_samples_seed_alone():
     models = make_models(lora=False)
     batch = make_batch(3)
-    draws = t.draw(models, batch)
-    alone = t.draw(models, {k: v[2:] for k, v in batch.items()})
+    draws = t.sample_noise(models, batch)
+    alone = t.sample_noise(models, {k: v[2:] for k, v in batch.items()})
     assert torch.equal(draws.noise[2], alone.noise[0]) and draws.timesteps[2] == alone.timesteps[0]
     assert not torch.equal(draws.noise[0], draws.noise[1])
 
 
 def test_v_prediction_bases_are_trained_on_velocity():
     models, batch = make_models(lora=False), make_batch()
-    draws = t.draw(models, batch)
+    draws = t.sample_noise(models, batch)
     models.noise_scheduler.register_to_config(prediction_type="v_prediction")
     x_0, *_ = t.encode_images(models.vae, batch["pixel_values"], [batch["mask"]], draws.posterior)
     velocity = models.noise_scheduler.get_velocity(x_0, draws.noise, draws.timesteps)
@@ -217,7 +217,7 @@ def test_map_is_the_softmax_of_the_phrases_tokens_averaged_over_heads():
 def test_maps_of_different_samples_are_not_mixed():
     """Error 11: a mean over batch and heads together."""
     models, batch = make_models(), make_batch()
-    draws = t.draw(models, batch)
+    draws = t.sample_noise(models, batch)
     first = t.training_losses(models, batch, draws, t.LossOptions())["attention_map"]
     other = batch | {"pixel_values": torch.cat([batch["pixel_values"][:1], -batch["pixel_values"][1:]])}
     second = t.training_losses(models, other, draws, t.LossOptions())["attention_map"]
@@ -252,7 +252,7 @@ def test_minmax_stretches_each_sample_by_itself():
 @pytest.mark.parametrize("attention_pass", ["object", "defect"])
 def test_the_chosen_pass_feeds_the_attention_map(attention_pass):
     models, batch = make_models(), make_batch()
-    draws = t.draw(models, batch)
+    draws = t.sample_noise(models, batch)
     options = t.LossOptions(attention_pass=attention_pass)
     first = t.training_losses(models, batch, draws, options)["attention_map"]
     changed = t.training_losses(models, batch | {"random_mask": 1 - batch["random_mask"]}, draws, options)[
@@ -330,7 +330,7 @@ def test_lora_weights_are_fp32_and_alone_trainable(dtype):
 
 def test_not_casting_activations_up_changes_no_bit_under_autocast():
     models, batch = make_models(), make_batch()
-    draws = t.draw(models, batch)
+    draws = t.sample_noise(models, batch)
     results = []
     for cast in (False, True):
         for module in models.unet.modules():

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 import generate_defectfill as g
-from defectfill import page
+from defectfill.runs import report as page
 from defectfill_dataset import (
     SHAPES,
     InputError,

@@ -32,7 +32,8 @@ from test_generate import content
 
 import generate_defectfill as g
 import train_defectfill
-from defectfill.lora_file import read_lora
+from defectfill import colour_stats
+from defectfill.lora import read_lora
 from defectfill_dataset import InputError, image_tensor, load_defect_pairs, to_grid
 from defectfill_dataset.masks import piece_boxes
 
@@ -309,9 +310,9 @@ def test_colours_of_a_defect_are_against_its_surroundings():
     picture[:, 16:34, 36:56] = torch.tensor([0.2, 0.4, 0.6]).view(3, 1, 1)  # 4 pixels wide
     picture[:, 20:30, 40:52] = inside
     expected = inside.flatten(1).T - torch.tensor([0.2, 0.4, 0.6])
-    torch.testing.assert_close(g.defect_colours(picture, mask).float(), expected)
-    torch.testing.assert_close(g.defect_colours(picture + 0.1, mask).float(), expected)
-    assert g.defect_colours(picture, torch.ones(1, 64, 64)).mean().abs() < 1e-6  # no surroundings
+    torch.testing.assert_close(colour_stats.defect_colours(picture, mask).float(), expected)
+    torch.testing.assert_close(colour_stats.defect_colours(picture + 0.1, mask).float(), expected)
+    assert colour_stats.defect_colours(picture, torch.ones(1, 64, 64)).mean().abs() < 1e-6  # no surroundings
 
 
 def test_deviation_is_the_distance_from_the_references_beside_the_strangest_of_them():
@@ -323,16 +324,16 @@ def test_deviation_is_the_distance_from_the_references_beside_the_strangest_of_t
         apart = cdist(colours, np.concatenate(among).mean(axis=0)[None], "mahalanobis", VI=np.linalg.inv(covariance))
         return np.quantile(apart, 0.95)
 
-    known = g.learn_appearance([torch.from_numpy(r) for r in references])
+    known = colour_stats.reference_statistics([torch.from_numpy(r) for r in references])
     strangest = max(farthest(references[i], references[:i] + references[i + 1 :]) for i in range(3))
     assert known["strangest"] == pytest.approx(strangest)
     mask = torch.zeros(1, 32, 32)
     mask[:, 8:16, 8:16] = 1
     spots = torch.full((2, 3, 32, 32), 0.5) + torch.tensor([-0.3, 0.4]).view(2, 1, 1, 1) * mask
     expected = [farthest(np.full((64, 3), value), references) / strangest for value in (-0.3, 0.4)]
-    assert g.deviations(spots, mask, known) == pytest.approx(expected, rel=1e-5)
+    assert colour_stats.colour_distances(spots, mask, known) == pytest.approx(expected, rel=1e-5)
     assert expected[0] < 0.5 and expected[1] > 2
-    assert g.learn_appearance([torch.from_numpy(references[0])])["strangest"] is None
+    assert colour_stats.reference_statistics([torch.from_numpy(references[0])])["strangest"] is None
 
 
 @pytest.mark.parametrize("lora, data, number", [("several", "bolt", 1), ("trained", "nut", 2)])
@@ -346,8 +347,8 @@ def test_the_record_says_how_the_references_look(lora, data, number, request):
         for row in (row for row in train if row["defect"] == defect):
             picture = image_tensor(row["image"].convert("RGB"), RESOLUTION) / 2 + 0.5
             mask = to_grid(np.asarray(row["mask"].convert("L")) > 127, RESOLUTION)
-            colours.append(g.defect_colours(picture, mask))
-        assert known == g.learn_appearance(colours) and len(colours) == number
+            colours.append(colour_stats.defect_colours(picture, mask))
+        assert known == colour_stats.reference_statistics(colours) and len(colours) == number
 
 
 def test_windows_of_one_photograph_are_one_reference(base, tmp_path):
@@ -365,12 +366,13 @@ def test_windows_of_one_photograph_are_one_reference(base, tmp_path):
     assert len(windows) == 4
     colours = [
         torch.cat([
-            g.defect_colours(image_tensor(w.image, RESOLUTION) / 2 + 0.5, to_grid(w.mask, RESOLUTION)) for w in windows
+            colour_stats.defect_colours(image_tensor(w.image, RESOLUTION) / 2 + 0.5, to_grid(w.mask, RESOLUTION))
+            for w in windows
             if w.source_file == name
         ])
         for name in job.data["train"]["source_file"]
     ]  # fmt: skip
-    assert job.record["appearance"]["hole"] == g.learn_appearance(colours) and len(colours) == 2
+    assert job.record["appearance"]["hole"] == colour_stats.reference_statistics(colours) and len(colours) == 2
 
 
 @pytest.fixture
@@ -395,14 +397,14 @@ def painted(good, monkeypatch):
                     result[place, candidate] = picture(pipe, number, attempts[number], candidate, image / 2 + 0.5)
             return result
 
-        monkeypatch.setattr(g, "paint", paint)
+        monkeypatch.setattr(g, "inpaint", paint)
         return calls
 
     return replace
 
 
 def refusals(**numbers: int) -> dict[str, int]:
-    return dict.fromkeys(g.REFUSALS, 0) | {name.replace("_", " "): number for name, number in numbers.items()}
+    return dict.fromkeys(g.REJECTIONS, 0) | {name.replace("_", " "): number for name, number in numbers.items()}
 
 
 def test_a_picture_without_a_defect_is_painted_again_and_given_up_at_last(trained, good, tmp_path, painted):
@@ -533,7 +535,7 @@ def test_whatever_the_moment_of_a_kill_nothing_is_lost_or_twice(trained, good, t
     monkeypatch.setattr(g, "load_pipeline", lambda *args: type("Pipe", (), {
         "vae_scale_factor": 4, "unload_lora_weights": lambda self: None})())  # fmt: skip
     monkeypatch.setattr(g, "load_lora", lambda *args: None)
-    monkeypatch.setattr(g, "paint", stub_paint)
+    monkeypatch.setattr(g, "inpaint", stub_paint)
     monkeypatch.setattr(g, "reconstruct", lambda pipe, images: images / 2 + 0.5)
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 60, *FAST]
     argv += ["--batch_size", 6]

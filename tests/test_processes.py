@@ -9,7 +9,7 @@ import torch
 from conftest import make_mvtec, options, read_lines
 from safetensors.torch import load_file
 
-from defectfill.lora_file import LORA_FILE
+from defectfill.lora import LORA_FILE
 
 
 DRIVER = """

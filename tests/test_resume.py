@@ -16,9 +16,9 @@ from conftest import ROOT, options, read_lines, reset_accelerate
 from safetensors.torch import load_file, save_file
 
 import train_defectfill
-from defectfill import checkpoint as checkpoints
-from defectfill.files import TEMPORARY, clear_leftovers, replacing, sole_writer
-from defectfill.lora_file import LORA_FILE, read_lora
+from defectfill.lora import LORA_FILE, read_lora
+from defectfill.runs import checkpoint as checkpoints
+from defectfill.runs.files import TEMPORARY, atomic_write, clear_leftovers, exclusive_lock
 from defectfill_dataset import InputError
 
 
@@ -297,10 +297,10 @@ def test_everything_is_flushed_before_the_rename_and_the_old_deleted_after(train
     assert "delete" not in kinds[:place] and kinds[place + 1] == "flush" and "delete" in kinds[place + 2 :]
 
 
-def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
+def test_an_atomic_write_leaves_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -330,7 +330,7 @@ def test_a_signal_ends_the_run_at_a_step_with_a_checkpoint(train, base, data, tm
 
 
 def test_a_second_signal_ends_at_once():
-    from defectfill.signals import StopSignal
+    from defectfill.runs.signals import StopSignal
 
     pid = os.fork()
     if not pid:
@@ -344,7 +344,7 @@ def test_a_second_signal_ends_at_once():
 
 def test_the_process_ends_with_its_launcher(monkeypatch):
     """SIGTERM to `accelerate launch` kills only the launcher."""
-    from defectfill.signals import StopSignal
+    from defectfill.runs.signals import StopSignal
 
     monkeypatch.setenv("LOCAL_RANK", "0")
     read, write = os.pipe()
@@ -367,7 +367,7 @@ def test_the_process_ends_with_its_launcher(monkeypatch):
 
 def test_a_process_without_a_launcher_outlives_its_parent(monkeypatch):
     """`nohup python train_defectfill.py &` and a closed terminal."""
-    from defectfill import signals
+    from defectfill.runs import signals
 
     for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
@@ -383,7 +383,7 @@ def test_one_signal_to_launcher_and_process_counts_once(tmp_path, number):
     """A Ctrl-C in the terminal: the process is told twice, by the signal and by its launcher's end."""
     child = """
 import os, sys, time
-from defectfill.signals import StopSignal
+from defectfill.runs.signals import StopSignal
 stop = StopSignal()
 print("ready", flush=True)
 while stop.number is None:
@@ -407,20 +407,20 @@ def test_one_writer_at_a_time(tmp_path):
     ready, go = os.pipe(), os.pipe()
     pid = os.fork()
     if not pid:
-        with sole_writer(tmp_path / "out"):
+        with exclusive_lock(tmp_path / "out"):
             os.write(ready[1], b"x")
             os.read(go[0], 1)
             die()
     os.read(ready[0], 1)
-    with pytest.raises(InputError, match="DF191"), sole_writer(tmp_path / "out"):
+    with pytest.raises(InputError, match="DF191"), exclusive_lock(tmp_path / "out"):
         pass
     os.write(go[1], b"x")
     os.waitpid(pid, 0)
-    with sole_writer(tmp_path / "out"):  # free again, though its holder was killed
+    with exclusive_lock(tmp_path / "out"):  # free again, though its holder was killed
         pass
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="DF190"), sole_writer(tmp_path / "file" / "out"):
+    with pytest.raises(InputError, match="DF190"), exclusive_lock(tmp_path / "file" / "out"):
         pass

@@ -15,10 +15,10 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpai
 from PIL import Image
 from safetensors.torch import load_file
 
+from defectfill.sampling import ddim, inpaint
 from defectfill_dataset import InputError, binarise, check_pairs, cover, image_tensor, load_defect_pairs
 from defectfill_scripts import ablate, compare_samplers, make_demo_data, make_tiny_base, train_segmenter
 from defectfill_scripts import benchmark_generation as benchmark
-from generate_defectfill import ddim, paint
 
 
 TINY_BASE = ROOT / "scripts/tiny_base"
@@ -125,7 +125,7 @@ def test_the_base_that_ships_fills_a_hole_with_the_parts_own_texture():
     image, _ = make_demo_data.draw("nut", None, 128, (5, 5))
     x, grid = image_tensor(image, 128), torch.zeros(1, 32, 32)
     grid[:, 13:18, 13:18] = 1
-    [[painted]] = paint(pipe, x[None], grid[None], "A photo of a nut", [[0]], 10, guidance_scale=1.0) * 2 - 1
+    [[painted]] = inpaint(pipe, x[None], grid[None], "A photo of a nut", [[0]], 10, guidance_scale=1.0) * 2 - 1
     inside = cover(grid, 4)[0] > 0.5
     assert (painted - x)[:, inside].square().mean() < 0.25 * x[:, inside].square().mean()
 

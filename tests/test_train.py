@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train_defectfill
-from defectfill import options as option_checks
-from defectfill.base import read_base
-from defectfill.lora_file import LORA_FILE, load_lora, read_lora
+from defectfill.base_model import read_base
+from defectfill.lora import LORA_FILE, load_lora, read_lora
+from defectfill.runs import flags as option_checks
 from defectfill_dataset import InputError
 
 
@@ -213,7 +213,7 @@ def test_pictures_go_to_trackers_that_take_them():
             self.got = (values, step)
 
     taking, picture = Taking(), Image.new("RGB", (4, 4))
-    train_defectfill.log_picture([Plain(), taking], picture, 7)
+    train_defectfill.log_image([Plain(), taking], picture, 7)
     assert taking.got == ({"validation": [picture]}, 7)
 
 
@@ -499,7 +499,7 @@ def test_xformers_keeps_the_recording_processors(base, monkeypatch):
             "--enable_xformers_memory_efficient_attention",
         ]
     )
-    job = train_defectfill.Job(read_base(str(base)), *[None] * 10)
+    job = train_defectfill.PreparedTraining(read_base(str(base)), *[None] * 10)
     replace_all = train_defectfill.UNet2DConditionModel.set_default_attn_processor
     name = "enable_xformers_memory_efficient_attention"
     monkeypatch.setattr(train_defectfill.UNet2DConditionModel, name, replace_all)

@@ -16,8 +16,8 @@ from PIL import Image
 from test_formats import EXAMPLES, make_metadata, write_lines
 
 import train_defectfill
-from defectfill.files import sole_writer
-from defectfill.publish import escaped, size_category
+from defectfill.runs.cards import escaped, size_category
+from defectfill.runs.files import exclusive_lock
 from defectfill_dataset import (
     InputError,
     binarise,
@@ -380,5 +380,5 @@ def test_the_card_comes_last_and_one_process_at_a_time(tmp_path, data, monkeypat
     run(data, out, "--format", "imagefolder")
     names = [path.name for path in moved if path.parent == out]
     assert sorted(names[:-1]) == ["good", "test", "train"] and names[-1] == "README.md"
-    with sole_writer(out):
+    with exclusive_lock(out):
         assert told(data, out)[0].startswith("DF191")

@@ -9,8 +9,8 @@ from skimage.draw import line
 from test_dataset import make_samples
 
 import generate_defectfill
-from defectfill import page
-from defectfill.lora_file import read_lora
+from defectfill.lora import read_lora
+from defectfill.runs import report as page
 from defectfill_dataset import InputError, load_defect_pairs
 from defectfill_dataset.images import image_tensor
 from defectfill_dataset.masks import to_grid
@@ -189,14 +189,14 @@ def tiled(tmp_path):
 
 def test_a_crack_is_painted_tile_by_tile_and_the_rest_of_the_image_is_untouched(trained, tiled, tmp_path, monkeypatch):
     flags, mask = tiled
-    choose, seen = generate_defectfill.Progress.choose, []
+    next_crop, seen = generate_defectfill.next_crop, []
 
-    def watched(self, *args):
-        image, inside = self.window()
-        seen.append((np.asarray(image), inside.copy()))
-        return choose(self, *args)
+    def watched(canvas):
+        crop = next_crop(canvas)
+        seen.append((np.asarray(crop.image), crop.mask.copy()))
+        return crop
 
-    monkeypatch.setattr(generate_defectfill.Progress, "choose", watched)
+    monkeypatch.setattr(generate_defectfill, "next_crop", watched)
     generate("--lora", trained, *flags, *FAST, "--zoom", "on")
     [line] = read_lines(tmp_path / "out/manifest.jsonl")
     boxes = [tuple(window["box"]) for window in line["windows"]]

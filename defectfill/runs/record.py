@@ -1,4 +1,4 @@
-"""What a run says of itself: versions, code revision, and the losses of every step."""
+"""The record of a training run: options, versions, code revision, the losses of every step."""
 
 import json
 import logging
@@ -13,8 +13,8 @@ from PIL import Image
 
 from defectfill_dataset import PromptPair
 
-from .base import Base
-from .files import replacing
+from ..base_model import BaseModel
+from .files import atomic_write
 
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,9 @@ def git_revision() -> str | None:
 
 
 def lora_record(
-    base: Base, object_words: str, prompts: dict[str, PromptPair], published: bool, **training: object
+    base: BaseModel, object_words: str, prompts: dict[str, PromptPair], published: bool, **training: object
 ) -> dict:
-    """What the LoRA file carries about itself, all but its steps; a local base is published without its path."""
+    """The record in the LoRA file, all but its steps; a local base is published without its path."""
     return {
         "schema": 1,
         "base": Path(base.name).name if published and Path(base.name).exists() else base.name,
@@ -54,7 +54,7 @@ def lora_record(
 
 
 def run_record(options: dict, identity: dict, data: DatasetDict) -> dict:
-    """Options, versions and data of the run; it stays in the output folder."""
+    """Options, versions and data of the run, for the output folder."""
     return {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
         **{k: identity[k] for k in ("mixed_precision", "processes", "device", "data_sha256", "prompts")},
@@ -87,7 +87,7 @@ class LossLog:
     def flush(self) -> None:
         """Writes the file anew; if that fails the lines wait for the next time."""
         try:
-            with replacing(self.path) as temporary:
+            with atomic_write(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         except OSError as error:
             logger.warning(f"{self.path.name} could not be written ({error})")
@@ -102,10 +102,10 @@ class LossLog:
         return {"first_tenth": mean(self.lines[:tenth]), "last_tenth": mean(self.lines[-tenth:])}
 
 
-def log_picture(trackers: list, picture: Image.Image, step: int) -> None:
-    """Sends the picture to every tracker that takes pictures."""
+def log_image(trackers: list, image: Image.Image, step: int) -> None:
+    """Sends the image to every tracker that takes images."""
     for tracker in trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images({"validation": np.asarray(picture)[None]}, step, dataformats="NHWC")
+            tracker.log_images({"validation": np.asarray(image)[None]}, step, dataformats="NHWC")
         elif hasattr(tracker, "log_images"):
-            tracker.log_images({"validation": [picture]}, step)
+            tracker.log_images({"validation": [image]}, step)

@@ -1,4 +1,4 @@
-"""The LoRA file: written so that any diffusers loads it as trained, read with every tensor accounted for."""
+"""The LoRA file: any diffusers loads it as it was trained; reading it checks every tensor."""
 
 import dataclasses
 import json
@@ -14,10 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, file_digest
 
-from .base import Base
-from .files import replacing
+from .base_model import BaseModel
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -36,12 +35,14 @@ class LoraFile:
 
     Args:
         tensors: by portable name, as `lora_parameters` names them.
-        record: what `train_defectfill.py` says there of the run: base, prompts, resolution; empty in foreign files.
+        record: the training run's base, prompts, resolution and more; empty if another program wrote the file.
+        sha256: of the file.
     """
 
     path: Path
     tensors: dict[str, torch.Tensor]
     record: dict
+    sha256: str
 
 
 def lora_parameters(unet: torch.nn.Module, text_encoder: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -59,7 +60,7 @@ def lora_parameters(unet: torch.nn.Module, text_encoder: torch.nn.Module) -> dic
 
 
 def save_lora(path: Path, unet: torch.nn.Module, text_encoder: torch.nn.Module, record: dict) -> None:
-    """Writes the LoRA of both models, in fp32, with its alpha and `record` in the file's header.
+    """Writes the LoRA of both models, in fp32, with its alpha and `record` in the file's header; not atomically.
 
     Raises:
         FloatingPointError: a weight is not finite; nothing is written.
@@ -67,9 +68,7 @@ def save_lora(path: Path, unet: torch.nn.Module, text_encoder: torch.nn.Module, 
     tensors = {name: p.detach().float().cpu().contiguous() for name, p in lora_parameters(unet, text_encoder).items()}
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise FloatingPointError(
-            f"{len(broken)} LoRA tensors are not finite, {broken[0]} first; {path} is not written"
-        )
+        raise FloatingPointError(f"{len(broken)} LoRA tensors are not finite, {broken[0]} first; no LoRA is written")
     adapter = {}
     for prefix, model in (("unet", unet), ("text_encoder", text_encoder)):
         config = model.peft_config[ADAPTER].to_dict()
@@ -79,8 +78,7 @@ def save_lora(path: Path, unet: torch.nn.Module, text_encoder: torch.nn.Module, 
         "lora_adapter_metadata": json.dumps(adapter),
         "defectfill": json.dumps(record | {"tensors": len(tensors)}),
     }
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    save_file(tensors, path, metadata=header)
 
 
 def _plain(value):
@@ -91,8 +89,8 @@ def read_lora(source: str | Path) -> LoraFile:
     """Reads a LoRA from a file, a folder that holds `LORA_FILE`, or a Hub id.
 
     Raises:
-        InputError: not to be had (DF400), no safetensors file (DF401), no LoRA of both models (DF402), or tensors
-            that are not finite (DF403) or not all there (DF404).
+        InputError: not found (DF400), not a safetensors file (DF401), not a LoRA of both models (DF402), or tensors
+            that are not finite (DF403) or missing (DF404).
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -124,11 +122,11 @@ def read_lora(source: str | Path) -> LoraFile:
         raise InputError(f"DF403 {path}: {len(broken)} tensors are not finite, {broken[0]} first; train again")
     if len(tensors) != record.get("tensors", len(tensors)):
         raise InputError(f"DF404 {path}: {len(tensors)} of {record['tensors']} tensors; the file was cut or changed")
-    return LoraFile(path, tensors, record)
+    return LoraFile(path, tensors, record, file_digest(path))
 
 
-def check_fits(lora: LoraFile, base: Base) -> None:
-    """Proves from shapes alone, no weight loaded, that each tensor has its place in `base`.
+def check_fits(lora: LoraFile, base: BaseModel) -> None:
+    """Checks from shapes alone, without loading a weight, that each tensor fits a layer of `base`.
 
     Raises:
         InputError: the LoRA was trained on a base of another shape (DF410).
@@ -151,7 +149,7 @@ def check_fits(lora: LoraFile, base: Base) -> None:
 
 
 def load_lora(pipe, lora: LoraFile) -> None:
-    """Loads the LoRA through diffusers' `load_lora_weights` and proves that each tensor arrived.
+    """Loads the LoRA through diffusers' `load_lora_weights` and checks that each tensor arrived.
 
     Raises:
         RuntimeError: the pipeline does not hold exactly the file's tensors.
@@ -174,7 +172,7 @@ def compare_lora(lora: LoraFile, unet: torch.nn.Module, text_encoder: torch.nn.M
 
 
 def reload_and_compare(pipe, path: Path) -> None:
-    """Replaces the trained LoRA in `pipe` by the saved one, and proves that weights and alpha came back.
+    """Replaces the trained LoRA in `pipe` by the saved one, and checks that weights and alpha are equal.
 
     Raises:
         RuntimeError: the file does not load as it was saved.

@@ -1,4 +1,4 @@
-"""What a person looks a run over with: contact sheets, and a page of counts, scores and pictures."""
+"""The report of a generation run for people: a contact sheet, and a page of counts, measures and images."""
 
 import base64
 import html
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
-CELL = 160  # pixels a side of a contact sheet's pictures
+CELL = 160  # pixels a side of a contact sheet's thumbnails
 SHOWN = 12  # contact rows of each defect type
 BINS = 24
 
@@ -29,43 +29,43 @@ svg {{ max-width: 100%; height: auto }} .all {{ fill: #bbb }} .kept {{ fill: #c2
 </style>
 <h1>DefectFill: {title}</h1>
 <div class="wide"><table><tr><th>object<th>defect{heads}{rows}</table></div>
-<p>Retried: made, but with other seeds than the first. Refused: candidates of the pictures made.
+<p>Retried: made, but not from its first seeds. Rejected: candidates of the images made.
 {problems}{sections}
 """
 
-# The table's columns of numbers: of one defect type's lines of the plan and of the manifest.
+# The table's columns of numbers, of one defect type's lines of the plan and of the manifest.
 COUNTS: dict[str, Callable[[list[dict], list[dict]], int]] = {
     "planned": lambda planned, made: len(planned),
     "made": lambda planned, made: len(made),
     "retried": lambda planned, made: sum(any(w["attempts"] > 1 for w in line["windows"]) for line in made),
     "not painted": lambda planned, made: len(planned) - len(made),
-    "refused: broken": lambda planned, made: refused(made, "broken"),
-    "refused: no defect": lambda planned, made: refused(made, "no defect"),
-    "refused: artefact": lambda planned, made: refused(made, "artefact"),
+    "rejected: broken": lambda planned, made: count_rejected(made, "broken"),
+    "rejected: no defect": lambda planned, made: count_rejected(made, "no defect"),
+    "rejected: artefact": lambda planned, made: count_rejected(made, "artefact"),
 }
 
-# Histograms: figures of every candidate, and what they are.
-FIGURES = {
+# Histograms: a measure of every candidate, and what it is.
+MEASURES = {
     "scores": "score: distance to the good image in the mask",
-    "changes": "change: times the autoencoder's (--min_change)",
-    "deviations": "deviation: times the references' (--max_deviation)",
+    "changes": "change: over the VAE's own error (--min_change)",
+    "deviations": "colour distance: over the training defects' (--max_deviation)",
 }
 
 
-def refused(lines: list[dict], why: str) -> int:
-    """Candidates that a gate kept from being chosen."""
-    return sum(window["refused"][why] for line in lines for window in line["windows"])
+def count_rejected(lines: list[dict], rejection: str) -> int:
+    """How many candidates the quality filter rejected for this reason."""
+    return sum(crop["refused"][rejection] for line in lines for crop in line["windows"])
 
 
-def thumbnail(picture: Image.Image) -> Image.Image:
-    return picture.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
+def thumbnail(image: Image.Image) -> Image.Image:
+    return image.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
 
 
 def contact_row(
-    good: Image.Image, mask: Image.Image, pictures: list[Image.Image], scores: list, chosen: int
+    good: Image.Image, mask: Image.Image, candidates: list[Image.Image], scores: list, chosen: int
 ) -> Image.Image:
     """One row of the contact sheet, of thumbnails: good | mask | each candidate with its score, the kept one red."""
-    cells = [good, mask, *pictures]
+    cells = [good, mask, *candidates]
     labels = ["good", "mask", *(f"{s:.4f}" if s is not None else "" for s in scores)]
     row = Image.new("RGB", (len(cells) * (CELL + 4) + 4, CELL + 24), "white")
     draw = ImageDraw.Draw(row)
@@ -79,13 +79,13 @@ def contact_row(
     return row
 
 
-def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
-    """The pictures one below the other."""
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+def stack(images: Sequence[Image.Image]) -> Image.Image:
+    """The images one below the other."""
+    sheet = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
     top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
     return sheet
 
 
@@ -109,48 +109,49 @@ def histogram(what: str, values: Sequence[float], kept: Sequence[float]) -> str:
     return f'<svg {size} font-size="12">{"".join(bars)}{axes}</svg>'
 
 
-def embedded(picture: Path) -> str:
+def embedded(file: Path) -> str:
+    """The image file as an HTML element that needs no file beside it."""
     stream = io.BytesIO()
-    with Image.open(picture) as image:
+    with Image.open(file) as image:
         image.convert("RGB").save(stream, format="JPEG", quality=85)
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}">'
 
 
 def section(name: str, lines: list[dict], folder: Path) -> str:
-    """One defect type: its figures, where there are any, and its first contact rows."""
-    windows = [window for line in lines for window in line["windows"]]
-    figures = ""
-    for key, what in FIGURES.items():
-        values = [x for window in windows for x in window[key] if x is not None]
-        kept = [window[key][window["chosen"]] for window in windows]
+    """One defect type: histograms of its measures, and its first contact rows."""
+    crops = [crop for line in lines for crop in line["windows"]]
+    histograms = ""
+    for key, what in MEASURES.items():
+        values = [x for crop in crops for x in crop[key] if x is not None]
+        kept = [crop[key][crop["chosen"]] for crop in crops]
         if values:
-            figures += histogram(what, values, [x for x in kept if x is not None])
-    legend = "<p>Grey: all candidates of the last attempt; red: those kept.</p>" if figures else ""
+            histograms += histogram(what, values, [x for x in kept if x is not None])
+    legend = "<p>Grey: all candidates of the last attempt; red: those kept.</p>" if histograms else ""
     rows = "".join(
         f"<figure><figcaption>{html.escape(line['name'])}</figcaption>"
         f"{embedded(folder / 'contact' / (line['name'] + '.png'))}</figure>"
         for line in lines[:SHOWN]
     )
-    number = f"<p>The first {len(lines[:SHOWN])} of {len(lines)} pictures:</p>"
-    return f'<h2>{html.escape(name)}</h2>{legend}{figures}{number}<div class="wide">{rows}</div>'
+    number = f"<p>The first {len(lines[:SHOWN])} of {len(lines)} images:</p>"
+    return f'<h2>{html.escape(name)}</h2>{legend}{histograms}{number}<div class="wide">{rows}</div>'
 
 
-def by_kind(lines: Iterable[dict]) -> dict[tuple[str, str], list[dict]]:
-    """Lines of the plan or the manifest by their object and defect type."""
+def group_by_type(lines: Iterable[dict]) -> dict[tuple[str, str], list[dict]]:
+    """Lines of the plan or the manifest by object and defect type."""
     kinds: dict[tuple[str, str], list[dict]] = {}
     for line in lines:
         kinds.setdefault((line["object"] or "", line["defect"] or "defect"), []).append(line)
     return kinds
 
 
-def write_page(file: Path, plan: Iterable[dict], lines: list[dict], problems: Iterable[str]) -> None:
-    """Writes the page of a run.
+def write_report(file: Path, plan: Iterable[dict], lines: list[dict], problems: Iterable[str]) -> None:
+    """Writes the page `file`, beside the folder `contact/`.
 
     Args:
-        plan, lines: of the plan and of the manifest, beside whose folder's `contact/` the page is written.
-        problems: why pictures could not be painted.
+        plan, lines: of the plan and of the manifest.
+        problems: why images could not be made.
     """
-    planned, made = by_kind(plan), by_kind(lines)
+    planned, made = group_by_type(plan), group_by_type(lines)
     rows = "".join(
         "<tr>"
         + "".join(f"<td>{html.escape(word)}" for word in kind)
@@ -158,12 +159,12 @@ def write_page(file: Path, plan: Iterable[dict], lines: list[dict], problems: It
         for kind in planned
     )
     sections = "".join(section(" ".join(kind), made[kind], file.parent) for kind in planned if kind in made)
-    told = "".join(f"<li>{html.escape(problem)}" for problem in problems)
+    problem_list = "".join(f"<li>{html.escape(problem)}" for problem in problems)
     content = {
         "title": html.escape(file.resolve().parent.name),
         "heads": "".join(f"<th>{head}" for head in COUNTS),
         "rows": rows,
-        "problems": f"<h2>Not painted</h2><ul>{told}</ul>" if told else "",
+        "problems": f"<h2>Not painted</h2><ul>{problem_list}</ul>" if problem_list else "",
         "sections": sections,
     }
     file.write_text(PAGE.format(**content))

@@ -1,30 +1,17 @@
-"""Cards and the Hub: checked at the start of a run, pushed at its end, nothing but an allow-list."""
+"""Model and dataset cards: the README.md of a LoRA and of a dataset."""
 
 import hashlib
 import html
 import re
-import shlex
-import threading
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
-from defectfill_dataset import InputError, file_digest
+from defectfill_dataset import file_digest
 
-from .files import replacing, visible_files
-from .lora_file import LORA_FILE
+from .files import atomic_write, visible_files
 
-
-PUBLISHED_FILES = [LORA_FILE, "README.md"]
-PUBLISHED_DATA = {
-    "parquet": ["README.md", "data/*.parquet"],
-    "imagefolder": [
-        "README.md",
-        *(f"{s}/{f}" for s in ("train", "test", "good") for f in ("metadata.jsonl", "images/*", "masks/*.png")),
-    ],
-}
 
 CARD = """---
 {{ card_data }}
@@ -127,40 +114,6 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_\[\]()|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def check_hub(repo_id: str | None, public: bool, default_name: str, repo_type: str = "model") -> str:
-    """Makes sure, before the work, that its result can be pushed; returns the repository's full id.
-
-    The token comes from the environment or `hf auth login`. A missing repository is made, private unless `public`.
-
-    Raises:
-        InputError: no valid token (DF500), a repository that is public unasked or private (DF501), or no right to
-            write (DF502).
-    """
-    api, flag = HfApi(), f"--hub_{repo_type}_id"
-    try:
-        user = api.whoami()["name"]
-    except Exception as error:  # whatever a Hub or a network can raise
-        raise InputError(
-            f"DF500 --push_to_hub: no valid token; run 'hf auth login' or set HF_TOKEN ({error})"
-        ) from error
-    repo_id = repo_id or default_name
-    if "/" not in repo_id:
-        repo_id = f"{user}/{repo_id}"
-    try:
-        api.create_repo(repo_id, repo_type=repo_type, private=not public, exist_ok=True)
-        api.auth_check(repo_id, repo_type=repo_type, write=True)
-        is_public = not api.repo_info(repo_id, repo_type=repo_type).private
-    except Exception as error:
-        raise InputError(f"DF502 {flag} {repo_id}: cannot be made or written with this token ({error})") from error
-    if is_public != public:
-        raise InputError(
-            f"DF501 {flag} {repo_id}: is public; add --hub_public to publish there, or name another"
-            if is_public
-            else f"DF501 {flag} {repo_id}: is private; leave out --hub_public, or make it public on the Hub"
-        )
-    return repo_id
-
-
 def write_model_card(folder: Path, record: dict, images: int, batch_size: int, repo_id: str | None) -> None:
     """Writes README.md: what the LoRA is, its prompts, how to use it without this project."""
     local = record["revision"] is None  # the Hub refuses a card whose base is a path
@@ -181,7 +134,7 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         batch_size=batch_size,
         **{key: record[key] for key in "revision prompts steps resolution zoom rank alpha seed".split()},
     )
-    with replacing(folder / "README.md") as temporary:
+    with atomic_write(folder / "README.md") as temporary:
         temporary.write_text(str(card))
 
 
@@ -243,7 +196,7 @@ def write_dataset_card(
         own_good=own_good,
         repo_id=repo_id or "path/to/this/folder",
     )
-    with replacing(folder / "README.md") as temporary:
+    with atomic_write(folder / "README.md") as temporary:
         temporary.write_text(str(card), encoding="utf-8")
 
 
@@ -264,39 +217,3 @@ def size_category(number: int) -> str:
     steps = [1, 1_000, 10_000, 100_000, 1_000_000]
     names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "n>1M"]
     return [name for step, name in zip(steps, names) if step <= number][-1]
-
-
-def push(
-    folder: Path, repo_id: str, timeout: float, files: Sequence[str] = PUBLISHED_FILES, repo_type: str = "model"
-) -> None:
-    """Uploads the files of these names or patterns, nothing else; gives up after `timeout` seconds.
-
-    Raises:
-        RuntimeError: the upload failed; the files are safe where they are, and the message tells how to push them.
-    """
-    failure: list[Exception] = []
-
-    def upload() -> None:
-        try:
-            HfApi().upload_folder(
-                repo_id=repo_id,
-                repo_type=repo_type,
-                folder_path=folder,
-                allow_patterns=list(files),
-                commit_message="DefectFill LoRA" if repo_type == "model" else "Defect images with masks",
-            )
-        except Exception as error:  # whatever it is, it is raised below
-            failure.append(error)
-
-    thread = threading.Thread(target=upload, daemon=True)  # a server that never answers must not hold the process
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
-        failure.append(TimeoutError(f"no answer within {timeout:.0f} s"))
-    if failure:
-        command = ["hf", "upload", repo_id, str(folder), ".", "--repo-type", repo_type]
-        command += [word for name in files for word in ("--include", name)]
-        raise RuntimeError(
-            f"Push to {repo_id} failed: {failure[0]}. All is safe in {folder}; push it with:\n"
-            f"    {shlex.join(command)}"
-        ) from failure[0]

@@ -1,11 +1,14 @@
-"""The base inpainting model, checked from its configuration files before a weight is read."""
+"""The base inpainting model: checked from its configuration files, before a weight is loaded."""
 
 import dataclasses
 import json
 from pathlib import Path
 
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from defectfill_dataset import InputError
 
@@ -23,8 +26,8 @@ CONFIGS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
-    """What the configuration files of a base model say.
+class BaseModel:
+    """The configuration of a base model.
 
     Args:
         name: Hub id, or the folder's full path.
@@ -49,11 +52,11 @@ class Base:
         return 2 ** (len(self.unet["block_out_channels"]) - 1)
 
 
-def read_base(name: str, revision: str | None = None, cache_dir: str | None = None) -> Base:
+def read_base(name: str, revision: str | None = None, cache_dir: str | None = None) -> BaseModel:
     """Reads and checks the configuration of the base model `name`, a folder or a Hub id.
 
     Raises:
-        InputError: not to be had (DF180), not an inpainting model (DF181), no safetensors weights (DF182), or a
+        InputError: not found (DF180), not an inpainting model (DF181), no safetensors weights (DF182), or a
             prediction type the equations do not cover (DF183).
     """
     folder = Path(name).expanduser()
@@ -76,12 +79,12 @@ def read_base(name: str, revision: str | None = None, cache_dir: str | None = No
             )
             reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"DF180 --pretrained_model_name_or_path {name}: cannot read {part}: it is no diffusers model folder, "
-                f"nor a Hub id that can be reached from here.{moved} ({reason})"
+                f"DF180 --pretrained_model_name_or_path {name}: cannot read {part}: not a diffusers model folder, and "
+                f"not reachable on the Hub.{moved} ({reason})"
             ) from error
     unet, vae, text_encoder, scheduler, _ = (json.loads(file.read_text()) for file in files.values())
     sha = None if folder.is_dir() else files["unet/config.json"].parents[1].name
-    base = Base(name, sha, unet, vae, text_encoder, scheduler)
+    base = BaseModel(name, sha, unet, vae, text_encoder, scheduler)
     if unet.get("in_channels") != 9:
         raise InputError(
             f"DF181 {name}: its UNet takes {unet.get('in_channels')} channels, not 9, so it is no inpainting model; "
@@ -99,8 +102,40 @@ def read_base(name: str, revision: str | None = None, cache_dir: str | None = No
     return base
 
 
-def check_resolution(base: Base, resolution: int) -> None:
-    """Raises InputError (DF184) unless `resolution` divides down to the lowest level of the UNet."""
+def check_resolution(base: BaseModel, resolution: int) -> None:
+    """Raises InputError (DF184) unless the base's VAE and UNet can halve `resolution` at each of their levels."""
     step = base.vae_scale_factor * base.unet_scale_factor
     if resolution < step or resolution % step:
         raise InputError(f"DF184 --resolution {resolution}: must be a multiple of {step} with {base.name}")
+
+
+def load_tokenizer(base: BaseModel, cache_dir: str | None) -> CLIPTokenizer:
+    """The base's tokenizer."""
+    return CLIPTokenizer.from_pretrained(base.name, subfolder="tokenizer", revision=base.revision, cache_dir=cache_dir)
+
+
+def check_prompt(prompt: str, tokenizer: CLIPTokenizer) -> None:
+    """Raises InputError (DF174) if the prompt is longer than what the text encoder reads."""
+    number = len(tokenizer(prompt).input_ids)
+    if number > tokenizer.model_max_length:
+        raise InputError(
+            f"DF174 '{prompt}': {number} tokens, but the text encoder reads {tokenizer.model_max_length}; shorten it"
+        )
+
+
+def load_models(base: BaseModel, variant: str | None, cache_dir: str | None, dtype: torch.dtype) -> tuple:
+    """(unet, text_encoder, vae, noise scheduler) of the base, the vae frozen, in `dtype`.
+
+    Raises:
+        InputError: the weights cannot be loaded (DF182).
+    """
+    common = {"revision": base.revision, "cache_dir": cache_dir}
+    weights = common | {"variant": variant, "dtype": dtype, "use_safetensors": True}
+    try:
+        unet = UNet2DConditionModel.from_pretrained(base.name, subfolder="unet", **weights)
+        text_encoder = CLIPTextModel.from_pretrained(base.name, subfolder="text_encoder", **weights)
+        vae = AutoencoderKL.from_pretrained(base.name, subfolder="vae", **weights).requires_grad_(False)
+    except OSError as error:
+        raise InputError(f"DF182 {base.name}: its safetensors weights cannot be loaded: {error}") from error
+    scheduler = DDPMScheduler.from_pretrained(base.name, subfolder="scheduler", **common)
+    return unet, text_encoder, vae, scheduler

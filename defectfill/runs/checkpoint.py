@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, proved before they are used, safetensors and JSON only."""
+"""Checkpoints: complete or absent, verified before use, safetensors and JSON only."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from defectfill_dataset import InputError
 
+from ..lora import LORA_FILE
 from .files import TEMPORARY, flush, write_json
-from .lora_file import LORA_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def save_checkpoint(
     """Writes `checkpoint-<step>`, then deletes the oldest beyond `total_limit`; returns whether it was written.
 
     Everything goes to a temporary folder with a manifest of sizes and sha256, is flushed, and only then renamed: a
-    kill at any instant leaves each checkpoint whole or absent. A full disk costs this checkpoint, not the run.
+    kill at any instant leaves each checkpoint complete or absent. A full disk costs this checkpoint, not the run.
 
     Args:
         state: JSON content of the caller, with `step` and `identity`.
@@ -106,19 +106,19 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda f: int(f.name.split("-")[1]))
 
 
-def set_aside_later(output_dir: Path, step: int) -> None:
-    """Renames checkpoints after `step`, to which a run returns: they are damaged, or of a way it does not take."""
+def archive_newer_checkpoints(output_dir: Path, step: int) -> None:
+    """Renames the checkpoints after `step`, where a run resumes: it will redo their steps, or they are damaged."""
     for checkpoint in list_checkpoints(output_dir):
         if int(checkpoint.name.split("-")[1]) > step:
             aside = checkpoint.with_name(f"{checkpoint.name}.old")
             if aside.exists():
                 _discard(aside)
             os.rename(checkpoint, aside)
-            logger.warning(f"{checkpoint.name} lies after the step the run goes on from: now {aside.name}")
+            logger.warning(f"{checkpoint.name} is newer than the resumed step; renamed to {aside.name}")
 
 
-def what_is_wrong(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None if every file is as its manifest says."""
+def verify_checkpoint(checkpoint: Path) -> str | None:
+    """Returns why a checkpoint cannot be used, or None if every file matches its manifest."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         for name, entry in manifest["files"].items():
@@ -136,7 +136,7 @@ def what_is_wrong(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(output_dir: Path, which: str) -> Path | None:
-    """The checkpoint to resume from: the newest whole one for "latest" (None if there is none), else the one named.
+    """The checkpoint to resume from: the newest sound one for "latest" (None if there is none), else the one named.
 
     Args:
         which: "latest", the name of a checkpoint in `output_dir`, or a path.
@@ -146,7 +146,7 @@ def find_checkpoint(output_dir: Path, which: str) -> Path | None:
     """
     if which == "latest":
         for checkpoint in reversed(list_checkpoints(output_dir)):
-            wrong = what_is_wrong(checkpoint)
+            wrong = verify_checkpoint(checkpoint)
             if wrong is None:
                 return checkpoint
             logger.warning(f"skipping {checkpoint.name}: {wrong}")
@@ -157,14 +157,14 @@ def find_checkpoint(output_dir: Path, which: str) -> Path | None:
         raise InputError(
             f"DF185 --resume_from_checkpoint {which}: no such checkpoint in {output_dir}; there are: {names}"
         )
-    wrong = what_is_wrong(checkpoint)
+    wrong = verify_checkpoint(checkpoint)
     if wrong:
         raise InputError(f"DF310 --resume_from_checkpoint {which}: {wrong}; choose another or 'latest'")
     return checkpoint
 
 
 def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_steps: int) -> Path | None:
-    """The checkpoint to go on from, with the options it was made with; None to start anew.
+    """The checkpoint to resume, if it was made with the same options; None to start from scratch.
 
     Raises:
         InputError: `output_dir` holds an earlier run that is not, or cannot be, resumed (DF186), options differ
@@ -224,7 +224,7 @@ def restore(
 
 
 def check_identity(saved: dict, now: dict) -> None:
-    """Raises InputError (DF320), with each difference, unless a run goes on with the options it began with."""
+    """Raises InputError (DF320), with each difference, unless a run resumes with the options it began with."""
     changed = [k for k in sorted(saved.keys() | now.keys()) if saved.get(k) != now.get(k)]
     if changed:
         raise InputError(

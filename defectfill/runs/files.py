@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either complete or absent: atomic writes, a lock for a folder, publishing a whole folder."""
 
 import filecmp
 import json
@@ -15,20 +15,20 @@ from PIL import Image
 from defectfill_dataset import InputError
 
 
-TEMPORARY = ".tmp-defectfill-"  # how the name of everything unfinished begins
+TEMPORARY = ".tmp-defectfill-"  # prefix of every unfinished file and folder
 
 
 def clear_leftovers(*folders: Path) -> None:
-    """Removes what a killed process left half-written or half-deleted in these folders."""
+    """Removes the unfinished files that a killed process left in these folders."""
     for leftover in (file for folder in folders for file in folder.glob(f"{TEMPORARY}*")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; on leaving, what was written there is flushed and becomes `path`.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on exit, the temporary file is flushed and renamed to `path`.
 
-    After a crash at any moment `path` is its old self or its new self, never a part.
+    After a crash at any moment `path` holds its old content or its new content, never a part.
     """
     handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Forces a file's or a folder's content to the disk."""
+    """Forces the content of a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -54,26 +54,26 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def save_picture(picture: Image.Image, path: Path, exif: bytes = b"") -> None:
-    """Writes a PNG file, with no metadata but these."""
-    with replacing(path) as temporary:
-        picture.save(temporary, format="PNG", exif=exif)
+def save_image(image: Image.Image, path: Path, exif: bytes = b"") -> None:
+    """Writes a PNG file atomically; `exif` is its only metadata."""
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", exif=exif)
 
 
 def visible_files(folder: Path) -> dict[str, Path]:
-    """All files of a folder by their names relative to it; what is hidden directly in it is passed over."""
+    """All files of a folder by their names relative to it; hidden entries directly in it are ignored."""
     parts = sorted(part for part in folder.iterdir() if not part.name.startswith("."))
     files = [f for part in parts for f in ([part] if part.is_file() else sorted(part.rglob("*"))) if f.is_file()]
     return {f.relative_to(folder).as_posix(): f for f in files}
 
 
-def move_in(source: Path, folder: Path, last: str) -> None:
-    """Moves all parts of `source` into `folder`, flushed, `last` at the end: a folder with it is whole.
+def publish_dir(source: Path, folder: Path, last: str) -> None:
+    """Moves all entries of `source` into `folder`, flushed, `last` at the end: a folder that holds it is complete.
 
-    Parts that are there already stay, all but `last`, which is replaced.
+    Entries that `folder` already holds stay, except `last`, which is replaced.
 
     Raises:
-        InputError: `folder` holds a file that is not in `source`, or differs (DF193); nothing has been moved then.
+        InputError: `folder` holds a file that is not in `source`, or that differs (DF193); nothing was moved.
     """
     new = visible_files(source)
     for name, file in visible_files(folder).items():
@@ -100,17 +100,17 @@ def move_in(source: Path, folder: Path, last: str) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes `content` as readable JSON, replacing `path` as a whole."""
-    with replacing(path) as temporary:
+    """Writes `content` as indented JSON, atomically."""
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process; the system frees it when the process ends, however it ends.
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Locks `folder` for this process; the system releases the lock when the process ends, however it ends.
 
     Raises:
-        InputError: the folder cannot be written (DF190), or another process holds it (DF191).
+        InputError: the folder cannot be written (DF190), or another process has locked it (DF191).
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

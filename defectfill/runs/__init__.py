@@ -1,0 +1,1 @@
+"""What a run needs around the method: flags, plan, files, checkpoints, manifest, report, record, the Hub."""

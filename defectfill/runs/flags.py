@@ -1,0 +1,366 @@
+"""The flags of generation and training, parsed and checked: the only module here with argparse."""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate.tracking import get_available_trackers
+from diffusers.optimization import SchedulerType
+from diffusers.utils import is_bitsandbytes_available, is_xformers_available
+
+from defectfill_dataset import InputError, Parser, add_reading_flags
+from defectfill_dataset.inputs import add_input_flags, check_input_flags
+
+from ..sampling import SCHEDULERS
+from ..selection import LPIPS_FILES
+from .requests import GenerationCommand, GenerationRequest
+
+
+def add_base_flags(parser: argparse.ArgumentParser, model_help: str, revision_help: str, required: bool) -> Callable:
+    """The flags of the base model; returns the function that adds more to their group."""
+    add = parser.add_argument_group("base model").add_argument
+    add("--pretrained_model_name_or_path", required=required, metavar="PATH|ID", help=model_help)
+    add("--revision", help=revision_help)
+    add("--variant", help="Variant of the base's weight files, such as fp16.")
+    add("--cache_dir", metavar="DIR", help="Folder of downloaded models and datasets.")
+    return add
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def parse_generation_args(description: str, input_args: list[str] | None = None) -> GenerationCommand:
+    """The command of `generate_defectfill.py`, with one request of its own or one for each line of `--cases`.
+
+    Raises:
+        InputError: a `--cases` file that cannot be used (DF160, DF416).
+    """
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_request_flags(parser)
+    add_command_flags(parser)
+    args = parser.parse_args(input_args)
+    if args.cases:
+        requests = read_requests(args.cases, args)
+    else:
+        check_request(parser, args)
+        requests = [typed(GenerationRequest, args)]
+    return typed(GenerationCommand, args, requests=requests)
+
+
+def typed(kind: type, args: argparse.Namespace, **others):
+    """The dataclass `kind` with `others`, and the flag of its name in every other field."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in others]
+    return kind(**{name: getattr(args, name) for name in names}, **others)
+
+
+def add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a `GenerationRequest`: those that a line of `--cases` may hold."""
+    add = parser.add_argument_group("model").add_argument
+    add("--lora", nargs="+", metavar="PATH|ID", help="LoRA folders, files or Hub ids; each makes its own images.")
+    add("--prompt", help="Prompt. Default: the LoRA's own.")
+    add = parser.add_argument_group("sampling").add_argument
+    number_help = "Images per defect type, cycling through the good images. Default: one for each good image."
+    add("--num_images", type=int, metavar="N", help=number_help)
+    add("--num_inference_steps", type=int, default=50, metavar="N", help="Default: %(default)s (the paper's).")
+    add("--guidance_scale", type=float, default=7.5, metavar="X", help="Default: %(default)s.")
+    add(
+        "--guidance_interval",
+        nargs=2,
+        type=float,
+        default=[0.0, 1.0],
+        metavar=("START", "END"),
+        help="Guided steps, in fractions of all steps; the other steps cost half. Default: 0 1, all steps.",
+    )
+    add = parser.add_argument_group("zoom").add_argument
+    add(
+        "--zoom",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="Inpaint square crops around the mask, so that small and thin defects get enough pixels. auto: as the "
+        "LoRA was trained. Default: %(default)s.",
+    )
+    add("--zoom_context", type=float, metavar="X", help="Side of a crop over that of its defect. Default: as trained.")
+    min_area_help = "A mask that covers a smaller share of its crop is tiled along its length. Default: as trained."
+    add("--zoom_min_area", type=float, metavar="X", help=min_area_help)
+    add_input_flags(parser)
+
+
+def add_command_flags(parser: argparse.ArgumentParser) -> None:
+    """The other flags of a `GenerationCommand`: those that hold for all of its requests."""
+    cases_help = "One JSON object per line; each line overrides the flags of the groups above for its own images."
+    parser.add_argument("--cases", type=Path, metavar="FILE", help=cases_help)
+    model_help = "Base inpainting model. Default: the LoRA's own base."
+    revision_help = "Revision of the base on the Hub. Default: the one the LoRA was trained on."
+    add = add_base_flags(parser, model_help, revision_help, required=False)
+    precision_help = "Precision of the whole model. Default: fp16 on a GPU, no on a CPU."
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision_help)
+    add("--resolution", type=int, metavar="PX", help="Side of the model's square. Default: the LoRA's own.")
+    scheduler_help = "The paper uses ddim; the others need about 20 steps. Default: %(default)s."
+    add("--scheduler", choices=list(SCHEDULERS), default="ddim", help=scheduler_help)
+    add = parser.add_argument_group("candidates and selection").add_argument
+    add("--num_candidates", type=int, default=8, metavar="N", help="Candidates per crop. Default: %(default)s.")
+    batch_help = "Maximum candidates per UNet call; may span several images. Default: all candidates of one image."
+    add("--batch_size", type=int, metavar="N", help=batch_help)
+    add(
+        "--selection",
+        choices=["lpips", "ssim", "rmse", "none"],
+        default="lpips",
+        help="Distance to the good image inside the mask; the most distant candidate is kept. none keeps the first. "
+        "Default: %(default)s (the paper's).",
+    )
+    add("--lpips_net", choices=list(LPIPS_FILES), default="alex", help="LPIPS backbone. Default: %(default)s.")
+    add(
+        "--min_change",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="Reject candidates that show no defect: RMS change inside the mask below X times the VAE's own "
+        "reconstruction error. Default: %(default)s, no filter.",
+    )
+    add(
+        "--max_deviation",
+        type=float,
+        metavar="X",
+        help="Reject artefacts: candidates whose colours are more than X times as far (Mahalanobis distance) from the "
+        "training defects as the most unusual training defect is. Default: no filter.",
+    )
+    attempts_help = "Attempts at a crop, each with new seeds, if all candidates are rejected. Default: %(default)s."
+    add("--max_attempts", type=int, default=3, metavar="N", help=attempts_help)
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", required=True, type=Path, metavar="DIR", help="Folder of images, masks and manifest.")
+    add("--keep_metadata", action="store_true", help="Copy the good image's EXIF data, such as place and camera.")
+
+
+def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Calls the parser's `error` where a flag of a request cannot work."""
+    check_input_flags(parser, args)
+    if not args.lora:
+        parser.error("give --lora: what train_defectfill.py made")
+    for flag in ("num_images", "num_candidates", "num_inference_steps", "batch_size", "max_attempts"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.zoom_context is not None and not 1 <= args.zoom_context < math.inf:
+        parser.error(f"--zoom_context {args.zoom_context}: must be a finite number of at least 1")
+    if args.zoom_min_area is not None and not 0 <= args.zoom_min_area < 1:
+        parser.error(f"--zoom_min_area {args.zoom_min_area}: must be at least 0 and below 1")
+    if not 0 <= args.min_change < math.inf:
+        parser.error(f"--min_change {args.min_change}: must be a finite number of at least 0")
+    if args.max_deviation is not None and not 0 < args.max_deviation < math.inf:
+        parser.error(f"--max_deviation {args.max_deviation}: must be a finite number above 0")
+    if not math.isfinite(args.guidance_scale):
+        parser.error(f"--guidance_scale {args.guidance_scale}: must be a finite number")
+    start, end = args.guidance_interval
+    if not 0 <= start < end <= 1:
+        parser.error(f"--guidance_interval {start} {end}: must be 0 <= START < END <= 1")
+    steps = args.num_inference_steps
+    if args.guidance_scale > 1 and not any(start <= i / steps < end for i in range(steps)):
+        parser.error(f"--guidance_interval {start} {end}: holds none of the {steps} steps; make it longer")
+
+
+class LineParser(argparse.ArgumentParser):
+    """Raises ValueError where its parent would end the program."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def read_requests(file: Path, args: argparse.Namespace) -> list[GenerationRequest]:
+    """A request for each line of `--cases`: the flags of the command, overridden by those of the line.
+
+    Raises:
+        InputError: no file (DF160), or a line that is not a JSON object or whose flags cannot work (DF416).
+    """
+    if not file.is_file():
+        raise InputError(f"DF160 --cases {file}: no such file")
+    parser = LineParser(add_help=False, allow_abbrev=False)
+    add_request_flags(parser)
+    requests, problems = [], []
+    for number, text in enumerate(file.read_text().splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            requests.append(read_request(parser, json.loads(text), args))
+        except (ValueError, AttributeError) as error:
+            problems.append(f"DF416 {file}, line {number}: {error}")
+    if not requests and not problems:
+        problems.append(f"DF416 {file}: is empty; give a JSON object a line")
+    if problems:
+        raise InputError(*problems)
+    return requests
+
+
+def read_request(parser: LineParser, line: dict, args: argparse.Namespace) -> GenerationRequest:
+    """The request of one line; `null` resets a flag to its default.
+
+    Raises:
+        ValueError, AttributeError: the line is not an object, or a flag cannot work.
+    """
+    flags, words = dict(vars(args)), []
+    for flag, value in line.items():
+        if value is None:
+            flags[flag] = parser.get_default(flag)
+        elif isinstance(value, list):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words.append(f"--{flag}={value}")
+    of_line = parser.parse_args(words, argparse.Namespace(**flags))
+    check_request(parser, of_line)
+    return typed(GenerationRequest, of_line)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+# piecewise_constant needs rules that no flag gives.
+LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is written."""
+
+
+# fmt: off
+def parse_training_args(description: str, input_args: list[str] | None = None) -> argparse.Namespace:
+    """The flags of `train_defectfill.py`."""
+    parser = Parser(description=description, formatter_class=HelpFormatter)
+
+    def group(title: str) -> Callable:
+        return parser.add_argument_group(title).add_argument
+
+    add_base_flags(parser, "Inpainting model.", "Its revision on the Hub.", required=True)
+
+    add = group("data")
+    add("--train_data_dir", metavar="DIR", help="An object's folder in a known layout, or one above it.")
+    add_reading_flags(add, "--train_data_dir")
+    add("--dataset_name", metavar="PATH|ID", help="Prepared dataset, in place of --train_data_dir.")
+    add("--dataset_config_name", metavar="NAME", help="Its config.")
+    add("--object", metavar="NAME", help="Which object, where there are several.")
+    add("--defect", nargs="+", metavar="NAME", help="Defect types to learn; all of the object if not given.")
+    add("--split", default="auto", metavar="RULE|FILE", help="auto, first_third, all, or a split file.")
+    add("--resolution", type=int, default=512, metavar="PX", help="Side of the square the model sees.")
+    add("--max_resize_scale", type=float, default=1.125, metavar="X", help="Random resize by 1 to X, then crop.")
+    add("--center_crop", action="store_true", help="Crop the centre, not a random part.")
+    add("--zoom", choices=["auto", "on", "off"], default="auto", help="Windows round defects; auto: small ones.")
+    add("--zoom_context", type=float, default=3.0, metavar="X", help="A window's side over its defect's.")
+    add("--zoom_min_area", type=float, default=0.01, metavar="X", help="Smaller is small, and tiled if it is long.")
+    add("--dataloader_num_workers", type=int, default=0, metavar="N", help="Further processes that load images.")
+
+    add = group("prompts")
+    add("--phrase", help="What names the defect. If not given, sks for one type, {defect} for several.")
+    add("--object_words", metavar="WORDS", help="What names the object; if not given, its folder's name.")
+    add("--defect_prompt", default="A photo of {phrase}", metavar="TEXT", help="Of the defect pass.")
+    add("--object_prompt", default="A {object} with {phrase}", metavar="TEXT", help="Of the object pass.")
+
+    add = group("method")
+    add("--lambda_def", type=float, default=0.5, metavar="X", help="Weight of the defect loss.")
+    add("--lambda_obj", type=float, default=0.2, metavar="X", help="Weight of the object loss.")
+    add("--lambda_attn", type=float, default=0.05, metavar="X", help="Weight of the attention loss.")
+    add("--background_alpha", type=float, default=0.3, metavar="X", help="alpha in M' = M + alpha (1 - M).")
+    add("--num_random_boxes", type=int, default=30, metavar="N", help="Boxes in the object pass's mask M_rand.")
+    add("--loss_reduction", choices=["mean", "mask"], default="mean", help="Over all elements or each mask.")
+    add("--attention_pass", choices=["object", "defect"], default="object", help="Feeds the attention loss.")
+    add("--attention_map_scale", choices=["raw", "minmax"], default="raw", help="Probabilities, or stretched to 0-1.")
+
+    add = group("LoRA")
+    add("--rank", type=int, default=8, metavar="N", help="Rank of every LoRA layer.")
+    add("--lora_alpha", type=float, default=16, metavar="X", help="LoRA layers are scaled by alpha / rank.")
+    add("--lora_dropout", type=float, default=0.1, metavar="P", help="Dropout before LoRA layers, in training only.")
+
+    add = group("optimisation")
+    add("--seed", type=int, default=0, metavar="N", help="Of everything random.")
+    add("--max_train_steps", type=int, default=2000, metavar="N", help="Optimizer steps.")
+    add("--train_batch_size", type=int, default=4, metavar="N", help="Images per process and micro-batch.")
+    add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="Micro-batches per step.")
+    add("--learning_rate", type=float, default=2e-4, metavar="X", help="Of the UNet's LoRA.")
+    add("--text_encoder_lr", type=float, default=4e-5, metavar="X", help="Of the text encoder's LoRA.")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup", help="Shape of the learning rates.")
+    add("--lr_warmup_steps", type=int, default=100, metavar="N", help="Steps from 0 to the full rate.")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit moments, from bitsandbytes.")
+    add("--adam_beta1", type=float, default=0.9, metavar="X", help="Decay of the first moment.")
+    add("--adam_beta2", type=float, default=0.999, metavar="X", help="Decay of the second moment.")
+    add("--adam_weight_decay", type=float, default=1e-2, metavar="X", help="Weight decay.")
+    add("--adam_epsilon", type=float, default=1e-8, metavar="X", help="Added to the root of the second moment.")
+    add("--max_grad_norm", type=float, default=1.0, metavar="X", help="Gradients are clipped to this norm.")
+
+    add = group("precision and memory")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="LoRA weights stay fp32.")
+    add("--gradient_checkpointing", action="store_true", help="Less memory, slower, the same gradients.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Needs CUDA.")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products, on Ampere and later GPUs.")
+
+    add = group("output and checkpoints")
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="Where the LoRA, checkpoints and records go.")
+    add("--checkpointing_steps", type=int, default=500, metavar="N", help="A checkpoint every N steps.")
+    add("--checkpoints_total_limit", type=int, metavar="N", help="Keep the newest N checkpoints; all if not given.")
+    add("--resume_from_checkpoint", metavar="latest|PATH", help="latest starts anew without one.")
+
+    add = group("validation and logging")
+    add("--validation_steps", type=int, default=500, metavar="N", help="Pictures every N steps; 0 for none.")
+    add("--num_validation_images", type=int, default=4, metavar="N", help="Good images to paint on.")
+    add("--validation_inference_steps", type=int, default=50, metavar="N", help="DDIM steps of each picture.")
+    add("--report_to", default="tensorboard", metavar="NAME", help="One of accelerate's trackers, all or none.")
+    add("--logging_dir", default="logs", metavar="DIR", help="Where trackers write, inside the output folder.")
+
+    add = group("Hugging Face Hub")
+    add("--push_to_hub", action="store_true", help="Push LoRA and card, token from HF_TOKEN or login.")
+    add("--hub_model_id", metavar="ID", help="Repository; the output folder's name if not given.")
+    add("--hub_public", action="store_true", help="Publish; the repository is private if not given.")
+    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="When to give the push up.")
+    return parser.parse_args(input_args)
+# fmt: on
+
+
+def check_training_args(args: argparse.Namespace) -> None:
+    """Raises InputError (DF187-DF189) for values and combinations that cannot work."""
+    at_least = {
+        1: """resolution max_resize_scale zoom_context num_random_boxes rank max_train_steps train_batch_size
+            checkpointing_steps gradient_accumulation_steps num_validation_images validation_inference_steps
+            checkpoints_total_limit""",
+        0: """seed lambda_def lambda_obj lambda_attn background_alpha lora_dropout learning_rate text_encoder_lr
+            lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon adam_weight_decay dataloader_num_workers
+            validation_steps push_timeout zoom_min_area""",
+    }
+    problems = [
+        f"DF187 --{name} {getattr(args, name)}: must be a finite number of at least {bound}"
+        for bound, names in at_least.items()
+        for name in names.split()
+        if getattr(args, name) is not None and not bound <= getattr(args, name) < math.inf
+    ]
+    below = {"zoom_min_area": 1, "lora_dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
+    problems += [
+        f"DF187 --{k} {getattr(args, k)}: must be below {v}" for k, v in below.items() if getattr(args, k) >= v
+    ]
+    for name in ("lora_alpha", "max_grad_norm"):
+        if not 0 < getattr(args, name) < math.inf:
+            problems.append(f"DF187 --{name} {getattr(args, name)}: must be above 0, or nothing is learnt")
+    if args.phrase is not None and not args.phrase.strip():
+        problems.append("DF187 --phrase '': is empty; leave it out for the default")
+    if args.dataset_name and args.split != "auto":
+        problems.append("DF188 --split: a prepared dataset has its own split; leave it out with --dataset_name")
+    of_folder = {
+        "layout": args.layout != "auto",
+        "mask_classes": args.mask_classes,
+        "skip_problems": args.skip_problems,
+    }
+    for name in (name for name, given in of_folder.items() if given and args.dataset_name):
+        problems.append(f"DF188 --{name}: is of --train_data_dir; leave it out with --dataset_name")
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        problems.append("DF188 give either --train_data_dir or --dataset_name")
+    if args.use_8bit_adam and not is_bitsandbytes_available():
+        problems.append("DF189 --use_8bit_adam: bitsandbytes is not installed; run 'pip install bitsandbytes'")
+    if args.enable_xformers_memory_efficient_attention:
+        flag = "DF189 --enable_xformers_memory_efficient_attention"
+        if not torch.cuda.is_available():
+            problems.append(f"{flag}: needs a CUDA device, and there is none here; leave it out")
+        elif not is_xformers_available():
+            problems.append(f"{flag}: xformers is not installed; see requirements-xformers.txt")
+    known = ["all", "none", *(str(tracker) for tracker in get_available_trackers())]
+    if args.report_to not in known:
+        problems.append(f"DF189 --report_to {args.report_to}: not installed or unknown; there are: {', '.join(known)}")
+    if problems:
+        raise InputError(*problems)

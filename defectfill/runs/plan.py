@@ -1,0 +1,227 @@
+"""The plan of a generation run: a line for each image, written before the first is made. Nothing here reads a file."""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from defectfill_dataset import Case, InputError, MaskSource, Zoom, repeat_seed
+from defectfill_dataset.errors import did_you_mean
+
+from ..lora import LoraFile
+from .requests import GenerationRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to make a defect of one type with one LoRA; many images share it.
+
+    Args:
+        mask_source: None for given masks.
+        settings: everything here that decides a pixel, as the plan's lines hold it.
+    """
+
+    lora: LoraFile
+    mask_source: MaskSource | None
+    zoom: Zoom | None
+    settings: dict
+
+    @property
+    def sampling(self) -> dict:
+        """The arguments of `inpaint` that it decides."""
+        names = ("prompt", "num_inference_steps", "guidance_scale", "guidance_interval")
+        return {name: self.settings[name] for name in names}
+
+    @property
+    def reference_colours(self) -> dict | None:
+        """The colour statistics of the training defects; None if the LoRA has none, or of one reference only."""
+        known = self.lora.record.get("appearance", {}).get(self.settings["defect"])
+        return known if known and known["strangest"] else None
+
+
+class RequestInputs(NamedTuple):
+    """A request, its source images, and its recipes."""
+
+    request: GenerationRequest
+    cases: list[Case]
+    recipes: list[Recipe]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedImage:
+    """One image to make."""
+
+    name: str
+    case: Case
+    recipe: Recipe
+    seed: int
+
+    @property
+    def line(self) -> dict:
+        """Its line of the plan: everything that decides its pixels, except what the whole run shares."""
+        given = {"good_image": self.case.image.name, "given_mask": self.case.mask and self.case.mask.name}
+        return {"name": self.name, **given, **self.case.digests, **self.recipe.settings, "seed": self.seed}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a request to recipes
+
+
+def choose_defects(request: GenerationRequest, loras: Sequence[LoraFile]) -> list[tuple[LoraFile, str | None, str]]:
+    """(LoRA, defect type, prompt) of each LoRA and each of its defect types that `--defect` names.
+
+    Raises:
+        InputError: no LoRA knows a defect type, or the choice is not unique (DF411).
+    """
+    chosen = []
+    for lora in loras:
+        prompts = lora.record.get("prompts", {})
+        alone = len(loras) == 1 or not prompts
+        wanted = [d for d in request.defect or [None] if d is None or d in prompts or alone]
+        if not wanted:
+            raise InputError(f"DF411 {lora.path}: knows none of --defect {' '.join(request.defect)}; leave it out")
+        chosen += [(lora, *choose_prompt(lora, defect, request.prompt)) for defect in wanted]
+    missing = set(request.defect or ()) - {defect for _, defect, _ in chosen}
+    if missing:
+        raise InputError(f"DF411 --defect {', '.join(sorted(missing))}: no --lora knows it")
+    return chosen
+
+
+def choose_prompt(lora: LoraFile, defect: str | None, prompt: str | None) -> tuple[str | None, str]:
+    """(defect type, prompt): the prompt given, or the object prompt of the LoRA's record."""
+    prompts = lora.record.get("prompts", {})
+    if defect is None and len(prompts) == 1:
+        defect = next(iter(prompts))
+    if prompt and (defect is None or defect in prompts or not prompts):
+        return defect, prompt
+    if defect in prompts:
+        return defect, prompts[defect]
+    if not prompts:
+        raise InputError(f"DF411 {lora.path}: carries no prompts; give --prompt")
+    if defect is None:
+        raise InputError(
+            f"DF411 {lora.path}: knows several defects; choose one with --defect: {', '.join(sorted(prompts))}"
+        )
+    raise InputError(f"DF411 --defect {defect}: the LoRA does not know it.{did_you_mean(defect, prompts)}")
+
+
+def choose_crops(request: GenerationRequest, lora: LoraFile) -> Zoom | None:
+    """How crops are laid around a defect, None for whole images: by the flags, and else as the LoRA was trained.
+
+    Raises:
+        InputError: flags of crops where there are none (DF413).
+    """
+    flags = {"context": request.zoom_context, "min_area": request.zoom_min_area}
+    given = {name: value for name, value in flags.items() if value is not None}
+    trained = lora.record.get("zoom")
+    if request.zoom == "off" or (request.zoom == "auto" and not trained):
+        if given:
+            raise InputError("DF413 --zoom_context, --zoom_min_area: there is no zoom here; add --zoom on")
+        return None
+    return Zoom(**(trained or {}) | given)
+
+
+def make_recipe(
+    request: GenerationRequest,
+    lora: LoraFile,
+    defect: str | None,
+    prompt: str,
+    mask_source: MaskSource | None,
+    mask_settings: dict,
+) -> Recipe:
+    """The recipe of one defect type; `mask_settings` are those that decide the masks of `mask_source`."""
+    zoom = choose_crops(request, lora)
+    settings = {
+        "object": lora.record.get("object"),
+        "defect": defect,
+        "prompt": prompt,
+        "lora_sha256": lora.sha256,
+        "mask_source": request.mask_source,
+        **mask_settings,
+        "zoom": zoom and zoom._asdict(),
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "guidance_interval": request.guidance_interval,
+    }
+    return Recipe(lora, mask_source, zoom, settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From recipes to images
+
+
+def make_plan(inputs: Sequence[RequestInputs]) -> list[PlannedImage]:
+    """The images of all requests: for each recipe `--num_images` on the source images in turn.
+
+    Raises:
+        InputError: the same image is asked for twice (DF415).
+    """
+    wanted: list[tuple[Case, Recipe, int]] = []
+    for request, cases, recipes in inputs:
+        for recipe in recipes:
+            for i in range(request.num_images or len(cases)):
+                repeat, place = divmod(i, len(cases))
+                wanted.append((cases[place], recipe, repeat_seed(request.seed, repeat)))
+    names = unique_names([(case, recipe) for case, recipe, _ in wanted])
+    plan = [PlannedImage(name, *image) for name, image in zip(names, wanted)]
+    asked: set[str] = set()
+    for image in plan:
+        key = json.dumps(image.line | {"name": ""}, sort_keys=True)
+        if key in asked:
+            raise InputError(
+                f"DF415 {image.case.image.name}, {defect_label(image.recipe)}: is asked for twice with --seed "
+                f"{image.seed}; change one seed"
+            )
+        asked.add(key)
+    return plan
+
+
+def unique_names(images: Sequence[tuple[Case, Recipe]]) -> list[str]:
+    """A file name for each image, without its suffix: the source image's, the defect type if there are several, and a
+    number where that is taken."""
+    several = len({(recipe.settings["lora_sha256"], recipe.settings["defect"]) for _, recipe in images}) > 1
+    names: dict[str, None] = {}
+    numbers: Counter[str] = Counter()
+    for case, recipe in images:
+        name = stem = f"{case.name}-{defect_label(recipe)}" if several else case.name
+        while name in names:
+            numbers[stem] += 1
+            name = f"{stem}-{numbers[stem]:04d}"
+        names[name] = None
+    return list(names)
+
+
+def defect_label(recipe: Recipe) -> str:
+    """The defect type as a part of a file name."""
+    return re.sub(r"[^\w-]+", "_", recipe.settings["defect"] or "defect")
+
+
+def batch_plan(plan: Sequence[PlannedImage], size: int) -> list[list[PlannedImage]]:
+    """The images in groups of up to `size` that are made together, each of one recipe; the same in every process."""
+    alike: dict[str, list[PlannedImage]] = {}
+    for image in plan:
+        alike.setdefault(json.dumps(image.recipe.settings), []).append(image)
+    return [images[i : i + size] for images in alike.values() for i in range(0, len(images), size)]
+
+
+def check_plan(lines: list[dict], before: list[dict]) -> None:
+    """Raises InputError (DF320) if the lines of an earlier start's plan are not among those of now."""
+    old_lines = {line["name"]: line for line in before}
+    problems: set[str] = set()
+    seeds: list[str] = []  # each repeat has a seed of its own: the first is reported
+    for line in lines:
+        old = old_lines.pop(line["name"], line)
+        for key in [k for k in line.keys() | old.keys() if line.get(k) != old.get(k)]:
+            if key.startswith(("good_image", "given_")):
+                problems.add(f"DF320 {line['name']}: was painted from another image or mask")
+            else:
+                changed = f"DF320 {key}: the run began with {old.get(key)!r}, now it is {line.get(key)!r}"
+                seeds.append(changed) if key == "seed" else problems.add(changed)
+    if old_lines:
+        names = ", ".join(sorted(old_lines)[:4])
+        problems.add(f"DF320 {names}: {len(old_lines)} pictures that the run began with are not asked for now")
+    problems.update(seeds[:1])
+    if problems:
+        raise InputError(*sorted(problems), "Go on with what it began with, or choose another --output_dir.")

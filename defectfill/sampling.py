@@ -1,0 +1,204 @@
+"""Sampling: inpainting with the background kept (section 3.4), schedulers, the pipeline, the composite.
+
+Shapes: P images, N candidates of each, B candidates in one UNet call, S side of the square the model works on,
+G = S // vae_scale_factor cells a side of the latent grid, H x W an image's own size.
+Masks are 1 inside the defect.
+
+Source: Song et al., DefectFill, CVPR 2025, arXiv 2503.13985, section 3.4.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionInpaintPipeline,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from defectfill_dataset import InputError, cover, tensor_image
+
+from .base_model import BaseModel
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inpainting
+
+
+class Conditions(NamedTuple):
+    """What the UNet is given of each image; in a batch, a row for each candidate."""
+
+    images: torch.Tensor  # (P, 3, S, S) in [-1, 1]
+    pixel_masks: torch.Tensor  # (P, 1, S, S)
+    latent_masks: torch.Tensor  # (P, 1, G, G)
+    clean_latents: torch.Tensor  # (P, 4, G, G), of the images
+    masked_latents: torch.Tensor  # (P, 4, G, G), of the images with the mask cut out
+
+
+@torch.no_grad()
+def inpaint(
+    pipe: StableDiffusionInpaintPipeline,
+    images: torch.Tensor,
+    latent_masks: torch.Tensor,
+    prompt: str,
+    seeds: Sequence[Sequence[int]],
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    batch_size: int | None = None,
+    guidance_interval: Sequence[float] = (0.0, 1.0),
+) -> torch.Tensor:
+    """(P, N, 3, S, S) candidates in [0, 1], one for each seed: a candidate depends on its own seed, not on its batch.
+
+    Args:
+        images: (P, 3, S, S) in [-1, 1], defect-free.
+        latent_masks: (P, 1, G, G), 1 where the defect goes.
+        seeds: of the initial noise, N for each image.
+        batch_size: candidates per UNet call, of one image or of several; all by default.
+        guidance_interval: step i is guided where start <= i / num_inference_steps < end (Kynkäänniemi et al., Limited
+            Interval Guidance, NeurIPS 2024); in the other steps the UNet runs once a candidate.
+    """
+    conditions = encode_images(pipe, images, latent_masks)
+    prompts = pipe.encode_prompt(prompt, pipe.device, 1, guidance_scale > 1)  # positive, negative
+    start, end = guidance_interval
+    scales = [guidance_scale if start <= i / num_inference_steps < end else 1 for i in range(num_inference_steps + 1)]
+    rows = [(place, seed) for place, seeds_of_image in enumerate(seeds) for seed in seeds_of_image]
+    size = batch_size or len(rows)
+    candidates = []
+    for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
+        places = torch.tensor([place for place, _ in batch], device=pipe.device)
+        of_batch = Conditions(*(tensor[places] for tensor in conditions))
+        candidates.append(inpaint_batch(pipe, of_batch, prompts, [seed for _, seed in batch], scales))
+    return torch.cat(candidates).unflatten(0, (len(seeds), -1))
+
+
+def encode_images(
+    pipe: StableDiffusionInpaintPipeline, images: torch.Tensor, latent_masks: torch.Tensor
+) -> Conditions:
+    """The conditions of (P, 3, S, S) images in [-1, 1] and (P, 1, G, G) masks, on the pipeline's device."""
+    images, latent_masks = (x.to(pipe.device, pipe.vae.dtype) for x in (images, latent_masks))
+    pixel_masks = cover(latent_masks, pipe.vae_scale_factor)
+    both = torch.cat([images, images * (1 - pixel_masks)])
+    # The mode, not a sample: a sample would take its noise from one candidate's seed and give it to all.
+    latents = pipe.vae.encode(both).latent_dist.mode() * pipe.vae.config.scaling_factor
+    return Conditions(images, pixel_masks, latent_masks, *latents.chunk(2))
+
+
+def inpaint_batch(
+    pipe: StableDiffusionInpaintPipeline,
+    conditions: Conditions,
+    prompts: tuple[torch.Tensor, torch.Tensor | None],
+    seeds: Sequence[int],
+    guidance_scales: Sequence[float],
+) -> torch.Tensor:
+    """(B, 3, S, S) candidates in [0, 1].
+
+    Outside the mask each step's latent is replaced by the clean image's, diffused to the noise level of the next
+    step (section 3.4); after the last step it is the clean image's own.
+
+    Args:
+        conditions: B rows.
+        prompts: (1, L, D) positive and negative embeddings; no negative one where no step is guided.
+        guidance_scales: of each step, and one more that is not used; 1 is unguided.
+    """
+    images, pixel_masks, latent_masks, clean, masked = conditions
+    positive, negative = prompts
+    texts = positive if negative is None else torch.cat([negative, positive])
+    noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds])
+    noise = noise.to(clean.device, clean.dtype)
+
+    def keep_background(pipe, step, timestep, tensors):
+        following = pipe.scheduler.timesteps[step + 1 : step + 2]
+        background = pipe.scheduler.add_noise(clean, noise, following) if len(following) else clean
+        pipe._guidance_scale = guidance_scales[step + 1]
+        copies = 1 + pipe.do_classifier_free_guidance  # the pipeline asks this anew at every step
+        return {
+            "latents": torch.where(latent_masks > 0.5, tensors["latents"], background),
+            "prompt_embeds": texts[-copies:].repeat_interleave(len(seeds), 0),
+            "mask": latent_masks.repeat(copies, 1, 1, 1),
+            "masked_image_latents": masked.repeat(copies, 1, 1, 1),
+        }
+
+    return pipe(
+        prompt_embeds=positive.expand(len(seeds), -1, -1),
+        negative_prompt_embeds=None if negative is None else negative.expand(len(seeds), -1, -1),
+        image=images / 2 + 0.5,
+        mask_image=pixel_masks,
+        masked_image_latents=masked,
+        latents=noise,
+        height=images.shape[-2],
+        width=images.shape[-1],
+        num_inference_steps=len(guidance_scales) - 1,
+        guidance_scale=guidance_scales[0],
+        callback_on_step_end=keep_background,
+        output_type="pt",
+    ).images.float()
+
+
+@torch.no_grad()
+def reconstruct(pipe: StableDiffusionInpaintPipeline, images: torch.Tensor) -> torch.Tensor:
+    """(P, 3, S, S) in [0, 1]: the VAE's reconstruction of images (P, 3, S, S) in [-1, 1]."""
+    latents = pipe.vae.encode(images.to(pipe.device, pipe.vae.dtype)).latent_dist.mode()
+    return (pipe.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+def composite(image: Image.Image, candidate: torch.Tensor, mask: np.ndarray) -> Image.Image:
+    """The candidate, (3, S, S) in [0, 1], inside the (H, W) mask; every pixel outside is the image's own."""
+    inpainted = tensor_image(candidate * 2 - 1).resize(image.size, Image.Resampling.BICUBIC)
+    return Image.fromarray(np.where(mask[..., None], np.asarray(inpainted), np.asarray(image)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipeline and schedulers
+
+
+def ddim(scheduler) -> DDIMScheduler:
+    """DDIM with the noise schedule of `scheduler`; latents have no fixed range, so nothing is clipped."""
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+
+
+# Each makes a scheduler with the noise schedule of another.
+SCHEDULERS = {
+    "ddim": ddim,
+    "dpmsolver++": lambda scheduler: DPMSolverMultistepScheduler.from_config(scheduler.config),
+    "unipc": lambda scheduler: UniPCMultistepScheduler.from_config(scheduler.config),
+}
+
+
+def load_pipeline(
+    base: BaseModel,
+    variant: str | None,
+    cache_dir: str | None,
+    precision: str,
+    device: torch.device,
+    scheduler: str = "ddim",
+) -> StableDiffusionInpaintPipeline:
+    """The base's pipeline with one of `SCHEDULERS`, without a safety checker, which blackens what it takes for wounds.
+
+    Args:
+        precision: "no", "fp16" or "bf16", of the whole model.
+
+    Raises:
+        InputError: the weights cannot be loaded (DF182).
+    """
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    try:
+        pipe = StableDiffusionInpaintPipeline.from_pretrained(
+            base.name,
+            revision=base.revision,
+            variant=variant,
+            cache_dir=cache_dir,
+            dtype=dtype,
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        ).to(device)
+    except (OSError, ValueError) as error:
+        raise InputError(f"DF182 {base.name}: its safetensors weights cannot be loaded: {error}") from error
+    pipe.scheduler = SCHEDULERS[scheduler](pipe.scheduler)
+    pipe.vae.enable_slicing()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

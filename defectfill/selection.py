@@ -1,0 +1,187 @@
+"""Low-Fidelity Selection: measures of candidates, the quality filter, the candidate that is kept.
+
+Shapes: N candidates of one crop, S side of the square the model works on. Images are in [0, 1] here; masks are 1
+inside the defect.
+
+Source: Song et al., DefectFill, CVPR 2025, arXiv 2503.13985, section 3.4.
+"""
+
+import math
+import pickle
+import urllib.error
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from defectfill_dataset import InputError
+
+from .colour_stats import colour_distances
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scorers
+
+# (N, 3, S, S) candidates, (3, S, S) source image, (1, S, S) mask  ->  N distances
+Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[float]]
+
+LPIPS_FILES = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+
+
+def lpips_scorer(net: str, device: torch.device) -> Scorer:
+    """LPIPS of `image * mask` over the whole frame: 0 outside the mask on both sides, so only the inside counts.
+
+    Source: section 3.4; Zhang et al., LPIPS, CVPR 2018.
+
+    Raises:
+        InputError: the backbone's weights cannot be loaded (DF430).
+    """
+    import lpips  # not at the top: training does without it
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", category=UserWarning, module="torchvision"
+            )  # its own use of `pretrained=`
+            model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False).to(device)
+    except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        file = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_FILES[net]
+        raise InputError(
+            f"DF430 --selection lpips: the {net} backbone cannot be loaded ({error}). Put torchvision's "
+            f"{LPIPS_FILES[net]} at {file}, or choose another measure: --selection ssim, rmse or none"
+        ) from error
+
+    @torch.no_grad()
+    def score(candidates: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> list[float]:
+        candidates, source = ((x.to(device) * 2 - 1) * mask.to(device) for x in (candidates, source[None]))
+        return model(candidates, source.expand_as(candidates)).flatten().tolist()
+
+    return score
+
+
+def ssim_score(candidates: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> list[float]:
+    """1 - SSIM, averaged inside the mask."""
+    from skimage.metrics import structural_similarity  # not at the top: training does without it
+
+    inside, original = mask[0].cpu().numpy() > 0.5, source.cpu().numpy()
+
+    def ssim(candidate: np.ndarray) -> float:
+        _, each = structural_similarity(candidate, original, channel_axis=0, data_range=1.0, full=True)
+        return float(each.mean(axis=0)[inside].mean())
+
+    return [1 - ssim(candidate.cpu().numpy()) for candidate in candidates]
+
+
+def rmse_score(candidates: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> list[float]:
+    """Root mean squared difference inside the mask, in [0, 1]."""
+    squared = (candidates - source).square().mean(dim=1, keepdim=True) * mask
+    return (squared.sum(dim=(1, 2, 3)) / mask.sum()).sqrt().tolist()
+
+
+def make_scorer(selection: str, net: str, device: torch.device) -> Scorer | None:
+    """The scorer that `--selection` names; None for `none`, which keeps the first candidate."""
+    if selection == "lpips":
+        return lpips_scorer(net, device)
+    return {"ssim": ssim_score, "rmse": rmse_score, "none": None}[selection]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures
+
+
+class Measures(NamedTuple):
+    """What is measured on the N candidates of one crop."""
+
+    scores: list[float]  # distance to the source image inside the mask; not finite: a broken candidate
+    scored: bool  # False without a scorer: all sound candidates score 0
+    changes: list[float]  # RMS change inside the mask, over the VAE's own reconstruction error there
+    colour_distances: list[float | None]  # of `colour_distances`; None where the references are not known
+
+
+def measure(
+    candidates: torch.Tensor,
+    source: torch.Tensor,
+    reconstruction: torch.Tensor,
+    mask: torch.Tensor,
+    scorer: Scorer | None,
+    statistics: dict | None,
+) -> Measures:
+    """The measures of (N, 3, S, S) candidates.
+
+    Args:
+        source: (3, S, S), the crop that was inpainted.
+        reconstruction: (3, S, S), the same crop through the VAE alone.
+        mask: (1, S, S).
+        statistics: of the training defects' colours, if they are known.
+    """
+    pasted = torch.where(mask > 0.5, candidates, source)  # what the composite will hold, at the model's size
+    scores = scorer(pasted, source, mask) if scorer else [0.0] * len(candidates)
+    pixels = candidates.flatten(1)
+    sound = (pixels.isfinite().all(dim=1) & pixels.any(dim=1)).tolist()  # half precision may overflow, or go black
+    *changes, floor = rmse_score(torch.cat([pasted, reconstruction[None]]), source, mask)
+    return Measures(
+        scores=[score if ok else math.nan for score, ok in zip(scores, sound)],
+        scored=scorer is not None,
+        changes=[change / max(floor, 1e-6) for change in changes],
+        colour_distances=colour_distances(pasted, mask, statistics) if statistics else [None] * len(candidates),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Filter and choice
+
+REJECTIONS = ("broken", "no defect", "artefact")
+
+
+class QualityFilter(NamedTuple):
+    """Which candidates may not be kept.
+
+    Args:
+        min_change: of `Measures.changes`; a candidate that changes less shows no defect.
+        max_colour_distance: of `Measures.colour_distances`; a candidate further away is an artefact. None: any
+            distance is fine.
+    """
+
+    min_change: float
+    max_colour_distance: float | None
+
+    def rejections(self, measures: Measures) -> list[str | None]:
+        """Why each candidate is rejected; None for one that is accepted."""
+        return [
+            self.rejection(*of_one) for of_one in zip(measures.scores, measures.changes, measures.colour_distances)
+        ]
+
+    def rejection(self, score: float, change: float, colour_distance: float | None) -> str | None:
+        """Which of `REJECTIONS` a candidate's measures meet, if any."""
+        if not math.isfinite(score):
+            return "broken"
+        if change < self.min_change:
+            return "no defect"
+        too_far = self.max_colour_distance is not None and colour_distance > self.max_colour_distance
+        return "artefact" if too_far else None
+
+
+def select(scores: Sequence[float]) -> int:
+    """Low-Fidelity Selection: the candidate least like the source image inside the mask; never one without a number.
+
+    Raises:
+        FloatingPointError: no score is a number.
+    """
+    finite = [i for i, score in enumerate(scores) if math.isfinite(score)]
+    if not finite:
+        raise FloatingPointError("no candidate has a finite score")
+    return max(finite, key=lambda i: scores[i])
+
+
+def select_accepted(scores: Sequence[float], rejections: Sequence[str | None]) -> int | None:
+    """Low-Fidelity Selection among the candidates that were not rejected; None if all were."""
+    if all(rejections):
+        return None
+    return select([math.nan if rejection else score for score, rejection in zip(scores, rejections)])

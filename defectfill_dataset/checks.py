@@ -261,12 +261,13 @@ def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> 
     long = [x.name for x in opened if max(x.size) > MOST_ASPECT * min(x.size)]
     if long:
         notes.append(
-            f"DF131 {_some(long)}: over {MOST_ASPECT} times as long as wide, squeezed to a square; zoom, or cut it up"
+            f"DF131 {_some(long)}: over {MOST_ASPECT} times as long as wide, squeezed to a square; use --zoom on"
         )
     small = {x.name: resolution / min(x.size) for x in opened if min(x.size) < resolution}
     if small:
         times = f"{max(small.values()):.1f} times"
-        notes.append(f"DF132 {_some(list(small))}: enlarged up to {times} to {resolution} pixels; lower --resolution")
+        what = f"enlarged up to {times} to {resolution} pixels, which adds no detail"
+        notes.append(f"DF132 {_some(small)}: {what}; a lower --resolution trains faster")
     if marked and all(x.area > 0.5 for x in marked):
         notes.append(f"DF150 all {len(marked)} masks are more than half white; are they inverted?")
     elif full := [x.name for x in marked if x.area > 0.9]:
@@ -277,13 +278,14 @@ def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> 
     if tiny:
         notes.append(
             f"DF151 {_some([x.name for x in tiny])}: {len(tiny)} of {len(marked)} defects cover fewer than "
-            f"{LEAST_CELLS} cells of the latent grid; zoom, or train at a higher resolution"
+            f"{LEAST_CELLS} cells of the latent grid; use --zoom on, or a higher --resolution"
         )
     crowded = [x for x in marked if x.crowded]
     if crowded:
         notes.append(
             f"DF157 {_some(x.name for x in crowded)}: {sum(x.crowded for x in crowded)} of "
-            f"{sum(x.windows for x in marked)} zoom windows show defects of other types too, which lie too close"
+            f"{sum(x.windows for x in marked)} zoom windows show defects of other types too, which lie too close; "
+            "leave these images out if the types get mixed"
         )
     same: dict[str, list[Look]] = {}
     for x in opened:

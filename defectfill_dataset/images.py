@@ -61,7 +61,7 @@ def oddities(image: ImageFile.ImageFile) -> tuple[str, ...]:
         f"DF104 does not end as {image.format} does; was it cut off, or something added?": not ends(image),
         f"DF105 is {image.format} by its content; rename it": image.format not in (by_name, "MPO"),
         "DF120 has 16 bits a channel, of which 8 are kept": has_16_bits(image),
-        "DF122 is black and white only": image.mode == "1",
+        "DF122 has black and white alone; grey levels would train better, if the original has them": image.mode == "1",
         f"DF125 is in {image.mode}, converted to RGB without a colour profile": image.mode in ("CMYK", "LAB", "YCbCr"),
     }
     return tuple(note for note, there in odd.items() if there)

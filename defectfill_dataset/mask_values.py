@@ -60,8 +60,11 @@ class MaskClasses:
     def __str__(self) -> str:
         return " ".join(f"{_said(value)}={name}" for value, name in self.values)
 
-    def areas(self, mask: Image.Image) -> dict[str, np.ndarray]:
+    def areas(self, mask: Image.Image, source: str = "--mask_classes") -> dict[str, np.ndarray]:
         """Defect type -> the (H, W) bool array of what a mask file marks as it; only types that are there.
+
+        Args:
+            source: where the names come from, for the message.
 
         Raises:
             ValueError: a lossy file, or values that are not named.
@@ -79,7 +82,7 @@ class MaskClasses:
                 areas[name] = areas.get(name, False) | there
         left &= ~_equal(pixels, 0)
         if left.any():
-            raise ValueError(f"holds values that --mask_classes does not name: {listed(pixels[left])}; name them too")
+            raise ValueError(f"holds values that {source} does not name: {listed(pixels[left])}; name them too")
         return areas
 
 

@@ -4,56 +4,32 @@
     python scripts/check_data.py mvtec --output_dir report
 
 Prints, for every object, its problems and what is suspicious, then a table of its defect types. The exit status is 0
-if everything can be used, 2 if not. In the output folder: report.json and a contact sheet of each object.
+if everything can be used, 2 if not. In the output folder: report.json, and a picture of each
+object: its defects outlined, small ones enlarged as well, and some good images.
 """
 
 import argparse
 import sys
+import unicodedata
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
-
 from defectfill.runs.files import write_json
-from defectfill_dataset import (
-    InputError,
-    MaskClasses,
-    exit_on_input_error,
-    find_objects,
-    load_image,
-)
+from defectfill_dataset import InputError, MaskClasses, exit_on_input_error, find_objects
 from defectfill_dataset.checks import skippable
 from defectfill_dataset.errors import did_you_mean, folded, one_line
 from defectfill_dataset.inputs import add_reading_flags
 from defectfill_dataset.report import ObjectReport, check_object
+from defectfill_dataset.sheets import contact_sheet
 
 
-CELL, COLUMNS, MOST = 192, 8, 48  # of a contact sheet: pixels a picture, pictures a row, pictures
-
-
-def contact_sheet(report: ObjectReport) -> Image.Image:
-    """Up to `MOST` defective pictures with the outline of their masks, spread over the dataset."""
-    usable = [(row, x) for row, x in zip(report.rows, report.looks) if row.mask and not x.problems]
-    chosen = [usable[i] for i in np.linspace(0, len(usable) - 1, min(MOST, len(usable))).astype(int)]
-    lines = -(-len(chosen) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (CELL + 4) + 4, max(1, lines) * (CELL + 20) + 4), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (row, x) in enumerate(chosen):
-        left, top = 4 + i % COLUMNS * (CELL + 4), 4 + i // COLUMNS * (CELL + 20)
-        sheet.paste(outlined(load_image(Image.open(row.image)), row.mask.render()), (left, top))
-        draw.text((left, top + CELL + 3), f"{row.defect} {row.image.stem}  {100 * x.area:.2f} %"[:32], fill="black",
-                  font=ImageFont.load_default(11))  # fmt: skip
-    return sheet
-
-
-def outlined(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The picture, `CELL` pixels a side, with a red line around the (H, W) mask."""
-    small = np.array(image.resize((CELL, CELL), Image.Resampling.BOX))
-    cells = Image.fromarray(mask).convert("L").resize((CELL, CELL), Image.Resampling.BOX)
-    inside = np.asarray(cells) > 0
-    small[ndimage.binary_dilation(inside, iterations=2) & ~inside] = (255, 0, 0)
-    return Image.fromarray(small)
+COLUMNS = {  # of the table: figures of a defect type, and what they are called
+    "shapes": "shapes", "width": "width", "height": "height", "area_percent": "mask %", "latent_cells": "cells",
+    "latent_cells_with_zoom": "cells zoomed",
+}  # fmt: skip
+LEGEND = """
+Numbers are least / median / greatest, or one where they are equal. Shapes: drawn in annotation files. Width, height:
+in pixels. Mask %: of the image. Cells: how many its mask marks of the latent grid, the finest that the model can
+paint; zoomed: in the least zoom window that training may use."""
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -62,10 +38,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("data_dir", metavar="DIR", help="An object's folder, or one above several.")
     add_reading_flags(add, "DIR")
     add("--object", metavar="NAME", help="Only this object.")
-    add("--split", default="auto", metavar="RULE|FILE", help="As in training. Default: %(default)s.")
-    add("--resolution", type=int, default=512, metavar="PX", help="Of the training to come. Default: %(default)s.")
+    add("--split", default="auto", metavar="RULE|FILE", help="Which train, as in training. Default: %(default)s.")
+    add("--resolution", type=int, default=512, metavar="PX", help="You will train at. Default: %(default)s.")
     add("--vae_scale_factor", type=int, default=8, metavar="N", help="Pixels a latent cell. Default: %(default)s.")
-    add("--output_dir", type=Path, metavar="DIR", help="Where report.json and the contact sheets go.")
+    add("--output_dir", type=Path, metavar="DIR", help="Where report.json and a picture of each object go.")
     return parser.parse_args(input_args)
 
 
@@ -88,19 +64,41 @@ def main(args: argparse.Namespace) -> None:
     if args.output_dir:
         content = {"resolution": args.resolution, "objects": [report.as_json() for report in reports]}
         write_json(args.output_dir / "report.json", content)
+    print(LEGEND)
+    print(
+        f"Pictures and report.json: {args.output_dir}"
+        if args.output_dir
+        else "With --output_dir DIR: a picture of each object too."
+    )
     if any(report.problems for report in reports):
         sys.exit(2)
 
 
 def print_report(report: ObjectReport) -> None:
-    """Split, problems and notes, then a line for each defect type."""
-    print(f"\n{report.name}: {len(report.images('train'))} references, {len(report.images('test'))} held out")
-    problems, skipped = list(map(str, report.problems)), [f"left out: {problem}" for problem in report.skipped]
-    print("\n".join([*folded(problems), *folded(skipped), *folded(report.notes)]) or "nothing wrong found")
-    if problems and all(map(skippable, report.problems)):
+    """Split, problems and notes, then a table of the defect types."""
+    numbers = (len(report.images(split)) for split in ("train", "test", "good"))
+    print(f"\n{report.name}: " + ", ".join(map("{} {}".format, numbers, ("references", "held out", "good"))))
+    for what, found in (
+        ("Problems, for which training refuses it:" if report.problems else "No problems.", report.problems),
+        ("Left out:" if report.skipped else "", report.skipped),
+        ("Worth a look, though training takes it as it is:" if report.notes else "", report.notes),
+    ):
+        print("\n".join([what] * bool(what) + folded(map(str, found))), end="\n" * bool(what))
+    if report.problems and all(map(skippable, report.problems)):
         print("With --skip_problems these images are left out, and the others train.")
-    for defect, found in report.figures().items():
-        print(f"  {one_line(defect)}: " + ", ".join(f"{k} {v}" for k, v in found.items()))
+    rows = [("defect type", "images", *COLUMNS.values())]
+    for defect, figures in report.figures().items():
+        values = [[v] if isinstance(v := figures.get(key, []), int) else v for key in COLUMNS]
+        spreads = [" / ".join(f"{x:g}" for x in v[: 1 if len(set(v)) == 1 else 3]) for v in values]
+        rows.append((one_line(defect), str(figures["images"]), *spreads))
+    widths = [max(map(width, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  " + "   ".join(cell + " " * (n - width(cell)) for cell, n in zip(row, widths)).rstrip())
+
+
+def width(text: str) -> int:
+    """Of the text in a terminal, in letters: Chinese ones are twice as wide."""
+    return sum(1 + (unicodedata.east_asian_width(c) in "FW") for c in text)
 
 
 def command() -> None:

@@ -10,7 +10,7 @@ venv="${VENV:-.venv}"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 install() {
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e . -r tests/requirements.txt "$@"
+    "$venv/bin/python" -m pip install --disable-pip-version-check -e . -r tests/requirements.txt "$@"
 }
 run_tests() {
     "$venv/bin/python" -m pytest -q -n "${WORKERS:-2}" "$@"
@@ -21,7 +21,11 @@ if [ "${1:-}" = --newest ]; then
     venv=.venv-newest
     rm -rf "$venv"
     python3 -m venv "$venv"
-    install || { echo "No set of packages was found or installed, see above" >&2; exit 1; }
+    if ! install > "$venv/install.log"; then
+        tail -n 20 "$venv/install.log"
+        echo "The install failed, before any test"
+        exit 1
+    fi
     status=0
     NEWEST=1 run_tests --junit-xml "$venv/tests.xml" "$@" || status=$?
     "$venv/bin/python" tests/lock.py "$venv/tests.xml"
@@ -31,7 +35,7 @@ fi
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 stamp="$(pwd; sha256sum constraints.txt requirements.txt tests/requirements.txt pyproject.toml)"
 if [ "$(cat "$venv/defectfill.stamp" 2>/dev/null)" != "$stamp" ]; then
-    install -c constraints.txt
+    install -q -c constraints.txt
     echo "$stamp" > "$venv/defectfill.stamp"
 fi
 "$venv/bin/ruff" check .

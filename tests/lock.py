@@ -57,8 +57,8 @@ def failures(report: Path, differing: dict[str, str]) -> list[str]:
 
 if __name__ == "__main__":
     differing = differences()
-    print(f"\n{len(differing)} packages differ from constraints.txt:")
-    print("\n".join(f"  {name} {change}" for name, change in differing.items()))
     failed = failures(Path(sys.argv[1]), differing)
-    print(f"{len(failed)} tests failed" + (":" if failed else ""))
-    print("\n".join(f"  {line}" for line in failed))
+    print(f"\n{len(differing)} packages differ from constraints.txt")
+    print(*(f"  {name} {change}\n" for name, change in differing.items()), sep="", end="")
+    print(f"{len(failed)} tests failed")
+    print(*(f"  {line}\n" for line in failed), sep="", end="")

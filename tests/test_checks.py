@@ -1,6 +1,7 @@
 """scripts/check_data.py: every problem at once, what is suspicious, figures and pictures."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from conftest import ROOT, make_mvtec, write_image
 from PIL import Image
 
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, sheets
 from defectfill_dataset.checks import Look, suspicions
+from defectfill_dataset.errors import folded
 from defectfill_scripts import check_data
 
 
@@ -36,8 +38,11 @@ def test_a_good_dataset_is_reported_and_pictured(tmp_path, capsys):
     assert hole["images"] == 4 and hole["width"] == [48, 48, 48] and 0 < hole["area_percent"][0] < 10
     assert nut["defects"]["good"] == {"images": 3, "width": [48] * 3, "height": [48] * 3}
     sheet = np.asarray(Image.open(tmp_path / "report/nut.png"))
-    assert (sheet == (255, 0, 0)).all(axis=-1).sum() > 7 * 20  # an outline on each of the seven
-    assert "nut: 3 references, 4 held out" in capsys.readouterr().out
+    assert (sheet == sheets.NEAR).all(axis=-1).sum() > 7 * 20  # an outline on each of the seven
+    told = capsys.readouterr().out
+    assert "nut: 3 references, 4 held out, 3 good\nNo problems.\n" in told
+    assert re.search(r"\n  hole +4 +48 +48 +[\d.]+ / [\d.]+ / [\d.]+ +\d+ / ", told)
+    assert f"report.json: {tmp_path}/report" in told
     assert run(tmp_path / "data", "--object", "nut") == 0
     assert "bolt" not in capsys.readouterr().out
     with pytest.raises(InputError, match="DF162 --object"):
@@ -62,6 +67,7 @@ def test_every_problem_is_told_in_one_run(tmp_path, capsys):
         ("DF103", "005.png"), ("DF143", "stray.png"), ("DF103", "train/good/000.png"),
     ]:  # fmt: skip
         assert any(line.startswith(code) and name in line for line in told.splitlines()), (code, name)
+    assert "\nProblems, for which training refuses it:\nDF" in told and "No problems" not in told
     assert (tmp_path / "report/nut.png").exists()
 
 
@@ -73,7 +79,9 @@ def test_what_is_suspicious_is_told_and_does_not_stop(tmp_path, capsys):
     shutil.copy(data / "train/good/000.png", data / "train/good/001.png")
     assert run(data, "--resolution", "64") == 0
     told = capsys.readouterr().out
-    assert "DF150 all 4 masks" in told
+    assert (
+        "No problems.\nWorth a look, though training takes it as it is:\nDF1" in told and "DF150 all 4 masks" in told
+    )
     assert "DF154 test/hole/000.png, test/hole/003.png: the same picture, held out and reference" in told
     assert "DF153 train/good/000.png, train/good/001.png" in told
 
@@ -85,10 +93,11 @@ def test_small_defects_are_named_with_what_is_left_of_them():
     ]
     (note,) = suspicions(looks, set(), 512)
     assert note.startswith("DF151 0.png, 1.png: 2 of 3 defects cover fewer than 4 cells of the latent grid")
+    assert folded(["DF100 x", *(f"DF151 {i}" for i in range(25))])[-1] == "DF151 and 5 more like these"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real images beside the project")
 def test_real_datasets_need_no_flag_but_the_path(capsys):
     assert run(SHARED / "mvtec_sample") == 0
     assert run(SHARED / "magnetic_tile") == 0
-    assert "blowhole: images 115" in capsys.readouterr().out
+    assert re.search(r"\n  blowhole +115 ", capsys.readouterr().out)

@@ -119,7 +119,7 @@ def test_masks_are_paired_by_name_and_every_misfit_is_told(tmp_path, data):
     write_image(data / "test/._000.png")
     (data / "test/hole/Thumbs.db").write_text("")
     told = problems(load_defect_pairs, data)
-    assert [line[:5] for line in told] == ["DF143", "DF142", "DF144"]
+    assert [line[:5] for line in told] == ["DF143", "DF142", "DF144", "DF109"]
     assert "007_mask.png" in told[0] and "001.png" in told[1] and "002.jpg" in told[2]
 
 

@@ -222,14 +222,14 @@ def test_files_of_systems_and_programs_are_no_data(tmp_path):
 def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
     """Beside objects it is passed over; inside one it may hold the labels, and is a problem."""
     nut, locked = make_labels(tmp_path / "parts/nut"), []
-    iterdir = type(tmp_path).iterdir
+    scandir = os.scandir
 
-    def refuse(folder):
+    def refuse(folder="."):
         if folder in locked:
             raise PermissionError(13, "Permission denied")
-        return iterdir(folder)
+        return scandir(folder)
 
-    monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     locked.append(tmp_path / "parts/private")
     locked[0].mkdir()
     assert list(find_objects(tmp_path / "parts")) == ["nut"]

@@ -65,7 +65,7 @@ def test_check_and_prepare_leave_the_same_out(tmp_path, capsys):
     root = make_broken(tmp_path / "nut")
     assert run(root, "--skip_problems", "--output_dir", tmp_path / "report") == 0
     out = capsys.readouterr().out
-    assert out.count("left out: ") == 4 and "1 references, 2 held out" in out
+    assert "Left out:\nDF1" in out and "1 references, 2 held out" in out
     (report,) = json.loads((tmp_path / "report/report.json").read_text())["objects"]
     assert len(report["skipped"]) == 4 and report["problems"] == []
     argv = [str(root), "--output_dir", str(tmp_path / "data"), "--format", "imagefolder"]

@@ -1,13 +1,15 @@
 """Which layout a folder has, the objects at or below it, and what one holds."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import InputError, Problem
 from ..mask_values import NO_CLASSES, MaskClasses
-from . import coco, folders, labelme, tables, yolo
+from . import coco, cvat, datumaro, folders, label_studio, labelme, published, real_iad, tables, visa, voc, yolo
 from .classes import split_classes
+from .explain import explain
 from .files import IMAGE_EXTENSIONS, Place, child, entries, folders_in, may_read
 from .rows import Reading, unite
 
@@ -24,19 +26,29 @@ Layouts = dict[str, tuple[Fits, Reader]]  # what proves it, its reader
 FOLDERS: Layouts = {  # the first that fits counts
     "defectfill": (_holds("train/defective/"), folders.read_defectfill),
     "mvtec_ad2": (_holds("test_public/"), folders.read_mvtec_ad2),
+    "mvtec_3d": (published.is_mvtec_3d, published.read_mvtec_3d),
+    "anomalib": (published.is_anomalib, published.read_anomalib),
     "btad": (_holds("ground_truth/", "test/ko/"), folders.read_btad),
     "mvtec_loco": (folders.has_mask_folders, folders.read_mvtec_loco),
     "mvtec": (_holds("ground_truth/"), folders.read_mvtec),
-    "visa": (_holds("Data/Images/"), folders.read_visa),
+    "visa": (_holds("Data/Images/"), visa.read_visa),
     "ksdd2": (folders.is_ksdd2, folders.read_ksdd2),
     "magnetic_tile": (folders.is_magnetic_tile, folders.read_magnetic_tile),
+    "ksdd": (published.is_ksdd, published.read_ksdd),
+    "dagm": (published.is_dagm, published.read_dagm),
+    "real_iad": (real_iad.is_real_iad, real_iad.read_real_iad),
     "folder": (_holds("images/", "masks/"), folders.read_folder),
+    "anomalydiffusion": (published.is_anomalydiffusion, published.read_anomalydiffusion),
 }
 ANNOTATIONS: Layouts = {
     "metadata": (tables.is_metadata, tables.read_metadata),
     "coco": (coco.is_coco, coco.read_coco),
     "yolo": (yolo.is_yolo, yolo.read_yolo),
     "labelme": (labelme.is_labelme, labelme.read_labelme),
+    "voc": (voc.is_voc, voc.read_voc),
+    "cvat": (cvat.is_cvat, cvat.read_cvat),
+    "datumaro": (datumaro.is_datumaro, datumaro.read_datumaro),
+    "label_studio": (label_studio.is_label_studio, label_studio.read_label_studio),
 }
 LAYOUTS = FOLDERS | ANNOTATIONS
 OLD_NAMES = {"seed": "defectfill"}
@@ -59,7 +71,7 @@ def layout_of(folder: Path, layout: str = "auto", below: bool = False) -> str | 
     place = Place(folder, below)
     if layout != "auto":
         return layout if LAYOUTS[layout][0](place) else None
-    fitting = [name for name, (fits, _) in FOLDERS.items() if fits(place)][:1]
+    fitting = list(itertools.islice((name for name, (fits, _) in FOLDERS.items() if fits(place)), 1))
     if place.of_kind(*IMAGE_EXTENSIONS):
         fitting += [name for name, (fits, _) in ANNOTATIONS.items() if fits(place)]
     if fitting == ["folder", "metadata"]:  # the table says which masks the images have
@@ -110,7 +122,7 @@ def _object_folders(folder: Path, layout: str, depth: int = DEPTH) -> list[Path]
 
 
 def _nothing_known(root: Path, layout: str) -> Problem:
-    parent = next((p for p in root.parents if any(fits(Place(p)) for fits, _ in FOLDERS.values())), None)
+    parent = next((p for p in root.parents if may_read(p) and _is_of_folders(Place(p))), None)
     found = [entry.name for entry in entries(root)]
     wanted = "a known layout" if layout == "auto" else f"the layout {layout}"
     return Problem(
@@ -118,13 +130,16 @@ def _nothing_known(root: Path, layout: str) -> Problem:
         f"no images of {wanted}. Found: {', '.join(found[:8]) or 'nothing'}{' ...' if len(found) > 8 else ''}. "
         + (f"'{parent}' looks right: give that. " if parent else "") + explain(root)
         + "Expected test/<defect>/ with ground_truth/<defect>/ (MVTec AD), images/ with masks/, annotation files "
-        "(COCO, YOLO, LabelMe, metadata.csv), or another layout of README.md, in the folder or below it",
+        "(COCO, YOLO, LabelMe, Pascal VOC, CVAT, Datumaro, Label Studio, metadata.csv), or another layout of "
+        "README.md, in the folder or below it",
     )  # fmt: skip
 
 
-def explain(root: Path) -> str:
-    """Why what lies in the folder is no layout, as far as that can be said: a sentence each."""
-    return ""
+def _is_of_folders(place: Place) -> bool:
+    try:
+        return any(fits(place) for fits, _ in FOLDERS.values())
+    except InputError:  # something in it may not be read, which nobody asked for
+        return False
 
 
 def check_names(names: Iterable[str], source: str | Path) -> None:

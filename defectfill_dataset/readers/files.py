@@ -36,14 +36,24 @@ def entries(folder: Path) -> list[Path]:
     Raises:
         InputError: a folder that may not be read (DF108).
     """
-    if not folder.is_dir():
+    return [folder / name for name in _names(folder)]
+
+
+def _names(folder: Path, only_folders: bool = False) -> list[str]:
+    """The names of `entries`; to sort and compare text is many times as quick as paths."""
+    if not os.path.isdir(folder):
         return []
     try:
-        return sorted(entry for entry in folder.iterdir() if not is_hidden(entry.name))
+        with os.scandir(folder) as found:
+            return sorted(e.name for e in found if not is_hidden(e.name) and (not only_folders or _is_folder(e)))
     except PermissionError as error:
         raise InputError(
             Problem("DF108", str(folder), "this folder may not be read", "allow it, or move it away")
         ) from error
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # a link may lead to itself
 
 
 def may_read(folder: Path) -> bool:
@@ -61,7 +71,7 @@ def image_files(folder: Path) -> list[Path]:
 
 def folders_in(folder: Path) -> list[Path]:
     """The folders directly in `folder`, sorted by name."""
-    return [f for f in entries(folder) if f.is_dir()]
+    return [folder / name for name in _names(folder, only_folders=True)]
 
 
 def walk(folder: Path, names: re.Pattern | None = None) -> Iterator[Path]:
@@ -90,7 +100,7 @@ def all_files(folder: Path, *suffixes: str) -> list[Path]:
 STRUCTURE = re.compile(  # folders inside an object, by their names: what is in others may be objects of their own
     r"(images?|imgs?|jpegimages|pngimages|pictures?|photos?|labels?|annotations?|annos?|anns?|jsons?|xmls?|txts?"
     r"|masks?|good|normal|ok|data|obj_train_data|obj_valid_data|obj_test_data|imagesets|segmentation(class|object)"
-    r"|(train|val|valid|validation|test)([_\- ]?\d{4})?)",
+    r"|(train|val|valid|validation|test)([_\- ]?\d{4})?|default)",
     re.IGNORECASE,
 )
 
@@ -112,6 +122,11 @@ class Place:
         inside = walk(self.folder) if self.below else walk(self.folder, STRUCTURE)
         return [file for place in inside for file in entries(place) if not file.is_dir()]
 
+    @functools.cached_property
+    def folders(self) -> dict[str, Path]:
+        """The folders directly in it, by their names in small letters."""
+        return {spelt(folder.name).casefold(): folder for folder in folders_in(self.folder)}
+
     def of_kind(self, *suffixes: str) -> list[Path]:
         return [file for file in self.files if file.suffix.lower() in suffixes]
 
@@ -119,9 +134,9 @@ class Place:
 def child(folder: Path, path: str) -> Path:
     """What `path` means below the folder; in other capitals where nothing is spelt exactly so."""
     for part in path.split("/"):
-        exact = folder / part
-        if not exact.exists():
-            alike = (e for e in entries(folder) if spelt(e.name).casefold() == part.casefold())
+        exact, wanted = folder / part, spelt(part).casefold()
+        if not os.path.exists(exact):
+            alike = (folder / name for name in _names(folder) if spelt(name).casefold() == wanted)
             exact = next(alike, exact)
         folder = exact
     return folder
@@ -202,10 +217,11 @@ def pair_rows(
 
     Args:
         nonzero: any value above 0 is defect.
-        passed_over: sub-folders (of the first level) that are no part of this type.
+        passed_over: sub-folders (of the first level) that are no part of this type, in any capitals.
     """
     files = image_files(images)
-    below = {f.name for place in (images, masks) for f in folders_in(place)} - passed_over
+    apart = {spelt(name).casefold() for name in passed_over}
+    below = {f.name for place in (images, masks) for f in folders_in(place) if spelt(f.name).casefold() not in apart}
     nested = {name for name in below if all_images(images / name)}
     candidates = [*image_files(masks), *(f for f in folders_in(masks) if f.name in below - nested)]
     reading = Reading()

@@ -1,15 +1,17 @@
 """Layouts that say by folders and names which mask an image has: one function each, from a folder to its rows."""
 
+import filecmp
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
+from ..errors import Problem
 from ..images import UNREADABLE, open_image
 from ..mask_values import binarise
 from ..masks import MaskFiles
 from .files import Place, all_images, child, file_inside, folders_in, image_files, pair_masks, pair_rows
-from .rows import ONE_TYPE, Reading, Row
+from .rows import ONE_TYPE, Reading, Row, relative
 from .text import read_csv
 
 
@@ -29,7 +31,8 @@ def read_types(
     """
     reading = Reading()
     of_images, of_masks = child(root, images), child(root, masks)
-    types = {f.name for part in (of_images, of_masks) for f in folders_in(part)}
+    types = {f.name for f in folders_in(of_images)}
+    types |= {f.name for f in folders_in(of_masks) if child(of_images, f.name).name not in types}
     for defect in sorted(types):
         if defect.casefold() not in not_types:
             reading += pair_rows(child(of_images, defect), child(of_masks, defect), root, defect, split, nonzero)
@@ -129,17 +132,30 @@ def is_ksdd2(place: Place) -> bool:
 def read_ksdd2(root: Path) -> Reading:
     """KolektorSDD2: train/10000.png with train/10000_GT.png, the same in test/; an all-black mask means good.
 
+    The published archive holds `10301 (copy).png` and `10301_GT (copy).png` too: equal copies are left out.
+
     Source: Bozic et al., Computers in Industry 2021.
     """
     reading = Reading()
     for split in ("train", "test"):
         files = image_files(child(root, split))
+        copies = [file for file in files if _is_copy(file)]
+        for copy in copies:
+            reading.notes.append(Problem("DF153", relative(copy, root), "a copy of another file", "it is left out"))
+        files = [file for file in files if file not in copies]
         masks = [f for f in files if f.stem.upper().endswith("_GT")]
         reading += black_is_good(files, masks, root, split)
     return reading
 
 
-def black_is_good(files: Collection[Path], masks: list[Path], root: Path, split: str | None = None) -> Reading:
+def _is_copy(file: Path) -> bool:
+    original = file.with_stem(file.stem.removesuffix(" (copy)"))
+    return original != file and original.is_file() and filecmp.cmp(file, original, shallow=False)
+
+
+def black_is_good(
+    files: Collection[Path], masks: list[Path], root: Path, split: str | None = None, nonzero: bool = False
+) -> Reading:
     """The rows of images (all files that are no masks), each with a mask of its name; an all-black mask means good."""
     reading = Reading()
     apart = set(masks)
@@ -151,7 +167,7 @@ def black_is_good(files: Collection[Path], masks: list[Path], root: Path, split:
             reading.blame("DF103", image, root, f"its mask cannot be read: {error}")
             continue
         if marked:
-            reading.rows.append(Row(image, MaskFiles(found), ONE_TYPE, split))
+            reading.rows.append(Row(image, MaskFiles(found, nonzero), ONE_TYPE, split))
         else:
             reading.add_good([image])
     return reading

@@ -7,12 +7,13 @@ import base64
 import binascii
 import io
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 
 from ..images import UNREADABLE, open_image
-from .files import PEEKED, Place, all_files, all_images, file_inside, spelt
+from .files import IMAGE_EXTENSIONS, PEEKED, Place, all_files, all_images, file_inside, spelt
 from .marks import (
     ANNOTATION_ERRORS,
     MALFORMED,
@@ -75,33 +76,45 @@ def read_labelme(root: Path) -> Reading:
 
 
 def image_of(
-    reading: Reading, root: Path, file: Path, path: object, by_stem: dict[str, list[Path]], must: bool = True
-) -> Path | None:
+    reading: Reading, root: Path, file: Path, path: object, by_stem: dict[str, list[Path]], must: bool = True,
+    key: str = "imagePath",
+) -> Path | None:  # fmt: skip
     """The image that an annotation file means: by the path in it, and by its own name; a problem where they differ.
 
     Annotations keep the path of an image that was renamed later, and would mark another image.
     """
     place = relative(file, root)
-    same = by_stem.get(spelt(file.stem).casefold(), [])
-    same = [image for image in same if image.parent == file.parent] or same
-    named = file_inside(root, file.parent, str(path)) if path else None
-    if named is None and path:
-        known = by_stem.get(spelt(Path(str(path).replace("\\", "/")).stem).casefold(), [])
-        named = known[0] if len(known) == 1 and not same else None
-    if named and same and named not in same and not any(_same_bytes(named, image) for image in same):
+    same = nearest(by_stem.get(spelt(file.stem).casefold(), []), file)
+    beside = file_inside(root, file.parent, str(path)) if path else None
+    named = [beside] if beside else []
+    if path and not beside:
+        name = spelt(re.split(r"[\\/]", str(path))[-1]).casefold()
+        stem = name.removesuffix(Path(name).suffix) if Path(name).suffix in IMAGE_EXTENSIONS else name
+        known = by_stem.get(stem, [])
+        named = nearest([image for image in known if spelt(image.name).casefold() == name] or known, file)
+    both = [image for image in same if image in named]
+    if named and same and not both and not any(_same_bytes(one, other) for one in named for other in same):
         other = relative(same[0], root)
-        for image in (named, *same):
+        for image in (*named, *same):
             reading.blame(
                 "DF144", image, root, f"says it is of '{path}', but by its name it is of '{other}'",
-                "correct imagePath, or rename the file", place,
+                f"correct {key}, or rename the file", place,
             )  # fmt: skip
         return None
-    if named is None and len(same) != 1:
+    found = both or named or same
+    if len(found) != 1:
         if must:
-            code, what = ("DF144", "several images") if same else ("DF143", "no image")
+            code, what = ("DF144", "several images") if found else ("DF143", "no image")
             reading.missing(place, f"has {what}", "there must be one of its name", code)
         return None
-    return named or same[0]
+    return found[0]
+
+
+def nearest(images: list[Path], file: Path) -> list[Path]:
+    """Those beside the file; else those that share the most names of folders with it: images/train with xmls/train."""
+    beside = [image for image in images if image.parent == file.parent]
+    shared = {image: len({*image.parent.parts} & {*file.parent.parts}) for image in images}
+    return beside or [image for image in images if shared[image] == max(shared.values())]
 
 
 def _same_bytes(one: Path, other: Path) -> bool:

@@ -39,7 +39,7 @@ def said(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"has no {error}"
     if isinstance(error, (TypeError, AttributeError, IndexError)):
-        return f"is not of its format ({error})"
+        return "is not of its format: a value is of another kind than belongs there"
     return str(error)
 
 
@@ -54,6 +54,13 @@ def number(value: object) -> float:
     if not math.isfinite(found):
         raise ValueError(f"{value!r} is not a finite number")
     return found
+
+
+def numbers(values: Sequence[object], count: int) -> list[float]:
+    """So many finite numbers."""
+    if len(values) != count:
+        raise ValueError(f"has {len(values)} numbers where {count} belong")
+    return [number(value) for value in values]
 
 
 def polygon(points: Iterable[Iterable[object]], size: tuple[int, int]) -> Polygon:
@@ -87,10 +94,26 @@ def turned(points: Sequence[Point], degrees: float, centre: Point | None = None)
 
 
 def clipped(points: Sequence[Point], size: tuple[int, int]) -> Polygon:
-    """The corners of a turned shape: its middle must be in the image of this (W, H), its ends may stand out."""
+    """The corners of a turned shape: its middle must be in the image of this (W, H), its ends may stand out.
+
+    By no more than the image's diagonal: what reaches further is a wrong number.
+    """
     middle = (sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points))
     polygon([middle] * 3, size)
+    for x, y in points:
+        if any(not -math.hypot(*size) <= v <= side + math.hypot(*size) for v, side in zip((x, y), size)):
+            raise ValueError(f"the point ({x:g}, {y:g}) is far from the image of {size[0]}x{size[1]}")
     return tuple(points)
+
+
+def turned_box(
+    x: float, y: float, width: float, height: float, degrees: float, size: tuple[int, int], centre: Point | None = None
+) -> Polygon:
+    """A box by its top left corner and its sides, turned clockwise about its middle or another point."""
+    if width <= 0 or height <= 0:
+        raise ValueError(f"its box is {width:g} wide and {height:g} high")
+    corners = box(x, y, width, height)
+    return clipped(turned(corners, degrees, centre), size) if degrees % 360 else polygon(corners, size)
 
 
 def ellipse(cx: float, cy: float, rx: float, ry: float, size: tuple[int, int], degrees: float = 0) -> Polygon:
@@ -118,9 +141,10 @@ def placed_rle(part: np.ndarray, left: int, top: int, size: tuple[int, int]) -> 
 
 def coco_rle(segmentation: dict, size: tuple[int, int]) -> str:
     """Run lengths in COCO's compressed form, proved to be of this (W, H) and safe to decode."""
-    height, width = segmentation["size"]
+    height, width = numbers(segmentation["size"], 2)
     if (width, height) != size:
-        raise ValueError(f"its run lengths are of {width}x{height}, the image is {size[0]}x{size[1]}")
+        raise ValueError(f"its run lengths are of {width:g}x{height:g}, the image is {size[0]}x{size[1]}")
+    width, height = size
     counts = segmentation["counts"]
     if isinstance(counts, str):
         if not re.fullmatch(r"[0-o]*[0-O]", counts):  # pycocotools reads on past the end of any other

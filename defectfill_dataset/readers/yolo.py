@@ -18,7 +18,7 @@ from .text import read_text, read_yaml, unreadable
 
 
 CLASS_FILES = ("classes.txt", "obj.names", "predefined_classes.txt")
-NO_LABELS = {*CLASS_FILES, "train.txt", "val.txt", "valid.txt", "test.txt"}  # the latter list images
+NO_LABELS = {*CLASS_FILES, "train.txt", "val.txt", "valid.txt", "test.txt", "labels.txt"}  # the latter list images
 LABEL_LINE = re.compile(r"\s*\d+(\.0*)?[\s,]+[-+\d.]")
 TOLERANCE = 0.005  # of the side: how far rounding may leave a number outside [0, 1]
 
@@ -29,7 +29,7 @@ def is_yolo(place: Place) -> bool:
 
 
 def may_be_labels(file: Path) -> bool:
-    return file.name.casefold() not in NO_LABELS
+    return file.name.casefold() not in NO_LABELS and "ImageSets" not in file.parts  # VOC's: lists with "0 1" too
 
 
 def in_labels(file: Path) -> bool:

@@ -295,7 +295,7 @@ def generate_batch(pipe: StableDiffusionInpaintPipeline, canvases: Sequence[Canv
 
 
 def parse_args(input_args: list[str] | None = None) -> GenerationCommand:
-    return parse_generation_args(__doc__, input_args)
+    return parse_generation_args("\n\n".join(__doc__.split("\n\n")[:2]), input_args)  # what it is, and an example
 
 
 def prepare(command: GenerationCommand, device: torch.device) -> PreparedGeneration:

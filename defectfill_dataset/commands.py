@@ -23,8 +23,18 @@ sys.stderr.write(message)
 """
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it is written, and each default once, in the same way."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS, []) or "Default:" in text:
+            return text
+        return f"{text} Default: %(default)s."
+
+
 class Parser(argparse.ArgumentParser):
-    """Tells of wrong flags as `tell` does."""
+    """Reports wrong flags as `tell` does."""
 
     def error(self, message: str) -> NoReturn:
         tell(f"{self.format_usage()}{self.prog}: error: {message}")

@@ -32,52 +32,49 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that decide which images are taken and which masks they get."""
     add = parser.add_argument_group("images and masks").add_argument
     add("--image", type=Path, metavar="PATH", help="Good image, or a folder of them.")
-    add("--defect", nargs="+", metavar="NAME", help="Defect types to paint, where a LoRA knows several.")
+    add("--defect", nargs="+", metavar="NAME", help="Defect types to generate, if a LoRA knows several. Default: all.")
     add(
         "--mask_source",
         choices=["given", "random", "references", "procedural", "held_out"],
-        default="given",
-        help="given: --mask. random: a seeded irregular blob for each image. references: masks of the dataset's "
-        "reference images, transformed and placed on the part. procedural: drawn shapes placed on the part. held_out: "
-        "the dataset's held-out masks as they are (the paper's protocol, which leaks them). Default: %(default)s.",
+        help="Where masks come from. given: --mask. references: masks of the training defects in --reference_data, "
+        "transformed and placed on the object. procedural: drawn shapes, placed on the object. random: a blob "
+        "anywhere. held_out: the held-out masks of --reference_data as they are, which leaks them (the paper's "
+        "protocol). Default: given with --mask, references with --reference_data.",
     )
-    add("--mask", type=Path, metavar="PATH", help="Mask of given, white inside, or a folder of the same names.")
-    add("--reference_data", metavar="DIR", help="Dataset folder of references and held_out.")
-    add("--object", help="Object in it, where there are several.")
-    add("--split", default="auto", metavar="RULE|FILE", help="As in training. Default: %(default)s.")
+    add("--mask", type=Path, metavar="PATH", help="Mask, white where the defect goes, or a folder of masks.")
+    add("--reference_data", metavar="DIR", help="Dataset whose masks are used: the one the LoRA was trained on.")
+    add("--object", metavar="NAME", help="Object in --reference_data, if it holds several.")
+    add("--split", default="auto", metavar="RULE|FILE", help="Split of --reference_data, as in training.")
     add_reading_flags(add, "--reference_data")
-    rotation_help = "Of references, to either side. Default: %(default)s."
+    rotation_help = "Reference masks are rotated by up to this angle, to either side."
     add("--max_rotation", type=float, default=180.0, metavar="DEG", help=rotation_help)
-    add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="Of procedural. Default: all.")
-    add("--seed", type=int, default=0, help="Of masks and candidates. Default: %(default)s.")
-    add = parser.add_argument_group("places, of references and procedural").add_argument
+    shapes_help = "Shapes that procedural masks are drawn from. Default: all."
+    add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help=shapes_help)
+    add("--seed", type=int, default=0, metavar="N", help="Random seed of masks and candidates.")
+    add = parser.add_argument_group("placement of reference and procedural masks").add_argument
     add(
         "--foreground",
         default="auto",
         metavar="auto|none|PATH",
-        help="Where the part is. auto: what stands out from the rim's colour; a surface that fills the picture is all "
-        "part. none: everywhere. PATH: a mask, or a folder of masks of the images' names. Default: %(default)s.",
+        help="Where the object is. auto segments it from a plain background; a texture that fills the frame is all "
+        "object. none places defects anywhere. PATH is a mask, or a folder of masks named like the images.",
     )
-    add("--zone", type=Path, metavar="PATH", help="Mask of where defects may go, or a folder of them.")
-    coverage_help = "Least share of a defect's pixels on the part and in the zone. Default: %(default)s."
+    add("--zone", type=Path, metavar="PATH", help="Mask of the region where defects may go, or a folder of them.")
+    coverage_help = "Smallest share of a defect's pixels that must lie on the object and in the region."
     add("--coverage", type=float, default=0.99, metavar="X", help=coverage_help)
-    add("--masks_per_image", type=int, default=1, metavar="N", help="Defects in an image. Default: %(default)s.")
+    add("--masks_per_image", type=int, default=1, metavar="N", help="Number of defects in an image.")
 
 
 def add_reading_flags(add: Callable, data: str) -> None:
     """The flags that decide how a dataset's folder, given by the flag `data`, is read."""
-    add(
-        "--layout",
-        choices=["auto", *LAYOUTS, *OLD_NAMES],
-        default="auto",
-        help=f"Folder layout of {data}. Detected by default.",
-    )
+    layouts = f"Folder layout of {data}, if it cannot be detected: {', '.join(LAYOUTS)}."
+    add("--layout", choices=["auto", *LAYOUTS, *OLD_NAMES], default="auto", metavar="NAME", help=layouts)
     add(
         "--mask_classes",
         nargs="+",
         default=[],
         metavar="VALUE=NAME",
-        help="What each value or colour of class-coded masks means: a defect type's name, or ignore "
+        help="What the values or colours of masks mean, if they hold several: a defect type's name, or ignore "
         "(85=scratch 255=ignore, 250,50,83=hole, #fa3253=hole).",
     )
     add("--skip_problems", action="store_true", help="Leave out images that cannot be used, and name each.")
@@ -85,9 +82,13 @@ def add_reading_flags(add: Callable, data: str) -> None:
 
 def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with a message where flags of images and masks contradict each other."""
-    source = args.mask_source
     if args.image is None:
         parser.error("give --image: a good image, or a folder of them")
+    if args.mask_source is None:
+        if (args.mask is None) == (args.reference_data is None):
+            parser.error("say which masks: --mask, or --reference_data, or --mask_source procedural or random")
+        args.mask_source = "given" if args.mask is not None else "references"
+    source = args.mask_source
     if (source == "given") != (args.mask is not None):
         parser.error("give --mask, or another --mask_source without it")
     if (source in ("references", "held_out")) != (args.reference_data is not None):

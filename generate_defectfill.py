@@ -148,10 +148,9 @@ def retry_crop(canvas: Canvas, max_attempts: int) -> None:
         return
     counts = ", ".join(f"{number} {reason}" for reason, number in canvas.rejected.items())
     filtered = canvas.rejected["no defect"] or canvas.rejected["artefact"]
-    advice = "loosen the gate, or train longer" if filtered else "use --mixed_precision no"
-    canvas.problem = (
-        f"DF342 {canvas.planned.case.image.name}: no candidate passed in {max_attempts} attempts: {counts}; {advice}"
-    )
+    advice = "relax --min_change or --max_deviation, or train longer" if filtered else "use --mixed_precision no"
+    rejected = f"all candidates rejected in {max_attempts} attempts: {counts}"
+    canvas.problem = f"DF342 {canvas.planned.case.image.name}: {rejected}; {advice}"
 
 
 def finish_crop(
@@ -358,8 +357,8 @@ def choose_base(command: GenerationCommand, recipes: Sequence[Recipe]) -> tuple[
                 )
         if command.max_deviation is not None and not recipe.reference_colours:
             raise InputError(
-                f"DF417 {recipe.lora.path}: does not say how several references of '{recipe.settings['defect']}' "
-                "look; train it anew, on two or more, or leave out --max_deviation"
+                f"DF417 {recipe.lora.path}: has no colour statistics for '{recipe.settings['defect']}' (trained on "
+                "fewer than two references, or by an older version); retrain with two or more, or drop --max_deviation"
             )
     revision = command.revision or (first.record.get("revision") if name == first.record.get("base") else None)
     return name, revision, resolution
@@ -390,7 +389,7 @@ def finish_run(folder: Path, problems: dict[str, str]) -> None:
         save_image(stack(rows), folder / "contact_sheet.png")
     print(f"{len(lines)} images in {folder}: images/, masks/, {MANIFEST}, contact_sheet.png, summary.html")
     if problems:
-        raise SystemExit("Not painted:\n" + "\n".join(problems.values()))
+        raise SystemExit("Not generated:\n" + "\n".join(problems.values()))
 
 
 def main(command: GenerationCommand) -> None:

@@ -2,11 +2,11 @@
 
     python scripts/ablate.py --base scripts/tiny_base --segmenter segmenter --output_dir ablation
 
-For every variant, seed and defect type: a LoRA on a third of twelve pairs; defects painted on good parts with masks
-that no LoRA saw, one candidate each; and four figures: the attention map's IoU with the mask on the references; IoU
-of what the segmenter finds with the given mask; the share of pictures in which it finds the defect (IoU above 0.3);
-and the distance of the painted defects to real ones in the segmenter's features. Results go to results.jsonl, one line
-each; what is there is not run again. table.md and samples.png are made from them.
+For every variant, seed and defect type: a LoRA on a third of twelve pairs; defects inpainted into good parts with
+masks that no LoRA saw, one candidate each; and four figures: the attention map's IoU with the mask on the references;
+IoU of what the segmenter finds with the given mask; the share of images in which it finds the defect (IoU above 0.3);
+and the distance of the generated defects to real ones in the segmenter's features. Results go to results.jsonl, one
+line each; what is there is not run again. table.md and samples.png are made from them.
 """
 
 import argparse
@@ -100,23 +100,23 @@ def train(args: argparse.Namespace, part: str, defect: str, options: list[str], 
     return json.loads(record.read_text())["after"]["attention_iou"]
 
 
-def paint_parts(
+def inpaint_parts(
     args: argparse.Namespace, lora: Path | None, prompt: str, good: torch.Tensor, masks: torch.Tensor, seed: int
 ) -> torch.Tensor:
-    """(B, 3, R, R) good parts with a defect painted inside each mask, one candidate each, outside untouched."""
+    """(B, 3, R, R) good parts with a defect inpainted inside each mask, one candidate each, outside untouched."""
     pipe = StableDiffusionInpaintPipeline.from_pretrained(args.base, dtype=torch.float32, safety_checker=None)
     pipe.scheduler = ddim(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     if lora:
         load_lora(pipe, read_lora(lora))
-    painted = []
+    inpainted = []
     for i, (image, mask) in enumerate(zip(good, masks)):
         grid = to_grid(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor)
         seeds = [[derive_seed(seed, "ablation", i)]]
         steps, guidance = args.num_inference_steps, args.guidance_scale
         candidates = inpaint(pipe, image[None], grid[None], prompt, seeds, steps, guidance)
-        painted.append(torch.where(mask > 0.5, candidates[0, 0] * 2 - 1, image))
-    return torch.stack(painted)
+        inpainted.append(torch.where(mask > 0.5, candidates[0, 0] * 2 - 1, image))
+    return torch.stack(inpainted)
 
 
 def run_all(args: argparse.Namespace, results_file: Path) -> None:
@@ -139,10 +139,10 @@ def run_all(args: argparse.Namespace, results_file: Path) -> None:
                 if variant == REAL:
                     pictures = unseen
                 elif variant == NO_LORA:
-                    pictures = paint_parts(args, None, f"A {part} with {defect}", good, masks, seed)
+                    pictures = inpaint_parts(args, None, f"A {part} with {defect}", good, masks, seed)
                 else:
                     line["attention_iou"] = train(args, part, defect, VARIANTS[variant], seed, folder)
-                    pictures = paint_parts(args, folder, f"A {part} with sks", good, masks, seed)
+                    pictures = inpaint_parts(args, folder, f"A {part} with sks", good, masks, seed)
                 line |= figures_of(segmenter, pictures, masks, real)
                 folder.mkdir(parents=True, exist_ok=True)
                 row = torch.cat([*pictures[:SHOWN]], dim=2)
@@ -188,7 +188,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, metavar="DIR")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="Default: all.")
     add("--seeds", type=int, default=3, metavar="N", help="Default: %(default)s.")
-    add("--images", type=int, default=16, metavar="N", help="Good parts painted by each LoRA. Default: %(default)s.")
+    add("--images", type=int, default=16, metavar="N", help="Good parts inpainted by each LoRA. Default: %(default)s.")
     add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
     add("--steps", type=int, default=150, metavar="N", help="Of each LoRA. Default: %(default)s.")
     add("--train_batch_size", type=int, default=4, metavar="N", help="Default: %(default)s.")

@@ -1,12 +1,12 @@
-"""Measure what each technique of generate_defectfill.py gains: the same pictures painted in several ways, in rounds.
+"""Measure what each technique of generate_defectfill.py gains: the same images generated in several ways, in rounds.
 
     python scripts/benchmark_generation.py --base scripts/tiny_base --output speed.md
     python scripts/benchmark_generation.py --sd2_size --resolution 512 --num_candidates 8 --output speed.md
 
-A picture is a pair of good image and mask, its candidates painted, decoded and scored by RMSE (LPIPS needs downloaded
+A picture is a pair of good image and mask, its candidates sampled, decoded and scored by RMSE (LPIPS needs downloaded
 weights). The first way is a call of the stock pipeline for each candidate; besides speed it differs from the others in
 two things: it takes a sample of the masked image's latents, not their mode, and does not replace the background at
-every step. The second to the fourth paint the same candidates, up to rounding; the last two paint others, with fewer
+every step. The second to the fourth make the same candidates, up to rounding; the last two make others, with fewer
 UNet rows. On a CPU the clock is the process's own time, so that other programs count less.
 
 Shapes: P pairs, N candidates of each, S side of the pictures, G of the latent grid.
@@ -66,25 +66,25 @@ def make_ways(steps: int, fast_steps: int, candidates: int, batch_size: int) -> 
 
 def stock(pipe: StableDiffusionInpaintPipeline, pairs: Pairs, steps: int) -> torch.Tensor:
     """(P, N, 3, S, S) candidates in [0, 1], everything encoded for each of them anew."""
-    painted = []
+    candidates = []
     for image, grid, seeds in zip(pairs.images / 2 + 0.5, pairs.grids, pairs.seeds):
         given = {"image": image[None], "mask_image": cover(grid, pipe.vae_scale_factor)[None], "output_type": "pt"}
         size = {"height": image.shape[-2], "width": image.shape[-1], "num_inference_steps": steps}
         for seed in seeds:
             noise = torch.Generator().manual_seed(seed)
-            painted.append(pipe(PROMPT, guidance_scale=7.5, generator=noise, **given, **size).images.float())
-    return torch.cat(painted).unflatten(0, (len(pairs.seeds), -1))
+            candidates.append(pipe(PROMPT, guidance_scale=7.5, generator=noise, **given, **size).images.float())
+    return torch.cat(candidates).unflatten(0, (len(pairs.seeds), -1))
 
 
-def paint_pairs(pipe: StableDiffusionInpaintPipeline, pairs: Pairs, way: Way) -> torch.Tensor:
-    """(P, N, 3, S, S) candidates in [0, 1], painted in this way with guidance 7.5."""
+def inpaint_pairs(pipe: StableDiffusionInpaintPipeline, pairs: Pairs, way: Way) -> torch.Tensor:
+    """(P, N, 3, S, S) candidates in [0, 1], sampled in this way with guidance 7.5."""
     if way.batch_size is None:
         return stock(pipe, pairs, way.steps)
-    painted = []
+    candidates = []
     for i in range(0, len(pairs.seeds), way.together):
         images, grids, seeds = (of_all[i : i + way.together] for of_all in pairs)
-        painted.append(inpaint(pipe, images, grids, PROMPT, seeds, way.steps, 7.5, way.batch_size, way.interval))
-    return torch.cat(painted)
+        candidates.append(inpaint(pipe, images, grids, PROMPT, seeds, way.steps, 7.5, way.batch_size, way.interval))
+    return torch.cat(candidates)
 
 
 def score(candidates: torch.Tensor, pairs: Pairs, at_once: int) -> list[list[float]]:
@@ -164,7 +164,7 @@ def measure(args: argparse.Namespace, pipe: StableDiffusionInpaintPipeline) -> s
     def run(way: Way) -> None:
         pipe.scheduler = SCHEDULERS[way.scheduler](schedule)
         rows.clear()
-        score(paint_pairs(pipe, pairs, way), pairs, min(way.batch_size or 1, args.num_candidates))
+        score(inpaint_pairs(pipe, pairs, way), pairs, min(way.batch_size or 1, args.num_candidates))
 
     def encode_prompts() -> None:
         for _ in range(args.images * args.num_candidates):
@@ -206,9 +206,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="FILE.md")
     for flag, default, words in (
         ("resolution", 128, "Side of the model's square, in px."),
-        ("images", 4, "Pictures to paint."),
+        ("images", 4, "Images to generate."),
         ("num_candidates", 4, "Of each picture."),
-        ("batch_size", 16, "Candidates in one UNet call where those of several pictures are painted together."),
+        ("batch_size", 16, "Candidates in one UNet call where those of several images are sampled together."),
         ("rounds", 3, "How often each way is measured."),
         ("num_inference_steps", 50, "DDIM steps."),
         ("fast_steps", 20, "UniPC steps."),

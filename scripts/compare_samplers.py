@@ -1,9 +1,9 @@
-"""Measure on drawn parts what schedulers, numbers of steps and guidance in part of the steps do to what a LoRA paints.
+"""Measure on drawn parts how schedulers, numbers of steps and guidance in part of the steps change what a LoRA makes.
 
     python scripts/compare_samplers.py --base scripts/tiny_base --segmenter segmenter \\
         --lora ablation/runs/default-nut-0 ablation/runs/default-cloth-0 --output comparison.md
 
-Each way paints the same good parts with the same masks and noise, one candidate each. What is measured is that of
+Each way inpaints the same good parts with the same masks and noise, one candidate each. What is measured is that of
 ablate.py, whose LoRAs it takes; the difference of the segmenter's IoU to the first way is paired, picture by picture.
 """
 
@@ -38,7 +38,7 @@ WAYS = {
 
 
 def measure(args: argparse.Namespace, path: Path, seed: int) -> list[dict]:
-    """Figures of each picture that each way paints with the LoRA at `path`; `seed` is of parts, masks and noise."""
+    """Figures of each picture that each way generates with the LoRA at `path`; `seed` is of parts, masks and noise."""
     lora = read_lora(path)
     part, [(defect, prompt)] = lora.record["object"], lora.record["prompts"].items()
     good, _ = drawn_pairs([(part, None)], args.images, args.resolution, derive_seed(seed, "good"))
@@ -58,8 +58,8 @@ def measure(args: argparse.Namespace, path: Path, seed: int) -> list[dict]:
         pipe.scheduler = SCHEDULERS[scheduler](given)
         rows.clear()
         scale = args.guidance_scale if guided else 1.0
-        painted = inpaint(pipe, good, grids, prompt, seeds, steps, scale, guidance_interval=interval)[:, 0] * 2 - 1
-        pictures = torch.where(masks > 0.5, painted, good)
+        inpainted = inpaint(pipe, good, grids, prompt, seeds, steps, scale, guidance_interval=interval)[:, 0] * 2 - 1
+        pictures = torch.where(masks > 0.5, inpainted, good)
         first = pictures if first is None else first
         for i in range(args.images):
             one = slice(i, i + 1)
@@ -95,7 +95,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--segmenter", required=True, metavar="DIR", help="Made by train_segmenter.py.")
     add("--lora", nargs="+", type=Path, required=True, metavar="DIR", help="Of one type each, on a drawn part.")
     add("--output", type=Path, required=True, metavar="FILE.md")
-    add("--images", type=int, default=8, metavar="N", help="Good parts painted with each LoRA. Default: %(default)s.")
+    add("--images", type=int, default=8, metavar="N", help="Good parts for each LoRA. Default: %(default)s.")
     add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
     add("--guidance_scale", type=float, default=2.0, metavar="X", help="Default: %(default)s.")
     add("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")

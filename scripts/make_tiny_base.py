@@ -5,11 +5,11 @@
     python scripts/make_tiny_base.py --output_dir random-base --random_weights  # nothing learnt: to see code run
 
 Pictures are drawn (make_demo_data.py) or read from a folder. On half of them a plain mark is drawn (a dark spot, a red
-line, ...) and named in the caption, so that the model learns to paint what the prompt says where the mask says. First
+line, ...) and named in the caption, so that the model learns to inpaint what the prompt says inside the mask. First
 the autoencoder is trained; then, on latents encoded once, the text encoder and the UNet. A killed run goes on where it
 was; everything random is a function of the seed and the step.
 
-Shapes: S scenes, K masks of each, R picture side, G latent side. Masks are 1 where the model must paint.
+Shapes: S scenes, K masks of each, R picture side, G latent side. Masks are 1 where the model inpaints.
 """
 
 import argparse
@@ -498,8 +498,8 @@ def measure(pipe: StableDiffusionInpaintPipeline, scenes: Scenes) -> tuple[dict[
         [[z]] = inpaint(pipe, x[None], grid[None], prompt, seeds, num_inference_steps=30, guidance_scale=1.0) * 2 - 1
         inside = cover(grid, pipe.vae_scale_factor)[0] > 0.5
         inpainted.append(psnr((x - z)[:, inside] / 2))
-        painted = composite(image, (z.cpu() + 1) / 2, inside.cpu().numpy())
-        cells = [x, y, x * ~inside.to(x.device), image_tensor(painted, image.width).to(x)]
+        result = composite(image, (z.cpu() + 1) / 2, inside.cpu().numpy())
+        cells = [x, y, x * ~inside.to(x.device), image_tensor(result, image.width).to(x)]
         columns.append(torch.cat(cells, dim=1))
     figures = {"reconstruction_psnr": np.mean(reconstruction), "inpainting_psnr": np.mean(inpainted)}
     picture = torch.cat(columns[:6], dim=2).permute(1, 2, 0).cpu().numpy()

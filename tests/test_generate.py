@@ -398,7 +398,7 @@ def test_a_changed_input_is_not_taken_for_done(trained, inputs, tmp_path, change
         write_image(tmp_path / "good/001.png", 70, seed=5)
     else:
         write_mask(tmp_path / "masks/001_mask.png", 70, seed=5)
-    with pytest.raises(InputError, match="DF320 001: was painted from another image or mask"):
+    with pytest.raises(InputError, match="DF320 001: was generated from another image or mask"):
         generate(*argv)
 
 
@@ -504,7 +504,7 @@ def test_candidates_without_a_number_never_win_and_a_case_without_any_is_listed(
     monkeypatch.setattr(g, "make_scorer", scorer)
     with pytest.raises(SystemExit) as ended:
         generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST)
-    assert "DF342 001.png: no candidate passed in 3 attempts: 9 broken" in str(ended.value)
+    assert "DF342 001.png: all candidates rejected in 3 attempts: 9 broken" in str(ended.value)
     assert chosen(tmp_path / "out") == {"000": 1, "002": 1}
 
 

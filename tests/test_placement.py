@@ -337,7 +337,7 @@ def test_held_out_masks_through_the_command(trained, folder, caplog):
     argv = ["--image", folder / "good", "--mask_source", "held_out", "--reference_data", folder / "data"]
     with pytest.raises(SystemExit) as ended:
         generate("--lora", trained, *argv, "--object", "nut", "--output_dir", folder / "out", *FAST)
-    assert ended.value.code == "Not painted:\nDF340 001.png: no place for its mask"
+    assert ended.value.code == "Not generated:\nDF340 001.png: no place for its mask"
     assert "has seen the shapes and places" in caplog.text
     held_out = [np.asarray(Image.open(folder / f"data/nut/ground_truth/hole/{i:03d}_mask.png")) > 0 for i in (2, 3)]
     masks = masks_of(folder / "out")
@@ -354,7 +354,7 @@ def test_images_without_a_place_are_listed_and_the_rest_goes_on(trained, folder,
     for _ in range(2):  # the second run does it no differently
         with pytest.raises(SystemExit) as ended:
             generate(*argv, "--output_dir", folder / "out")
-        assert ended.value.code == "Not painted:\nDF340 000.png: no place for its mask"
+        assert ended.value.code == "Not generated:\nDF340 000.png: no place for its mask"
         assert [line["name"] for line in read_lines(folder / "out/manifest.jsonl")] == ["001", "002"]
         assert capsys.readouterr().out.startswith("2 images in ")
     with pytest.raises(SystemExit, match="DF340 000.png"):
@@ -369,7 +369,7 @@ def test_other_masks_or_areas_are_noticed(trained, folder):
     with pytest.raises(InputError, match="DF320 max_rotation"):
         generate(*argv, "--max_rotation", 10)
     Image.new("L", (48, 48), 255).save(folder / "zones/002.png")
-    with pytest.raises(InputError, match="DF320 002: was painted from another image or mask"):
+    with pytest.raises(InputError, match="DF320 002: was generated from another image or mask"):
         generate(*argv)
     write_mask = Image.open(folder / "data/nut/ground_truth/hole/002_mask.png")
     write_mask.save(folder / "data/nut/ground_truth/hole/001_mask.png")

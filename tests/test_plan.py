@@ -110,7 +110,7 @@ def test_the_page_shows_every_defect_type_in_one_file(trained, several, good, tm
         and "&lt;b&gt;out" in page
         and "<b>" not in page
     )
-    assert "Not painted" not in page and "<figcaption>001-scratch<" in page
+    assert "Not generated" not in page and "<figcaption>001-scratch<" in page
 
 
 def test_the_page_lists_what_was_not_painted(trained, good, tmp_path, monkeypatch):
@@ -122,10 +122,10 @@ def test_the_page_lists_what_was_not_painted(trained, good, tmp_path, monkeypatc
         Image.fromarray(zone).save(tmp_path / f"zones/{name}.png")
     source = ["--mask_source", "procedural", "--shapes", "box", "--foreground", "none", "--zone", tmp_path / "zones"]
     argv = ["--lora", trained, "--image", good, *source, "--output_dir", tmp_path / "out", *FAST, "--batch_size", 6]
-    with pytest.raises(SystemExit, match="Not painted:\nDF340 001.png"):
+    with pytest.raises(SystemExit, match="Not generated:\nDF340 001.png"):
         generate(*argv)
     monkeypatch.setattr(g, "load_pipeline", None)  # started again, it sees without a model that nothing can be painted
-    with pytest.raises(SystemExit, match="Not painted:\nDF340 001.png.*\nDF340 002.png"):
+    with pytest.raises(SystemExit, match="Not generated:\nDF340 001.png.*\nDF340 002.png"):
         generate(*argv)
     page = (tmp_path / "out/summary.html").read_text()
     assert (
@@ -162,7 +162,7 @@ def test_several_loras_and_defects_paint_their_share_each(trained, several, good
 def test_a_run_is_not_continued_with_other_pictures(trained, several, good, tmp_path):
     argv = ["--image", good, "--mask_source", "random", *FAST, "--output_dir", tmp_path / "out"]
     generate("--lora", trained, *argv)
-    with pytest.raises(InputError, match="DF320 000, 001, 002: 3 pictures that the run began with are not"):
+    with pytest.raises(InputError, match="DF320 000, 001, 002: 3 images that the run began with are not"):
         generate("--lora", trained, several, "--defect", "hole", *argv)
 
 
@@ -203,7 +203,7 @@ def test_a_picture_without_a_place_does_not_hold_up_other_processes(trained, goo
         tmp_path / "zone.png",
     ]
     done = launched("--lora", trained, "--image", good, *source, *FAST, "--output_dir", tmp_path / "out")
-    assert done.returncode != 0 and "Not painted:\nDF340 000.png" in done.stderr
+    assert done.returncode != 0 and "Not generated:\nDF340 000.png" in done.stderr
     assert launched("--lora", trained, "--image", good, *source, *FAST, "--seed", 1, "--output_dir",
                     tmp_path / "out").returncode != 0  # refused by one process, all end  # fmt: skip
 
@@ -415,7 +415,9 @@ def test_a_picture_without_a_defect_is_painted_again_and_given_up_at_last(traine
 
     calls = painted(faint)
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", *FAST, "--batch_size", 6]
-    with pytest.raises(SystemExit, match="Not painted:\nDF342 001.png: .* 3 attempts: .*6 no defect.*loosen the gate"):
+    with pytest.raises(
+        SystemExit, match="Not generated:\nDF342 001.png: .* 3 attempts: .*6 no defect.*relax --min_change"
+    ):
         generate(*argv, "--min_change", 1.5, "--output_dir", tmp_path / "out")
     lines = {line["name"]: line["windows"][0] for line in read_lines(tmp_path / "out/manifest.jsonl")}
     assert {name: window["attempts"] for name, window in lines.items()} == {"000": 3, "002": 1}
@@ -470,7 +472,7 @@ def test_a_deviation_needs_to_know_the_references(base, good, tmp_path):
     train_defectfill.main(train_defectfill.parse_args(options(base, data, tmp_path / "lora")))
     reset_accelerate()
     argv = ["--lora", tmp_path / "lora", "--image", good, "--mask_source", "random", "--output_dir", tmp_path / "out"]
-    with pytest.raises(InputError, match="DF417 .* references of 'hole' look; train it anew, on two or more"):
+    with pytest.raises(InputError, match="DF417 .* no colour statistics for 'hole' .*retrain with two or more"):
         generate(*argv, *FAST, "--max_deviation", 2)
     generate(*argv, *FAST)
     assert read_lines(tmp_path / "out/manifest.jsonl")[0]["windows"][0]["deviations"] == [None, None]

@@ -250,12 +250,12 @@ def quiet_pipeline():
 def test_ways_that_only_save_work_paint_the_same(toy_pairs):
     pipe = quiet_pipeline()
     _, *same, fast, half = benchmark.make_ways(6, 4, candidates=2, batch_size=4).values()
-    alone, in_pairs, together = (benchmark.paint_pairs(pipe, toy_pairs, way) for way in same)
+    alone, in_pairs, together = (benchmark.inpaint_pairs(pipe, toy_pairs, way) for way in same)
     assert alone.shape == (3, 2, 3, 32, 32)
     assert torch.allclose(alone, in_pairs, atol=2e-4) and torch.allclose(alone, together, atol=2e-4)
     one_by_one, at_once = (torch.tensor(benchmark.score(alone, toy_pairs, number)) for number in (1, 2))
     assert one_by_one.shape == (3, 2) and torch.allclose(one_by_one, at_once, atol=1e-6) and one_by_one.min() > 0
-    assert not torch.allclose(alone, benchmark.paint_pairs(pipe, toy_pairs, half), atol=1e-2)
+    assert not torch.allclose(alone, benchmark.inpaint_pairs(pipe, toy_pairs, half), atol=1e-2)
     assert (fast.scheduler, fast.steps, half.steps) == ("unipc", 4, 4)
 
 
@@ -264,11 +264,11 @@ def test_the_stock_way_differs_in_the_sampled_latents_and_the_background_alone(t
     stock, once, *_ = benchmark.make_ways(6, 4, candidates=2, batch_size=4).values()
     whole = toy_pairs._replace(grids=torch.ones_like(toy_pairs.grids))  # no background to replace
     assert not torch.allclose(
-        benchmark.paint_pairs(pipe, toy_pairs, stock), benchmark.paint_pairs(pipe, toy_pairs, once), atol=1e-2
+        benchmark.inpaint_pairs(pipe, toy_pairs, stock), benchmark.inpaint_pairs(pipe, toy_pairs, once), atol=1e-2
     )
     monkeypatch.setattr(pipeline_stable_diffusion_inpaint, "retrieve_latents", lambda x, **_: x.latent_dist.mode())
     assert torch.allclose(
-        benchmark.paint_pairs(pipe, whole, stock), benchmark.paint_pairs(pipe, whole, once), atol=2e-4
+        benchmark.inpaint_pairs(pipe, whole, stock), benchmark.inpaint_pairs(pipe, whole, once), atol=2e-4
     )
 
 

@@ -19,8 +19,8 @@ CARD = """---
 
 # DefectFill LoRA: {{ escaped(object_words) }}
 
-A LoRA of `{{ base_name }}` (UNet and text encoder) that paints defects into photographs of a good
-{{ escaped(object_words) }}, where a mask says.
+A LoRA of `{{ base_name }}` (UNet and text encoder) that inpaints defects into images of a good
+{{ escaped(object_words) }}, inside a mask.
 Trained with [DefectFill](https://arxiv.org/abs/2503.13985) on {{ images }} image and mask pairs.
 
 | defect | prompt |
@@ -54,8 +54,8 @@ image = pipe(
 ```
 
 {% if zoom -%}
-It was trained on windows {{ "%g" | format(zoom.context) }} times as large as the defect in their middle, and paints
-best in such: `padding_mask_crop` makes diffusers cut one out and paste it back.
+It was trained on square crops {{ "%g" | format(zoom.context) }} times the size of the defect in their middle, and
+works best on such crops: with `padding_mask_crop`, diffusers cuts one out and pastes it back.
 {% else -%}
 The pipeline also changes pixels outside the mask a little; paste the result into the input with the mask to keep them.
 {% endif %}
@@ -105,7 +105,7 @@ SPLITS_IN_WORDS = {
     "auto": "the source's own where it has one, else the first third of each defect type, by name, is `train`",
     "first_third": "the first third of each defect type, by name, is `train`",
     "all": "all defects are `train`",
-    "photographs": "by a hash of the good photograph; all that was painted on one is in one of them",
+    "photographs": "by a hash of the good image; all variants of one good image are in the same split",
 }
 
 

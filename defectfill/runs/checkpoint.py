@@ -229,5 +229,5 @@ def check_identity(saved: dict, now: dict) -> None:
     if changed:
         raise InputError(
             *(f"DF320 {k}: the run began with {saved.get(k)!r}, now it is {now.get(k)!r}" for k in changed),
-            "Go on with the options it began with, or start anew in another --output_dir.",
+            "Resume with the same options, or choose another --output_dir.",
         )

@@ -96,7 +96,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_command_flags(parser: argparse.ArgumentParser) -> None:
     """The other flags of a `GenerationCommand`: those that hold for all of its requests."""
-    cases_help = "One JSON object per line; each line overrides the flags of the groups above for its own images."
+    cases_help = "One JSON object per line; it overrides the flags of model, sampling, images and masks."
     parser.add_argument("--cases", type=Path, metavar="FILE", help=cases_help)
     model_help = "Base inpainting model. Default: the LoRA's own base."
     revision_help = "Revision of the base on the Hub. Default: the one the LoRA was trained on."

@@ -215,13 +215,13 @@ def check_plan(lines: list[dict], before: list[dict]) -> None:
         old = old_lines.pop(line["name"], line)
         for key in [k for k in line.keys() | old.keys() if line.get(k) != old.get(k)]:
             if key.startswith(("good_image", "given_")):
-                problems.add(f"DF320 {line['name']}: was painted from another image or mask")
+                problems.add(f"DF320 {line['name']}: was generated from another image or mask")
             else:
                 changed = f"DF320 {key}: the run began with {old.get(key)!r}, now it is {line.get(key)!r}"
                 seeds.append(changed) if key == "seed" else problems.add(changed)
     if old_lines:
         names = ", ".join(sorted(old_lines)[:4])
-        problems.add(f"DF320 {names}: {len(old_lines)} pictures that the run began with are not asked for now")
+        problems.add(f"DF320 {names}: {len(old_lines)} images that the run began with are not asked for now")
     problems.update(seeds[:1])
     if problems:
-        raise InputError(*sorted(problems), "Go on with what it began with, or choose another --output_dir.")
+        raise InputError(*sorted(problems), "Resume with the same inputs and flags, or choose another --output_dir.")

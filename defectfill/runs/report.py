@@ -38,7 +38,7 @@ COUNTS: dict[str, Callable[[list[dict], list[dict]], int]] = {
     "planned": lambda planned, made: len(planned),
     "made": lambda planned, made: len(made),
     "retried": lambda planned, made: sum(any(w["attempts"] > 1 for w in line["windows"]) for line in made),
-    "not painted": lambda planned, made: len(planned) - len(made),
+    "not generated": lambda planned, made: len(planned) - len(made),
     "rejected: broken": lambda planned, made: count_rejected(made, "broken"),
     "rejected: no defect": lambda planned, made: count_rejected(made, "no defect"),
     "rejected: artefact": lambda planned, made: count_rejected(made, "artefact"),
@@ -164,7 +164,7 @@ def write_report(file: Path, plan: Iterable[dict], lines: list[dict], problems: 
         "title": html.escape(file.resolve().parent.name),
         "heads": "".join(f"<th>{head}" for head in COUNTS),
         "rows": rows,
-        "problems": f"<h2>Not painted</h2><ul>{problem_list}</ul>" if problem_list else "",
+        "problems": f"<h2>Not generated</h2><ul>{problem_list}</ul>" if problem_list else "",
         "sections": sections,
     }
     file.write_text(PAGE.format(**content))

@@ -57,7 +57,6 @@ from defectfill_dataset import (
     InputError,
     Placed,
     cut,
-    exit_on_input_error,
     image_tensor,
     open_image,
     piece_boxes,
@@ -65,6 +64,7 @@ from defectfill_dataset import (
     upright_exif,
     zoom_boxes,
 )
+from defectfill_dataset.commands import exit_on_input_error
 
 
 SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image

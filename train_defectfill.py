@@ -65,7 +65,6 @@ from defectfill_dataset import (
     cover,
     data_digest,
     derive_seed,
-    exit_on_input_error,
     heat_overlay,
     image_tensor,
     load_defect_pairs,
@@ -78,6 +77,7 @@ from defectfill_dataset import (
     to_words,
     tokenize_prompts,
 )
+from defectfill_dataset.commands import exit_on_input_error
 
 
 logger = get_logger(__name__, log_level="INFO")

@@ -1,4 +1,4 @@
-"""How a command ends that refuses its input."""
+"""What commands share: flags of a dataset's folder, help, and how a command ends that refuses its input."""
 
 import argparse
 import os
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import InputError, folded
+from .readers import LAYOUTS
+from .readers.discovery import OLD_NAMES
 
 
 LAUNCHERS = rb"accelerate|torchrun|torch\.distributed"
@@ -21,6 +23,21 @@ message = sys.stdin.read()
 select.select([int(sys.argv[1])], [], [], 40)
 sys.stderr.write(message)
 """
+
+
+def add_reading_flags(add: Callable, data: str) -> None:
+    """The flags that decide how a dataset's folder, given by the flag `data`, is read."""
+    layouts = f"Folder layout of {data}, if it cannot be detected: {', '.join(LAYOUTS)}."
+    add("--layout", choices=["auto", *LAYOUTS, *OLD_NAMES], default="auto", metavar="NAME", help=layouts)
+    add(
+        "--mask_classes",
+        nargs="+",
+        default=[],
+        metavar="VALUE=NAME",
+        help="What the values or colours of masks mean, if they hold several: a defect type's name, or ignore "
+        "(85=scratch 255=ignore, 250,50,83=hole, #fa3253=hole).",
+    )
+    add("--skip_problems", action="store_true", help="Leave out images that cannot be used, and name each.")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

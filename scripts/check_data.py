@@ -14,10 +14,10 @@ import unicodedata
 from pathlib import Path
 
 from defectfill.runs.files import write_json
-from defectfill_dataset import InputError, MaskClasses, exit_on_input_error, find_objects
+from defectfill_dataset import InputError, MaskClasses, find_objects
 from defectfill_dataset.checks import skippable
+from defectfill_dataset.commands import add_reading_flags, exit_on_input_error
 from defectfill_dataset.errors import did_you_mean, folded, one_line
-from defectfill_dataset.inputs import add_reading_flags
 from defectfill_dataset.report import ObjectReport, check_object
 from defectfill_dataset.sheets import contact_sheet
 

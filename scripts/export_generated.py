@@ -18,9 +18,11 @@ from tqdm.auto import tqdm
 
 from defectfill.runs.cards import write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
-from defectfill_dataset import InputError, exit_on_input_error
+from defectfill_dataset import InputError
 from defectfill_dataset.checks import look
-from defectfill_dataset.exports import (
+from defectfill_dataset.commands import exit_on_input_error
+from defectfill_dataset.writers.datasets import WRITERS
+from defectfill_dataset.writers.exports import (
     EXPORTERS,
     NORMAL_ONLY,
     Item,
@@ -29,7 +31,6 @@ from defectfill_dataset.exports import (
     read_photographs,
     split_items,
 )
-from defectfill_dataset.writers import WRITERS
 
 
 def check_options(args: argparse.Namespace) -> list[str]:

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from defectfill.runs.cards import write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill.runs.hub import PUBLISHED_DATA, check_hub, push
-from defectfill_dataset import InputError, MaskClasses, exit_on_input_error, find_objects
-from defectfill_dataset.inputs import add_reading_flags
+from defectfill_dataset import InputError, MaskClasses, find_objects
+from defectfill_dataset.commands import add_reading_flags, exit_on_input_error
 from defectfill_dataset.readers import Row
 from defectfill_dataset.report import check_object
-from defectfill_dataset.writers import WRITERS, read_examples
+from defectfill_dataset.writers.datasets import WRITERS, read_examples
 
 
 Splits = dict[str, list[tuple[str, Path, Row]]]  # split -> (object, its folder, row)

@@ -17,15 +17,12 @@ from PIL import Image
 from scipy import ndimage
 from tqdm.auto import tqdm
 
+from defectfill.runs.cases import repeat_seed
 from defectfill.runs.files import save_image
-from defectfill_dataset import (
-    exit_on_input_error,
-    find_foreground,
-    load_masks,
-    principal_axis,
-    repeat_seed,
-)
-from defectfill_dataset.inputs import add_input_flags, check_input_flags, read_cases, read_source
+from defectfill.runs.flags import add_input_flags, check_input_flags
+from defectfill.runs.inputs import read_cases, read_source
+from defectfill_dataset import find_foreground, load_masks, principal_axis
+from defectfill_dataset.commands import exit_on_input_error
 
 
 CELL = 192  # pixels a side of the grid's pictures

@@ -12,8 +12,9 @@ from accelerate.tracking import get_available_trackers
 from diffusers.optimization import SchedulerType
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available
 
-from defectfill_dataset import HelpFormatter, InputError, Parser, add_reading_flags
-from defectfill_dataset.inputs import add_input_flags, check_input_flags
+from defectfill_dataset import InputError
+from defectfill_dataset.commands import HelpFormatter, Parser, add_reading_flags
+from defectfill_dataset.synthesis.shapes import SHAPES
 
 from ..base_model import SD2_MIRROR
 from ..sampling import SCHEDULERS
@@ -138,6 +139,71 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR", help="Folder of images, masks and manifest.")
     add("--keep_metadata", action="store_true", help="Copy the good image's EXIF data, such as place and camera.")
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that decide which images are taken and which masks they get."""
+    add = parser.add_argument_group("images and masks").add_argument
+    add("--image", type=Path, metavar="PATH", help="Good image, or a folder of them.")
+    add("--defect", nargs="+", metavar="NAME", help="Defect types to generate, if a LoRA knows several. Default: all.")
+    add(
+        "--mask_source",
+        choices=["given", "random", "references", "procedural", "held_out"],
+        help="Where masks come from. given: --mask. references: masks of the training defects in --reference_data, "
+        "transformed and placed on the object. procedural: drawn shapes, placed on the object. random: a blob "
+        "anywhere. held_out: the held-out masks of --reference_data as they are, which leaks them (the paper's "
+        "protocol). Default: given with --mask, references with --reference_data.",
+    )
+    add("--mask", type=Path, metavar="PATH", help="Mask, white where the defect goes, or a folder of masks.")
+    add("--reference_data", metavar="DIR", help="Dataset whose masks are used: the one the LoRA was trained on.")
+    add("--object", metavar="NAME", help="Object in --reference_data, if it holds several.")
+    add("--split", default="auto", metavar="RULE|FILE", help="Split of --reference_data, as in training.")
+    add_reading_flags(add, "--reference_data")
+    rotation_help = "Reference masks are rotated by up to this angle, to either side."
+    add("--max_rotation", type=float, default=180.0, metavar="DEG", help=rotation_help)
+    shapes_help = "Shapes that procedural masks are drawn from. Default: all."
+    add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help=shapes_help)
+    add("--seed", type=int, default=0, metavar="N", help="Random seed of masks and candidates.")
+    add = parser.add_argument_group("placement of reference and procedural masks").add_argument
+    add(
+        "--foreground",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="Where the object is. auto segments it from a plain background; a texture that fills the frame is all "
+        "object. none places defects anywhere. PATH is a mask, or a folder of masks named like the images.",
+    )
+    add("--zone", type=Path, metavar="PATH", help="Mask of the region where defects may go, or a folder of them.")
+    coverage_help = "Smallest share of a defect's pixels that must lie on the object and in the region."
+    add("--coverage", type=float, default=0.99, metavar="X", help=coverage_help)
+    add("--masks_per_image", type=int, default=1, metavar="N", help="Number of defects in an image.")
+
+
+def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with a message where flags of images and masks contradict each other."""
+    if args.image is None:
+        parser.error("give --image: a good image, or a folder of them")
+    if args.mask_source is None:
+        if (args.mask is None) == (args.reference_data is None):
+            parser.error("say which masks: --mask, or --reference_data, or --mask_source procedural or random")
+        args.mask_source = "given" if args.mask is not None else "references"
+    source = args.mask_source
+    if (source == "given") != (args.mask is not None):
+        parser.error("give --mask, or another --mask_source without it")
+    if (source in ("references", "held_out")) != (args.reference_data is not None):
+        parser.error("give --reference_data with --mask_source references or held_out, and only there")
+    users = {"max_rotation": ["references"], "shapes": ["procedural"]}
+    of_data = ("object", "split", "layout", "mask_classes", "skip_problems")
+    users |= dict.fromkeys(of_data, ["references", "held_out"])
+    users |= dict.fromkeys(("foreground", "zone", "coverage", "masks_per_image"), ["references", "procedural"])
+    for flag, sources in users.items():
+        if source not in sources and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag}: only with --mask_source {' or '.join(sources)}")
+    if not 0 < args.coverage <= 1:
+        parser.error(f"--coverage {args.coverage}: must be above 0 and at most 1")
+    if not 0 <= args.max_rotation <= 180:
+        parser.error(f"--max_rotation {args.max_rotation}: must be from 0 to 180")
+    if args.masks_per_image < 1:
+        parser.error(f"--masks_per_image {args.masks_per_image}: must be at least 1")
 
 
 def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

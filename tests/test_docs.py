@@ -12,6 +12,8 @@ from conftest import RESOLUTION, ROOT, generate, reset_accelerate, write_image, 
 import generate_defectfill
 import train_defectfill
 from defectfill_dataset import InputError
+from defectfill_dataset.codes import CODES
+from defectfill_scripts import write_docs
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,3 +101,26 @@ def test_the_road_from_five_images_works(tmp_path, monkeypatch, base):
 def test_the_readme_is_a_page_and_no_book():
     assert len((ROOT / "README.md").read_text().split()) <= 1170
     assert generate_defectfill.__doc__ and train_defectfill.__doc__
+
+
+def test_generated_documents_are_current():
+    """After a change of flags or codes: python scripts/write_docs.py."""
+    for name, text in write_docs.documents().items():
+        assert (ROOT / "docs" / name).read_text() == text, f"docs/{name}: run python scripts/write_docs.py"
+
+
+def test_every_code_is_in_the_table_and_is_used():
+    """Messages and their meanings stay together."""
+    folders = ("defectfill", "defectfill_dataset", "scripts")
+    files = [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
+    used = {c for f in files if f.name != "codes.py" for c in re.findall(r"DF\d{3}\b", f.read_text())}
+    listed = [code for codes in CODES.values() for code in codes]
+    assert sorted(used) == sorted(listed)
+
+
+def test_every_flag_has_a_sentence_of_its_own():
+    for name, text in write_docs.documents().items():
+        for flag, help_text in re.findall(r"^  (--\w+)[^\n]*?(?:\s{2,}|\n\s{20,})(.*(?:\n {20,}.*)*)", text, re.M):
+            words = " ".join(help_text.split())
+            assert len(words) > 11 and words[0].isupper() or words.startswith("auto"), (name, flag, words)
+            assert words.endswith(".") and not words.startswith(("Of ", "As in")), (name, flag, words)

@@ -57,7 +57,6 @@ from defectfill_dataset import (
     InputError,
     Placed,
     cut,
-    exit_on_input_error,
     image_tensor,
     open_image,
     piece_boxes,
@@ -65,6 +64,7 @@ from defectfill_dataset import (
     upright_exif,
     zoom_boxes,
 )
+from defectfill_dataset.commands import exit_on_input_error
 
 
 SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image
@@ -294,7 +294,7 @@ def generate_batch(pipe: StableDiffusionInpaintPipeline, canvases: Sequence[Canv
 
 
 def parse_args(input_args: list[str] | None = None) -> GenerationCommand:
-    return parse_generation_args(__doc__, input_args)
+    return parse_generation_args("\n\n".join(__doc__.split("\n\n")[:2]), input_args)  # what it is, and an example
 
 
 def prepare(command: GenerationCommand, device: torch.device) -> PreparedGeneration:

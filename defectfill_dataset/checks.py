@@ -12,13 +12,13 @@ import xxhash
 from datasets import Dataset
 from PIL import Image
 
+from .crops import Zoom, cut, zoom_boxes
 from .errors import InputError, Problem, one_line
 from .images import ORIENTATION, UNREADABLE, load_image, oddities, open_image
 from .mask_values import binarise
 from .masks import Mask, MaskFiles, MaskUnion, to_grid
 from .readers import IMAGE_EXTENSIONS, Reading, Row, relative
 from .readers.files import is_hidden
-from .zoom import Zoom, cut, zoom_boxes
 
 
 LEAST_SIDE = 32  # of an image, in pixels: four cells of the latent grid

@@ -1,4 +1,4 @@
-"""How a command ends that refuses its input."""
+"""What commands share: flags of a dataset's folder, help, and how a command ends that refuses its input."""
 
 import argparse
 import os
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import InputError, folded
+from .readers import LAYOUTS
+from .readers.discovery import OLD_NAMES
 
 
 LAUNCHERS = rb"accelerate|torchrun|torch\.distributed"
@@ -23,8 +25,33 @@ sys.stderr.write(message)
 """
 
 
+def add_reading_flags(add: Callable, data: str) -> None:
+    """The flags that decide how a dataset's folder, given by the flag `data`, is read."""
+    layouts = f"Folder layout of {data}, if it cannot be detected: {', '.join(LAYOUTS)}."
+    add("--layout", choices=["auto", *LAYOUTS, *OLD_NAMES], default="auto", metavar="NAME", help=layouts)
+    add(
+        "--mask_classes",
+        nargs="+",
+        default=[],
+        metavar="VALUE=NAME",
+        help="What the values or colours of masks mean, if they hold several: a defect type's name, or ignore "
+        "(85=scratch 255=ignore, 250,50,83=hole, #fa3253=hole).",
+    )
+    add("--skip_problems", action="store_true", help="Leave out images that cannot be used, and name each.")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it is written, and each default once, in the same way."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS, []) or "Default:" in text:
+            return text
+        return f"{text} Default: %(default)s."
+
+
 class Parser(argparse.ArgumentParser):
-    """Tells of wrong flags as `tell` does."""
+    """Reports wrong flags as `tell` does."""
 
     def error(self, message: str) -> NoReturn:
         tell(f"{self.format_usage()}{self.prog}: error: {message}")

@@ -13,12 +13,12 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from .checks import Look
+from .crops import Box, cut, fit_box
 from .images import load_image, open_image
 from .letters import Letters
 from .masks import pieces
 from .readers import GOOD, Row
 from .report import ObjectReport
-from .zoom import Box, cut, fit_box
 
 
 CELL, GAP, COLUMNS = 226, 12, 8  # pixels a side of the square that a picture fits in, and between two; across a page

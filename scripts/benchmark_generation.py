@@ -29,7 +29,8 @@ from defectfill.base_model import read_base
 from defectfill.runs.files import atomic_write
 from defectfill.sampling import SCHEDULERS, inpaint, load_pipeline
 from defectfill.selection import rmse_score
-from defectfill_dataset import cover, derive_seed, exit_on_input_error, to_grid
+from defectfill_dataset import cover, derive_seed, to_grid
+from defectfill_dataset.commands import exit_on_input_error
 from defectfill_scripts.make_tiny_base import WORDS, make_tokenizer
 from defectfill_scripts.train_segmenter import drawn_pairs
 

@@ -3,9 +3,9 @@
     python scripts/check_data.py mvtec/hazelnut
     python scripts/check_data.py mvtec --output_dir report
 
-Prints, for every object, its problems and what is suspicious, then a table of its defect types. The exit status is 0
-if everything can be used, 2 if not. In the output folder: report.json, and a picture of each
-object: its defects outlined, small ones enlarged as well, and some good images.
+Prints the problems of every object, what is worth a look, and a table of its defect types. Writes report.json and a
+picture of each object: defects outlined, small ones enlarged as well, and some good images. The exit status is 0 if
+everything can be used, 2 if not.
 """
 
 import argparse
@@ -14,10 +14,10 @@ import unicodedata
 from pathlib import Path
 
 from defectfill.runs.files import write_json
-from defectfill_dataset import InputError, MaskClasses, exit_on_input_error, find_objects
+from defectfill_dataset import InputError, MaskClasses, find_objects
 from defectfill_dataset.checks import skippable
+from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error
 from defectfill_dataset.errors import did_you_mean, folded, one_line
-from defectfill_dataset.inputs import add_reading_flags
 from defectfill_dataset.report import ObjectReport, check_object
 from defectfill_dataset.sheets import contact_sheet
 
@@ -33,15 +33,17 @@ paint; zoomed: in the least zoom window that training may use."""
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("data_dir", metavar="DIR", help="An object's folder, or one above several.")
+    add("data_dir", metavar="DIR", help="Folder of one object, or a folder above several.")
     add_reading_flags(add, "DIR")
-    add("--object", metavar="NAME", help="Only this object.")
-    add("--split", default="auto", metavar="RULE|FILE", help="Which train, as in training. Default: %(default)s.")
-    add("--resolution", type=int, default=512, metavar="PX", help="You will train at. Default: %(default)s.")
-    add("--vae_scale_factor", type=int, default=8, metavar="N", help="Pixels a latent cell. Default: %(default)s.")
-    add("--output_dir", type=Path, metavar="DIR", help="Where report.json and a picture of each object go.")
+    add("--object", metavar="NAME", help="Check only this object.")
+    add("--split", default="auto", metavar="RULE|FILE", help="Which defects would train, as in training.")
+    add("--resolution", type=int, default=512, metavar="PX", help="Resolution of the training to come.")
+    add(
+        "--vae_scale_factor", type=int, default=8, metavar="N", help="Pixels per cell of the base model's latent grid."
+    )
+    add("--output_dir", type=Path, metavar="DIR", help="Folder for report.json and a picture of each object.")
     return parser.parse_args(input_args)
 
 

@@ -18,9 +18,11 @@ from tqdm.auto import tqdm
 
 from defectfill.runs.cards import write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
-from defectfill_dataset import InputError, exit_on_input_error
+from defectfill_dataset import InputError
 from defectfill_dataset.checks import look
-from defectfill_dataset.exports import (
+from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
+from defectfill_dataset.writers.datasets import WRITERS
+from defectfill_dataset.writers.exports import (
     EXPORTERS,
     NORMAL_ONLY,
     Item,
@@ -29,7 +31,6 @@ from defectfill_dataset.exports import (
     read_photographs,
     split_items,
 )
-from defectfill_dataset.writers import WRITERS
 
 
 def check_options(args: argparse.Namespace) -> list[str]:
@@ -125,18 +126,24 @@ def write(splits: dict[str, list[Item]], args: argparse.Namespace) -> None:
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("generated", type=Path, nargs="+", metavar="GENERATED", help="What generate_defectfill.py wrote.")
-    add("--output_dir", type=Path, required=True, metavar="DIR", help="Empty, or with this very export.")
-    add("--format", choices=list(EXPORTERS), required=True)
-    add("--good", type=Path, metavar="DIR", help="Good photographs, as normal images; mvtec and anomalib need them.")
+    add("generated", type=Path, nargs="+", metavar="GENERATED", help="Folders that generate_defectfill.py wrote.")
+    add(
+        "--output_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Folder to write to: empty, or with this very export.",
+    )
+    add("--format", choices=list(EXPORTERS), required=True, help="Format to write.")
+    add("--good", type=Path, metavar="DIR", help="Folder of good images to add; mvtec and anomalib need it.")
     add(
         "--test_share",
         type=float,
         default=0.2,
         metavar="X",
-        help="Of the photographs, with all that was painted on them, for test or val. Default: %(default)g.",
+        help="Share of the good images that goes to test or val, with all images generated from them.",
     )
     return parser.parse_args(input_args)
 

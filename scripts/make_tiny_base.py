@@ -46,7 +46,6 @@ from defectfill_dataset import (
     boxes_mask,
     cover,
     derive_seed,
-    exit_on_input_error,
     image_tensor,
     load_image,
     random_boxes,
@@ -54,6 +53,7 @@ from defectfill_dataset import (
     to_grid,
     to_words,
 )
+from defectfill_dataset.commands import exit_on_input_error
 from defectfill_dataset.masks import bounds
 from defectfill_dataset.readers import image_files
 from defectfill_scripts.make_demo_data import PARTS, blob, distance_to, draw, smoothstep, wandering_line

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from defectfill.runs.cards import write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill.runs.hub import PUBLISHED_DATA, check_hub, push
-from defectfill_dataset import InputError, MaskClasses, exit_on_input_error, find_objects
-from defectfill_dataset.inputs import add_reading_flags
+from defectfill_dataset import InputError, MaskClasses, find_objects
+from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error
 from defectfill_dataset.readers import Row
 from defectfill_dataset.report import check_object
-from defectfill_dataset.writers import WRITERS, read_examples
+from defectfill_dataset.writers.datasets import WRITERS, read_examples
 
 
 Splits = dict[str, list[tuple[str, Path, Row]]]  # split -> (object, its folder, row)
@@ -82,20 +82,26 @@ def write(splits: Splits, args: argparse.Namespace, repo_id: str | None) -> None
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("data_dir", metavar="DIR", help="An object's folder, or one above several.")
-    add("--output_dir", type=Path, required=True, metavar="DIR", help="Empty, or with this very dataset.")
-    add("--format", choices=list(WRITERS), default="parquet", help="Default: %(default)s.")
+    add("data_dir", metavar="DIR", help="Folder of one object, or a folder above several.")
+    add(
+        "--output_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Folder to write to: empty, or with this very dataset.",
+    )
+    add("--format", choices=list(WRITERS), default="parquet", help="Format to write.")
     add_reading_flags(add, "DIR")
-    add("--object", metavar="NAME", help="Only this object.")
-    add("--split", default="auto", metavar="RULE|FILE", help="As in training. Default: %(default)s.")
-    add("--license", metavar="ID", help="Of the images, as the Hub names it (cc-by-nc-sa-4.0); needed for a push.")
-    add("--source", metavar="TEXT|URL", help="Where the images are from, for the card.")
-    add("--push_to_hub", action="store_true", help="Push the dataset, token from HF_TOKEN or login.")
-    add("--hub_dataset_id", metavar="ID", help="Repository; the output folder's name if not given.")
-    add("--hub_public", action="store_true", help="Publish; the repository is private if not given.")
-    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="When to give up. Default: %(default)g.")
+    add("--object", metavar="NAME", help="Write only this object.")
+    add("--split", default="auto", metavar="RULE|FILE", help="Which defects train, as in training.")
+    add("--license", metavar="ID", help="Licence of the images, by the Hub's name (cc-by-nc-sa-4.0); a push needs it.")
+    add("--source", metavar="TEXT|URL", help="Source of the images, for the card.")
+    add("--push_to_hub", action="store_true", help="Push the dataset, with the token of HF_TOKEN or a login.")
+    add("--hub_dataset_id", metavar="ID", help="Repository on the Hub. Default: the output folder's name.")
+    add("--hub_public", action="store_true", help="Make a new repository public; without it, it is private.")
+    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="Seconds after which a push is given up.")
     return parser.parse_args(input_args)
 
 

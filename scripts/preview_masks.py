@@ -3,9 +3,9 @@
     python scripts/preview_masks.py --image good_images --mask_source references --reference_data mvtec/hazelnut \\
         --defect hole --number 200 --output masks.png
 
-The flags of images and masks are the same; more masks than images are those of --num_images.
-Writes a grid of good images, the part's outline in blue, the zone's in yellow, the mask's in red; prints how much of
-the masks lies on the part, and their areas and angles beside those of the references.
+The flags of images and masks are those of generate_defectfill.py. Writes a grid of good images: the outline of the
+object in blue, of the allowed region in yellow, of the mask in red. Prints how much of the masks lies on the object,
+and their areas and angles beside those of the references.
 """
 
 import argparse
@@ -17,15 +17,12 @@ from PIL import Image
 from scipy import ndimage
 from tqdm.auto import tqdm
 
+from defectfill.runs.cases import repeat_seed
 from defectfill.runs.files import save_image
-from defectfill_dataset import (
-    exit_on_input_error,
-    find_foreground,
-    load_masks,
-    principal_axis,
-    repeat_seed,
-)
-from defectfill_dataset.inputs import add_input_flags, check_input_flags, read_cases, read_source
+from defectfill.runs.flags import add_input_flags, check_input_flags
+from defectfill.runs.inputs import read_cases, read_source
+from defectfill_dataset import find_foreground, load_masks, principal_axis
+from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
 
 
 CELL = 192  # pixels a side of the grid's pictures
@@ -66,11 +63,13 @@ def quartiles(values: list[float], form: str) -> str:
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_input_flags(parser)
-    parser.add_argument("--number", type=int, metavar="N", help="Masks to draw. Default: one an image.")
-    parser.add_argument("--shown", type=int, default=48, metavar="N", help="Of them, in the picture. Default: 48.")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="The picture, PNG.")
+    parser.add_argument(
+        "--number", type=int, metavar="N", help="Number of masks to draw. Default: one for each image."
+    )
+    parser.add_argument("--shown", type=int, default=48, metavar="N", help="Number of masks that the picture shows.")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="PNG file of the picture.")
     args = parser.parse_args(input_args)
     check_input_flags(parser, args)
     if len(args.defect or ()) > 1:

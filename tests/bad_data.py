@@ -301,7 +301,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "B68 nothing": (lambda d: d, "DF161", "Found: nothing. Expected test/<defect>/"),
     "B69 a leaf": (lambda d: make_mvtec(d / "nut") / "test/hole", "DF161", "nut' looks right"),
     "B69 a leaf of the other layout": (lambda d: make_seed_layout(d / "nut") / "train", "DF161", "nut' looks right"),
-    "B70 too deep": (lambda d: make_mvtec(d / "a/b/c/d/e/nut").parents[4], "DF161", "Found: b. Expected"),
+    "B70 too deep": (lambda d: make_mvtec(d / "a/b/c/d/e/nut").parents[4], "DF161", "Found: b."),
     "B72 only good": (lambda d: (make_mvtec(d / "nut", {"hole": 0}), (d / "nut/ground_truth").mkdir())[0], "DF163",
                       "no defect images"),
 }  # fmt: skip

@@ -12,7 +12,8 @@ from PIL import Image
 from test_checks import run
 
 import train_defectfill
-from defectfill_dataset import Case, InputError, binarise, check_cases, find_objects, load_defect_pairs, load_image
+from defectfill.runs.cases import Case, check_cases
+from defectfill_dataset import InputError, binarise, find_objects, load_defect_pairs, load_image
 from defectfill_dataset.images import open_image, upright_size
 
 

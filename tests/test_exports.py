@@ -19,11 +19,11 @@ from scipy import ndimage
 
 from defectfill.runs.files import exclusive_lock
 from defectfill_dataset import InputError, binarise, find_objects
-from defectfill_dataset.exports import EXPORTERS, NORMAL_ONLY
 from defectfill_dataset.masks import pieces, polygon_mask
-from defectfill_dataset.outlines import exact_polygon, joined_polygon, outlines
 from defectfill_dataset.readers import read_object
 from defectfill_dataset.readers.rows import SPLITS
+from defectfill_dataset.writers.exports import EXPORTERS, NORMAL_ONLY
+from defectfill_dataset.writers.polygons import exact_polygon, joined_polygon, outlines
 from defectfill_scripts import export_generated
 
 
@@ -255,7 +255,7 @@ def test_datasets_reads_what_the_other_writers_write(tmp_path, generated, photos
         {Path(r["source_file"]).stem: (r["defect"], binarise(r["mask"])) for r in rows}, marks(generated)
     ) and set(good["source_file"]) == {f"photos/{i:03d}.png" for i in range(12)}
     assert {row["object"] for row in rows} == set(good["object"]) == {"metal nut"}
-    assert "hash of the good photograph" in (out / "README.md").read_text()
+    assert "hash of the good image" in (out / "README.md").read_text()
 
 
 # The split

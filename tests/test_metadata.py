@@ -15,8 +15,9 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from test_exports import export, make_generated
 
-from defectfill_dataset import images, writers
-from defectfill_dataset.exports import EXPORTERS
+from defectfill_dataset import images
+from defectfill_dataset.writers import datasets as writers
+from defectfill_dataset.writers.exports import EXPORTERS
 from defectfill_scripts import prepare_data
 
 

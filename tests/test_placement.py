@@ -17,14 +17,14 @@ from defectfill_dataset import (
     find_foreground,
     held_out_source,
     load_masks,
-    placement,
     principal_axis,
     procedural_shapes,
     random_source,
     reference_shapes,
 )
-from defectfill_dataset.placement import GAP, NamedMask, find_place
-from defectfill_dataset.shapes import SCALES, Transform, cut_out, random_transform, transform, union
+from defectfill_dataset.synthesis import placement
+from defectfill_dataset.synthesis.placement import GAP, NamedMask, find_place
+from defectfill_dataset.synthesis.shapes import SCALES, Transform, cut_out, random_transform, transform, union
 from defectfill_scripts import make_demo_data, preview_masks
 
 

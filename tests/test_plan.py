@@ -548,3 +548,18 @@ def test_whatever_the_moment_of_a_kill_nothing_is_lost_or_twice(trained, good, t
     generate(*argv, "--output_dir", out)
     assert content(out) == content(tmp_path / "whole")
     assert {f.name for f in out.iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
+
+
+def test_masks_come_from_what_is_given(capsys):
+    """--mask means given masks and --reference_data those of the references; anything else must be said."""
+    common = ["--lora", "x", "--image", "y", "--output_dir", "z"]
+
+    def source(*argv) -> str:
+        return g.parse_args([*common, *argv]).requests[0].mask_source
+
+    assert source("--mask", "m") == "given" and source("--reference_data", "d") == "references"
+    assert source("--reference_data", "d", "--mask_source", "held_out") == "held_out"
+    for argv in ((), ("--mask", "m", "--reference_data", "d")):
+        with pytest.raises(SystemExit):
+            source(*argv)
+        assert "say which masks: --mask, or --reference_data, or --mask_source" in capsys.readouterr().err

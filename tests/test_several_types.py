@@ -24,7 +24,7 @@ from defectfill_dataset import (
     split_names,
     zoom_boxes,
 )
-from defectfill_dataset.zoom import cut
+from defectfill_dataset.crops import cut
 from defectfill_scripts import prepare_data
 
 

@@ -26,8 +26,8 @@ from defectfill_dataset import (
     load_defect_pairs,
     load_image,
     load_prepared,
-    writers,
 )
+from defectfill_dataset.writers import datasets as writers
 from defectfill_scripts import prepare_data
 
 

@@ -12,9 +12,9 @@ import generate_defectfill
 from defectfill.lora import read_lora
 from defectfill.runs import report as page
 from defectfill_dataset import InputError, load_defect_pairs
+from defectfill_dataset.crops import MAX_ENLARGEMENT, Zoom, choose_zoom, cut, zoom_boxes
 from defectfill_dataset.images import image_tensor
 from defectfill_dataset.masks import to_grid
-from defectfill_dataset.zoom import MAX_ENLARGEMENT, Zoom, choose_zoom, cut, zoom_boxes
 
 
 ZOOM = Zoom(context=3, min_area=0.01)

@@ -12,20 +12,24 @@ from accelerate.tracking import get_available_trackers
 from diffusers.optimization import SchedulerType
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available
 
-from defectfill_dataset import InputError, Parser, add_reading_flags
-from defectfill_dataset.inputs import add_input_flags, check_input_flags
+from defectfill_dataset import InputError
+from defectfill_dataset.commands import HelpFormatter, Parser, add_reading_flags
+from defectfill_dataset.synthesis.shapes import SHAPES
 
+from ..base_model import SD2_MIRROR
 from ..sampling import SCHEDULERS
 from ..selection import LPIPS_FILES
 from .requests import GenerationCommand, GenerationRequest
 
 
-def add_base_flags(parser: argparse.ArgumentParser, model_help: str, revision_help: str, required: bool) -> Callable:
+def add_base_flags(
+    parser: argparse.ArgumentParser, model_help: str, revision_help: str, default: str | None
+) -> Callable:
     """The flags of the base model; returns the function that adds more to their group."""
     add = parser.add_argument_group("base model").add_argument
-    add("--pretrained_model_name_or_path", required=required, metavar="PATH|ID", help=model_help)
+    add("--pretrained_model_name_or_path", default=default, metavar="PATH|ID", help=model_help)
     add("--revision", help=revision_help)
-    add("--variant", help="Variant of the base's weight files, such as fp16.")
+    add("--variant", help="Variant of the model's weight files, such as fp16.")
     add("--cache_dir", metavar="DIR", help="Folder of downloaded models and datasets.")
     return add
 
@@ -40,7 +44,8 @@ def parse_generation_args(description: str, input_args: list[str] | None = None)
     Raises:
         InputError: a `--cases` file that cannot be used (DF160, DF416).
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "%(prog)s --lora LORA --image IMAGES --reference_data DIR --output_dir DIR [flags]"
+    parser = Parser(usage=usage, description=description, formatter_class=HelpFormatter)
     add_request_flags(parser)
     add_command_flags(parser)
     args = parser.parse_args(input_args)
@@ -62,12 +67,12 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a `GenerationRequest`: those that a line of `--cases` may hold."""
     add = parser.add_argument_group("model").add_argument
     add("--lora", nargs="+", metavar="PATH|ID", help="LoRA folders, files or Hub ids; each makes its own images.")
-    add("--prompt", help="Prompt. Default: the LoRA's own.")
+    add("--prompt", help="Prompt to generate with. Default: the LoRA's own.")
     add = parser.add_argument_group("sampling").add_argument
     number_help = "Images per defect type, cycling through the good images. Default: one for each good image."
     add("--num_images", type=int, metavar="N", help=number_help)
-    add("--num_inference_steps", type=int, default=50, metavar="N", help="Default: %(default)s (the paper's).")
-    add("--guidance_scale", type=float, default=7.5, metavar="X", help="Default: %(default)s.")
+    add("--num_inference_steps", type=int, default=50, metavar="N", help="Number of sampling steps.")
+    add("--guidance_scale", type=float, default=7.5, metavar="X", help="Classifier-free guidance; 1 is none.")
     add(
         "--guidance_interval",
         nargs=2,
@@ -82,7 +87,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "on", "off"],
         default="auto",
         help="Inpaint square crops around the mask, so that small and thin defects get enough pixels. auto: as the "
-        "LoRA was trained. Default: %(default)s.",
+        "LoRA was trained.",
     )
     add("--zoom_context", type=float, metavar="X", help="Side of a crop over that of its defect. Default: as trained.")
     min_area_help = "A mask that covers a smaller share of its crop is tiled along its length. Default: as trained."
@@ -96,14 +101,14 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=Path, metavar="FILE", help=cases_help)
     model_help = "Base inpainting model. Default: the LoRA's own base."
     revision_help = "Revision of the base on the Hub. Default: the one the LoRA was trained on."
-    add = add_base_flags(parser, model_help, revision_help, required=False)
+    add = add_base_flags(parser, model_help, revision_help, default=None)
     precision_help = "Precision of the whole model. Default: fp16 on a GPU, no on a CPU."
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision_help)
     add("--resolution", type=int, metavar="PX", help="Side of the model's square. Default: the LoRA's own.")
-    scheduler_help = "The paper uses ddim; the others need about 20 steps. Default: %(default)s."
+    scheduler_help = "Sampler. The paper uses ddim; the others need about 20 steps."
     add("--scheduler", choices=list(SCHEDULERS), default="ddim", help=scheduler_help)
     add = parser.add_argument_group("candidates and selection").add_argument
-    add("--num_candidates", type=int, default=8, metavar="N", help="Candidates per crop. Default: %(default)s.")
+    add("--num_candidates", type=int, default=8, metavar="N", help="Number of candidates per crop.")
     batch_help = "Maximum candidates per UNet call; may span several images. Default: all candidates of one image."
     add("--batch_size", type=int, metavar="N", help=batch_help)
     add(
@@ -111,16 +116,16 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
         choices=["lpips", "ssim", "rmse", "none"],
         default="lpips",
         help="Distance to the good image inside the mask; the most distant candidate is kept. none keeps the first. "
-        "Default: %(default)s (the paper's).",
+        "The paper uses lpips.",
     )
-    add("--lpips_net", choices=list(LPIPS_FILES), default="alex", help="LPIPS backbone. Default: %(default)s.")
+    add("--lpips_net", choices=list(LPIPS_FILES), default="alex", help="Backbone of LPIPS.")
     add(
         "--min_change",
         type=float,
         default=0.0,
         metavar="X",
         help="Reject candidates that show no defect: RMS change inside the mask below X times the VAE's own "
-        "reconstruction error. Default: %(default)s, no filter.",
+        "reconstruction error. 0 is no filter.",
     )
     add(
         "--max_deviation",
@@ -129,11 +134,76 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
         help="Reject artefacts: candidates whose colours are more than X times as far (Mahalanobis distance) from the "
         "training defects as the most unusual training defect is. Default: no filter.",
     )
-    attempts_help = "Attempts at a crop, each with new seeds, if all candidates are rejected. Default: %(default)s."
+    attempts_help = "Attempts at a crop, each with new seeds, if all candidates are rejected."
     add("--max_attempts", type=int, default=3, metavar="N", help=attempts_help)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR", help="Folder of images, masks and manifest.")
     add("--keep_metadata", action="store_true", help="Copy the good image's EXIF data, such as place and camera.")
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that decide which images are taken and which masks they get."""
+    add = parser.add_argument_group("images and masks").add_argument
+    add("--image", type=Path, metavar="PATH", help="Good image, or a folder of them.")
+    add("--defect", nargs="+", metavar="NAME", help="Defect types to generate, if a LoRA knows several. Default: all.")
+    add(
+        "--mask_source",
+        choices=["given", "random", "references", "procedural", "held_out"],
+        help="Where masks come from. given: --mask. references: masks of the training defects in --reference_data, "
+        "transformed and placed on the object. procedural: drawn shapes, placed on the object. random: a blob "
+        "anywhere. held_out: the held-out masks of --reference_data as they are, which leaks them (the paper's "
+        "protocol). Default: given with --mask, references with --reference_data.",
+    )
+    add("--mask", type=Path, metavar="PATH", help="Mask, white where the defect goes, or a folder of masks.")
+    add("--reference_data", metavar="DIR", help="Dataset whose masks are used: the one the LoRA was trained on.")
+    add("--object", metavar="NAME", help="Object in --reference_data, if it holds several.")
+    add("--split", default="auto", metavar="RULE|FILE", help="Split of --reference_data, as in training.")
+    add_reading_flags(add, "--reference_data")
+    rotation_help = "Reference masks are rotated by up to this angle, to either side."
+    add("--max_rotation", type=float, default=180.0, metavar="DEG", help=rotation_help)
+    shapes_help = "Shapes that procedural masks are drawn from. Default: all."
+    add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help=shapes_help)
+    add("--seed", type=int, default=0, metavar="N", help="Random seed of masks and candidates.")
+    add = parser.add_argument_group("placement of reference and procedural masks").add_argument
+    add(
+        "--foreground",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="Where the object is. auto segments it from a plain background; a texture that fills the frame is all "
+        "object. none places defects anywhere. PATH is a mask, or a folder of masks named like the images.",
+    )
+    add("--zone", type=Path, metavar="PATH", help="Mask of the region where defects may go, or a folder of them.")
+    coverage_help = "Smallest share of a defect's pixels that must lie on the object and in the region."
+    add("--coverage", type=float, default=0.99, metavar="X", help=coverage_help)
+    add("--masks_per_image", type=int, default=1, metavar="N", help="Number of defects in an image.")
+
+
+def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with a message where flags of images and masks contradict each other."""
+    if args.image is None:
+        parser.error("give --image: a good image, or a folder of them")
+    if args.mask_source is None:
+        if (args.mask is None) == (args.reference_data is None):
+            parser.error("say which masks: --mask, or --reference_data, or --mask_source procedural or random")
+        args.mask_source = "given" if args.mask is not None else "references"
+    source = args.mask_source
+    if (source == "given") != (args.mask is not None):
+        parser.error("give --mask, or another --mask_source without it")
+    if (source in ("references", "held_out")) != (args.reference_data is not None):
+        parser.error("give --reference_data with --mask_source references or held_out, and only there")
+    users = {"max_rotation": ["references"], "shapes": ["procedural"]}
+    of_data = ("object", "split", "layout", "mask_classes", "skip_problems")
+    users |= dict.fromkeys(of_data, ["references", "held_out"])
+    users |= dict.fromkeys(("foreground", "zone", "coverage", "masks_per_image"), ["references", "procedural"])
+    for flag, sources in users.items():
+        if source not in sources and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag}: only with --mask_source {' or '.join(sources)}")
+    if not 0 < args.coverage <= 1:
+        parser.error(f"--coverage {args.coverage}: must be above 0 and at most 1")
+    if not 0 <= args.max_rotation <= 180:
+        parser.error(f"--max_rotation {args.max_rotation}: must be from 0 to 180")
+    if args.masks_per_image < 1:
+        parser.error(f"--masks_per_image {args.masks_per_image}: must be at least 1")
 
 
 def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -220,51 +290,63 @@ def read_request(parser: LineParser, line: dict, args: argparse.Namespace) -> Ge
 LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is written."""
-
-
 # fmt: off
 def parse_training_args(description: str, input_args: list[str] | None = None) -> argparse.Namespace:
     """The flags of `train_defectfill.py`."""
-    parser = Parser(description=description, formatter_class=HelpFormatter)
+    usage = "accelerate launch %(prog)s --train_data_dir DIR --output_dir DIR [flags]"
+    parser = Parser(usage=usage, description=description, formatter_class=HelpFormatter)
 
     def group(title: str) -> Callable:
         return parser.add_argument_group(title).add_argument
 
-    add_base_flags(parser, "Inpainting model.", "Its revision on the Hub.", required=True)
+    add_base_flags(
+        parser, "Folder or Hub id of the inpainting model to fine-tune.", "Revision of the model on the Hub.",
+        default=SD2_MIRROR,
+    )
 
     add = group("data")
-    add("--train_data_dir", metavar="DIR", help="An object's folder in a known layout, or one above it.")
+    add("--train_data_dir", metavar="DIR", help="Folder of one object in a known layout, or a folder above it.")
     add_reading_flags(add, "--train_data_dir")
-    add("--dataset_name", metavar="PATH|ID", help="Prepared dataset, in place of --train_data_dir.")
-    add("--dataset_config_name", metavar="NAME", help="Its config.")
-    add("--object", metavar="NAME", help="Which object, where there are several.")
-    add("--defect", nargs="+", metavar="NAME", help="Defect types to learn; all of the object if not given.")
-    add("--split", default="auto", metavar="RULE|FILE", help="auto, first_third, all, or a split file.")
-    add("--resolution", type=int, default=512, metavar="PX", help="Side of the square the model sees.")
-    add("--max_resize_scale", type=float, default=1.125, metavar="X", help="Random resize by 1 to X, then crop.")
-    add("--center_crop", action="store_true", help="Crop the centre, not a random part.")
-    add("--zoom", choices=["auto", "on", "off"], default="auto", help="Windows round defects; auto: small ones.")
-    add("--zoom_context", type=float, default=3.0, metavar="X", help="A window's side over its defect's.")
-    add("--zoom_min_area", type=float, default=0.01, metavar="X", help="Smaller is small, and tiled if it is long.")
-    add("--dataloader_num_workers", type=int, default=0, metavar="N", help="Further processes that load images.")
+    add("--dataset_name", metavar="PATH|ID", help="Prepared dataset, instead of --train_data_dir.")
+    add("--dataset_config_name", metavar="NAME", help="Configuration of the prepared dataset.")
+    add("--object", metavar="NAME", help="Object to train on, if the data holds several.")
+    add("--defect", nargs="+", metavar="NAME", help="Defect types to learn. Without it, all of the object.")
+    add("--split", default="auto", metavar="RULE|FILE",
+        help="Which defects train: auto (the dataset's own split, else first_third), first_third (of each type), all, "
+             "or a split.json.")
+    add("--resolution", type=int, default=512, metavar="PX", help="Side of the square that the model sees.")
+    add("--max_resize_scale", type=float, default=1.125, metavar="X",
+        help="Augmentation: each image is enlarged by a random factor from 1 to X, then cropped back.")
+    add("--center_crop", action="store_true", help="Crop the centre of enlarged images, not a random part.")
+    add("--zoom", choices=["auto", "on", "off"], default="auto",
+        help="Train on square crops around the defects instead of whole images. auto does so if the median mask "
+             "covers less than --zoom_min_area.")
+    add("--zoom_context", type=float, default=3.0, metavar="X", help="Side of a crop, as a multiple of its defect's.")
+    add("--zoom_min_area", type=float, default=0.01, metavar="X",
+        help="Share of the image below which a defect counts as small (--zoom auto), and share of its crop below "
+             "which a long defect is tiled.")
+    add("--dataloader_num_workers", type=int, default=0, metavar="N",
+        help="Processes that load images; 0 loads them in the main process.")
 
     add = group("prompts")
-    add("--phrase", help="What names the defect. If not given, sks for one type, {defect} for several.")
-    add("--object_words", metavar="WORDS", help="What names the object; if not given, its folder's name.")
-    add("--defect_prompt", default="A photo of {phrase}", metavar="TEXT", help="Of the defect pass.")
-    add("--object_prompt", default="A {object} with {phrase}", metavar="TEXT", help="Of the object pass.")
+    add("--phrase", help="Words that name the defect, [V*]. Default: sks for one type, {defect} for several.")
+    add("--object_words", metavar="WORDS", help="Words that name the object. Default: its folder's name.")
+    add("--defect_prompt", default="A photo of {phrase}", metavar="TEXT", help="Prompt of the defect pass.")
+    add("--object_prompt", default="A {object} with {phrase}", metavar="TEXT", help="Prompt of the object pass.")
 
     add = group("method")
     add("--lambda_def", type=float, default=0.5, metavar="X", help="Weight of the defect loss.")
     add("--lambda_obj", type=float, default=0.2, metavar="X", help="Weight of the object loss.")
     add("--lambda_attn", type=float, default=0.05, metavar="X", help="Weight of the attention loss.")
-    add("--background_alpha", type=float, default=0.3, metavar="X", help="alpha in M' = M + alpha (1 - M).")
-    add("--num_random_boxes", type=int, default=30, metavar="N", help="Boxes in the object pass's mask M_rand.")
-    add("--loss_reduction", choices=["mean", "mask"], default="mean", help="Over all elements or each mask.")
-    add("--attention_pass", choices=["object", "defect"], default="object", help="Feeds the attention loss.")
-    add("--attention_map_scale", choices=["raw", "minmax"], default="raw", help="Probabilities, or stretched to 0-1.")
+    add("--background_alpha", type=float, default=0.3, metavar="X",
+        help="Weight alpha of the background in the object loss, M' = M + alpha (1 - M).")
+    add("--num_random_boxes", type=int, default=30, metavar="N", help="Number of boxes in the object pass's mask.")
+    add("--loss_reduction", choices=["mean", "mask"], default="mean",
+        help="Average the losses over all elements, or over each mask, so that small and large defects count alike.")
+    add("--attention_pass", choices=["object", "defect"], default="object",
+        help="Pass whose attention map feeds the attention loss.")
+    add("--attention_map_scale", choices=["raw", "minmax"], default="raw",
+        help="Use the attention map's probabilities, or stretch each map to [0, 1].")
 
     add = group("LoRA")
     add("--rank", type=int, default=8, metavar="N", help="Rank of every LoRA layer.")
@@ -272,45 +354,52 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--lora_dropout", type=float, default=0.1, metavar="P", help="Dropout before LoRA layers, in training only.")
 
     add = group("optimisation")
-    add("--seed", type=int, default=0, metavar="N", help="Of everything random.")
-    add("--max_train_steps", type=int, default=2000, metavar="N", help="Optimizer steps.")
+    add("--seed", type=int, default=0, metavar="N", help="Random seed.")
+    add("--max_train_steps", type=int, default=2000, metavar="N", help="Number of optimizer steps.")
     add("--train_batch_size", type=int, default=4, metavar="N", help="Images per process and micro-batch.")
-    add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="Micro-batches per step.")
-    add("--learning_rate", type=float, default=2e-4, metavar="X", help="Of the UNet's LoRA.")
-    add("--text_encoder_lr", type=float, default=4e-5, metavar="X", help="Of the text encoder's LoRA.")
-    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup", help="Shape of the learning rates.")
-    add("--lr_warmup_steps", type=int, default=100, metavar="N", help="Steps from 0 to the full rate.")
-    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit moments, from bitsandbytes.")
-    add("--adam_beta1", type=float, default=0.9, metavar="X", help="Decay of the first moment.")
-    add("--adam_beta2", type=float, default=0.999, metavar="X", help="Decay of the second moment.")
-    add("--adam_weight_decay", type=float, default=1e-2, metavar="X", help="Weight decay.")
-    add("--adam_epsilon", type=float, default=1e-8, metavar="X", help="Added to the root of the second moment.")
+    add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="Micro-batches per optimizer step.")
+    add("--learning_rate", type=float, default=2e-4, metavar="X", help="Learning rate of the UNet's LoRA.")
+    add("--text_encoder_lr", type=float, default=4e-5, metavar="X", help="Learning rate of the text encoder's LoRA.")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup",
+        help="How the learning rates change over the steps.")
+    add("--lr_warmup_steps", type=int, default=100, metavar="N",
+        help="Steps in which the learning rates rise from 0 to their full value.")
+    add("--use_8bit_adam", action="store_true", help="Use the 8-bit AdamW of bitsandbytes.")
+    add("--adam_beta1", type=float, default=0.9, metavar="X", help="Decay rate of AdamW's first moment.")
+    add("--adam_beta2", type=float, default=0.999, metavar="X", help="Decay rate of AdamW's second moment.")
+    add("--adam_weight_decay", type=float, default=1e-2, metavar="X", help="Weight decay of AdamW.")
+    add("--adam_epsilon", type=float, default=1e-8, metavar="X", help="Epsilon of AdamW.")
     add("--max_grad_norm", type=float, default=1.0, metavar="X", help="Gradients are clipped to this norm.")
 
     add = group("precision and memory")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="LoRA weights stay fp32.")
-    add("--gradient_checkpointing", action="store_true", help="Less memory, slower, the same gradients.")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Needs CUDA.")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products, on Ampere and later GPUs.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"],
+        help="Precision of the frozen weights and of the computation; LoRA weights stay in fp32. Default: that of "
+             "accelerate's configuration, else no.")
+    add("--gradient_checkpointing", action="store_true", help="Save memory, take more time; the result is the same.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true",
+        help="Use the attention of xformers, which needs CUDA and is no faster than PyTorch's own.")
+    add("--allow_tf32", action="store_true", help="Allow TF32 matrix products, on Ampere GPUs and later.")
 
     add = group("output and checkpoints")
-    add("--output_dir", type=Path, required=True, metavar="DIR", help="Where the LoRA, checkpoints and records go.")
-    add("--checkpointing_steps", type=int, default=500, metavar="N", help="A checkpoint every N steps.")
-    add("--checkpoints_total_limit", type=int, metavar="N", help="Keep the newest N checkpoints; all if not given.")
-    add("--resume_from_checkpoint", metavar="latest|PATH", help="latest starts anew without one.")
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="Folder of the LoRA, checkpoints and records.")
+    add("--checkpointing_steps", type=int, default=500, metavar="N", help="Save a checkpoint every N steps.")
+    add("--checkpoints_total_limit", type=int, metavar="N", help="Keep only the newest N checkpoints. Default: all.")
+    add("--resume_from_checkpoint", metavar="latest|PATH",
+        help="Checkpoint to resume, or latest; with latest and no checkpoint, training starts from scratch.")
 
     add = group("validation and logging")
-    add("--validation_steps", type=int, default=500, metavar="N", help="Pictures every N steps; 0 for none.")
-    add("--num_validation_images", type=int, default=4, metavar="N", help="Good images to paint on.")
-    add("--validation_inference_steps", type=int, default=50, metavar="N", help="DDIM steps of each picture.")
-    add("--report_to", default="tensorboard", metavar="NAME", help="One of accelerate's trackers, all or none.")
-    add("--logging_dir", default="logs", metavar="DIR", help="Where trackers write, inside the output folder.")
+    add("--validation_steps", type=int, default=500, metavar="N",
+        help="Save validation images every N steps, or never (0).")
+    add("--num_validation_images", type=int, default=4, metavar="N", help="Number of good images to inpaint then.")
+    add("--validation_inference_steps", type=int, default=50, metavar="N", help="DDIM steps of a validation image.")
+    add("--report_to", default="tensorboard", metavar="NAME", help="Tracker of accelerate to log to, all or none.")
+    add("--logging_dir", default="logs", metavar="DIR", help="Folder of the tracker, inside the output folder.")
 
     add = group("Hugging Face Hub")
-    add("--push_to_hub", action="store_true", help="Push LoRA and card, token from HF_TOKEN or login.")
-    add("--hub_model_id", metavar="ID", help="Repository; the output folder's name if not given.")
-    add("--hub_public", action="store_true", help="Publish; the repository is private if not given.")
-    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="When to give the push up.")
+    add("--push_to_hub", action="store_true", help="Push LoRA and model card, with the token of HF_TOKEN or a login.")
+    add("--hub_model_id", metavar="ID", help="Repository on the Hub. Default: the output folder's name.")
+    add("--hub_public", action="store_true", help="Make a new repository public; without it, it is private.")
+    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="Seconds after which a push is given up.")
     return parser.parse_args(input_args)
 # fmt: on
 

@@ -1,13 +1,31 @@
 """The files that requests name: source images with their masks, LoRAs, mask sources; each is read and checked once."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from defectfill_dataset import Case, MaskSource
-from defectfill_dataset.inputs import MASK_FLAGS, read_cases, read_source
+from defectfill_dataset import (
+    MaskSource,
+    PlacedShapes,
+    find_foreground,
+    held_out_source,
+    load_masks,
+    masks_digest,
+    procedural_shapes,
+    random_source,
+    reference_shapes,
+)
 
 from ..lora import LoraFile, read_lora
+from .cases import Case, check_cases, find_cases
 from .plan import RequestInputs, choose_defects, make_recipe
 from .requests import GenerationRequest
+
+
+# What decides a mask source.
+MASK_FLAGS = (
+    "mask_source", "reference_data", "object", "split", "layout", "mask_classes", "skip_problems", "max_rotation",
+    "shapes", "foreground", "zone", "coverage", "masks_per_image",
+)  # fmt: skip
 
 
 def read_inputs(requests: Sequence[GenerationRequest], cache_dir: str | None) -> list[RequestInputs]:
@@ -43,3 +61,40 @@ def read_images(request: GenerationRequest) -> list[Case]:
     for case in cases:
         _ = case.digests  # cached there: planning reads no file
     return cases
+
+
+def read_cases(request: GenerationRequest) -> list[Case]:
+    """The cases of the flags, every file opened and checked."""
+    foreground = Path(request.foreground) if request.foreground not in ("auto", "none") else None
+    cases = find_cases(request.image, request.mask, foreground, request.zone)
+    check_cases(cases)
+    return cases
+
+
+def read_source(
+    request: GenerationRequest, defect: str | None, cache_dir: str | None = None
+) -> tuple[MaskSource | None, dict]:
+    """The mask source of the flags, None for given masks, and the settings that decide its masks."""
+    if request.mask_source in ("given", "random"):
+        return (random_source if request.mask_source == "random" else None), {}
+    if request.mask_source == "procedural":
+        shapes, settings = procedural_shapes(request.shapes), {"shapes": request.shapes}
+    else:
+        held_out = request.mask_source == "held_out"
+        masks = load_masks(
+            request.reference_data, request.object, request.split, defect, held_out, cache_dir, request.layout,
+            request.mask_classes, request.skip_problems,
+        )  # fmt: skip
+        settings = {"reference_masks_sha256": masks_digest(masks)}
+        if held_out:
+            return held_out_source(masks), settings
+        shapes, settings["max_rotation"] = reference_shapes(masks, request.max_rotation), request.max_rotation
+    foreground = request.foreground if request.foreground in ("auto", "none") else "given"
+    settings |= {
+        "foreground": foreground,
+        "zone": request.zone is not None,
+        "coverage": request.coverage,
+        "masks_per_image": request.masks_per_image,
+    }
+    finder = find_foreground if foreground == "auto" else None
+    return PlacedShapes(shapes, finder, request.coverage, request.masks_per_image), settings

@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from defectfill_dataset import Case, InputError
+from defectfill_dataset import InputError
 
+from .cases import Case
 from .files import atomic_write
 
 

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from defectfill_dataset import Case, InputError, MaskSource, Zoom, repeat_seed
+from defectfill_dataset import InputError, MaskSource, Zoom
 from defectfill_dataset.errors import did_you_mean
 
 from ..lora import LoraFile
+from .cases import Case, repeat_seed
 from .requests import GenerationRequest
 
 

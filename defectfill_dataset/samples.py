@@ -9,12 +9,12 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from .crops import Box, Zoom, cut, fit_box, zoom_boxes
 from .images import image_tensor, load_image
 from .mask_values import binarise
 from .masks import boxes_mask, random_boxes, to_grid
 from .prompts import PromptPair, TokenizedPrompts
 from .seeds import derive_seed
-from .zoom import Box, Zoom, cut, fit_box, zoom_boxes
 
 
 CROP_TRIES = 10

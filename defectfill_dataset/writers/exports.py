@@ -17,15 +17,15 @@ import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from .builder import file_digest
-from .images import ORIENTATION, load_image
-from .mask_values import binarise
-from .masks import MaskFiles, pieces
-from .outlines import exact_polygon, joined_polygon
-from .readers import NAME, ONE_TYPE, RESERVED, Row, file_inside, image_files
-from .readers.marks import MALFORMED
-from .seeds import derive_seed
-from .writers import WRITERS, png_bytes, read_examples
+from ..builder import file_digest
+from ..images import ORIENTATION, load_image
+from ..mask_values import binarise
+from ..masks import MaskFiles, pieces
+from ..readers import NAME, ONE_TYPE, RESERVED, Row, file_inside, image_files
+from ..readers.marks import MALFORMED
+from ..seeds import derive_seed
+from .datasets import WRITERS, png_bytes, read_examples
+from .polygons import exact_polygon, joined_polygon
 
 
 @dataclasses.dataclass(frozen=True)

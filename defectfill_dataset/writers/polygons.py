@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.spatial import cKDTree
 
-from .masks import polygon_mask
+from ..masks import polygon_mask
 
 
 STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # right, down, left, up, with the inside on the right hand

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from .masks import blob_outline, bounds
+from ..masks import blob_outline, bounds
 
 
 def cut_out(mask: np.ndarray) -> np.ndarray:

@@ -16,13 +16,13 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from .builder import load_defect_pairs, select_defects
-from .checks import check_pairs
-from .errors import InputError
+from ..builder import load_defect_pairs, select_defects
+from ..checks import check_pairs
+from ..errors import InputError
+from ..mask_values import binarise
+from ..masks import random_mask
+from ..seeds import derive_seed
 from .foreground import find_foreground
-from .mask_values import binarise
-from .masks import random_mask
-from .seeds import derive_seed
 from .shapes import SHAPES, cut_out, random_transform, transform, union
 
 

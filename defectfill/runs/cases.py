@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .builder import file_digest
-from .checks import Look, area_problems, look_at, odd_lines
-from .errors import InputError, Problem
-from .images import UNREADABLE, load_image, open_image
-from .mask_values import binarise
-from .placement import MaskSource, Placed
-from .readers import image_files, is_unicode, pair_by_name
-from .seeds import derive_seed
+from defectfill_dataset.builder import file_digest
+from defectfill_dataset.checks import Look, area_problems, look_at, odd_lines
+from defectfill_dataset.errors import InputError, Problem
+from defectfill_dataset.images import UNREADABLE, load_image, open_image
+from defectfill_dataset.mask_values import binarise
+from defectfill_dataset.readers import image_files, is_unicode, pair_by_name
+from defectfill_dataset.seeds import derive_seed
+from defectfill_dataset.synthesis.placement import MaskSource, Placed
 
 
 logger = logging.getLogger(__name__)

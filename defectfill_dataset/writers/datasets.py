@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from .builder import FEATURES
-from .images import load_image, open_image, tells_more
-from .masks import Mask
-from .readers import Row, relative
+from ..builder import FEATURES
+from ..images import load_image, open_image, tells_more
+from ..masks import Mask
+from ..readers import Row, relative
 
 
 SHARD_BYTES, GROUP_BYTES = 500 << 20, 32 << 20  # of a Parquet file, and of what is held in memory

@@ -1,0 +1,1 @@
+"""Writers: datasets to publish, and exports that others train on."""

@@ -1,0 +1,70 @@
+"""Write the documents that follow from the code: docs/errors.md and docs/help/.
+
+    python scripts/write_docs.py
+
+For contributors, after a change of flags or codes; a test says when they are out of date.
+"""
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+
+import defectfill.quiet  # noqa: F401
+
+from defectfill_dataset.codes import CODES
+
+
+COMMANDS = ("train_defectfill", "generate_defectfill", *(
+    f"defectfill_scripts.{name}" for name in ("check_data", "prepare_data", "preview_masks", "export_generated")
+))  # fmt: skip
+
+
+def errors_page() -> str:
+    """docs/errors.md."""
+    lines = ["# Errors and notes", "", "A message begins with a code and the file or flag, and ends with the fix.", ""]
+    for group, codes in CODES.items():
+        lines += [f"## {group}", "", "| code | meaning |", "|---|---|"]
+        lines += [f"| {code} | {meaning} |" for code, meaning in codes.items()] + [""]
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def help_text(module: str) -> str:
+    """What the command prints for --help, 100 columns wide."""
+    shown: list[str] = []
+    name = module.rpartition(".")[2]
+    original, columns = argparse.ArgumentParser.format_help, os.environ.get("COLUMNS")
+
+    def record(parser: argparse.ArgumentParser) -> str:
+        parser.prog = f"{name}.py"
+        shown.append(original(parser))
+        return ""
+
+    os.environ["COLUMNS"] = "102"  # argparse keeps two free
+    argparse.ArgumentParser.format_help = record  # type: ignore[method-assign]
+    try:
+        importlib.import_module(module).parse_args(["--help"])
+    except SystemExit:
+        pass
+    finally:
+        argparse.ArgumentParser.format_help = original  # type: ignore[method-assign]
+        os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
+    return "".join(line.rstrip() + "\n" for line in shown[0].splitlines())
+
+
+def documents() -> dict[str, str]:
+    """Each file, relative to docs/, with its text."""
+    helps = {f"help/{module.rpartition('.')[2]}.txt": help_text(module) for module in COMMANDS}
+    return {"errors.md": errors_page(), **helps}
+
+
+def main() -> None:
+    folder = Path(__file__).resolve().parents[1] / "docs"
+    (folder / "help").mkdir(exist_ok=True)
+    for name, text in documents().items():
+        (folder / name).write_text(text)
+    print(f"{folder}: errors.md, help/")
+
+
+if __name__ == "__main__":
+    main()

@@ -58,7 +58,9 @@ def documents() -> dict[str, str]:
     return {"errors.md": errors_page(), **helps}
 
 
-def main() -> None:
+def main(input_args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(input_args)
     folder = Path(__file__).resolve().parents[1] / "docs"
     (folder / "help").mkdir(exist_ok=True)
     for name, text in documents().items():

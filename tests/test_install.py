@@ -167,7 +167,8 @@ def test_a_refusal_outlives_a_launcher_that_is_killed(code, tmp_path):
     """And waits for it: the launcher, here asleep, is killed after its process has ended."""
     script, launcher = tmp_path / "refuse.py", tmp_path / "accelerate.py"
     script.write_text(f"""if True:
-        from defectfill_dataset import InputError, Parser, exit_on_input_error
+        from defectfill_dataset import InputError
+        from defectfill_dataset.commands import Parser, exit_on_input_error
         def main():
             {code}
         exit_on_input_error(main)""")

@@ -299,7 +299,7 @@ def test_help_comes_in_groups(capsys):
         train_defectfill.parse_args(["--help"])
     text = capsys.readouterr().out
     assert all(f"\n{group}:\n" in text for group in ("base model", "data", "method", "LoRA", "Hugging Face Hub"))
-    assert "(default: 2000)" in text and "(default: 0.0002)" in text
+    assert "Default: 2000." in text and "Default: 0.0002." in text
 
 
 def test_the_defaults_are_the_papers():

@@ -293,7 +293,7 @@ LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_
 # fmt: off
 def parse_training_args(description: str, input_args: list[str] | None = None) -> argparse.Namespace:
     """The flags of `train_defectfill.py`."""
-    usage = "accelerate launch %(prog)s --train_data_dir DIR --output_dir DIR [flags]"
+    usage = "%(prog)s --train_data_dir DIR --output_dir DIR [flags]"
     parser = Parser(usage=usage, description=description, formatter_class=HelpFormatter)
 
     def group(title: str) -> Callable:

@@ -49,7 +49,7 @@ from defectfill.runs.cards import write_model_card
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
 from defectfill.runs.flags import check_training_args, parse_training_args
 from defectfill.runs.hub import check_hub, push
-from defectfill.runs.record import LossLog, log_image, lora_record, run_record
+from defectfill.runs.record import LossLog, StepClock, log_image, lora_record, run_record
 from defectfill.runs.signals import StopSignal
 from defectfill.sampling import composite, ddim, inpaint
 from defectfill_dataset import (
@@ -547,7 +547,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     )
-    sums, skipped = torch.zeros(len(LOSSES), device=device), 0
+    sums, skipped, clock = torch.zeros(len(LOSSES), device=device), 0, StepClock()
     models.unet.train(), models.text_encoder.train()
     for keys, batch in zip(schedule, loader):
         batch = {k: v.to(device) for k, v in batch.items()}
@@ -560,6 +560,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
             sums += torch.stack([losses[k].detach() for k in LOSSES]) / accumulation
             if accelerator.sync_gradients:
                 terms = dict(zip(LOSSES, accelerator.reduce(sums, "mean").tolist()))
+                clock.tick()
                 norm = accelerator.clip_grad_norm_(parameters.values(), args.max_grad_norm)
                 stop_if_not_finite(terms, norm, step, samples, batch, scaled=accelerator.scaler is not None)
             optimizer.step()
@@ -585,6 +586,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         stopping = stop.requested(accelerator)
         if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             written = save(args, prepared, training, accelerator, {"step": step, "before": before}, log)
+            clock.interrupt()
         if stopping and step < args.max_train_steps:
             kept = "resume with --resume_from_checkpoint latest" if written else "its checkpoint could not be written"
             logger.info(f"Stopped at step {step}; {kept}")
@@ -592,12 +594,13 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
             raise SystemExit(stop.exit_status)
         if args.validation_steps and step % args.validation_steps == 0:
             validate(step)
+            clock.interrupt()
     progress.close()
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         log.flush()
-        measures = {"before": before, "after": measure_references(), **log.summary()}
+        measures = {"before": before, "after": measure_references(), **log.summary(), "speed": clock.summary(device)}
         finish(args, prepared, accelerator, bare_models, measures, time.time() - began)
     accelerator.end_training()
 

@@ -13,7 +13,6 @@ Shapes: S scenes, K masks of each, R picture side, G latent side. Masks are 1 wh
 """
 
 import argparse
-import collections
 import dataclasses
 import json
 import math
@@ -34,10 +33,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from defectfill.random_base import make_tokenizer
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
 from defectfill.sampling import composite, ddim, inpaint
@@ -69,34 +68,6 @@ WORDS = f"""a an the photo picture close up of on with and in good sks part {" "
 metal brushed woven grained wood magnetic hazelnut bottle cable capsule carpet grid leather pill screw tile toothbrush
 transistor zipper hole crack cut print scratch stain dent tear blowhole break fray uneven broken large small
 contamination bent color faulty imprint thread fold glue poke rough oil gray stroke flip missing wire defect""".split()
-
-
-def make_tokenizer(words: Iterable[str], model_max_length: int = 77) -> CLIPTokenizer:
-    """A CLIP tokenizer that keeps each of `words` whole and spells every other word in bytes.
-
-    Byte pairs are merged in an order that depends on the words alone (the tokenizers library breaks ties at random).
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spelled = [[*word[:-1], f"{word[-1]}</w>"] for word in sorted(set(words))]
-    merges: list[tuple[str, str]] = []
-    while any(len(word) > 1 for word in spelled):
-        counts = collections.Counter(pair for word in spelled for pair in zip(word, word[1:]))
-        merges.append(max(counts, key=lambda pair: (counts[pair], pair)))
-        spelled = [merge(word, merges[-1]) for word in spelled]
-    tokens = [*alphabet, *(f"{c}</w>" for c in alphabet), *dict.fromkeys("".join(pair) for pair in merges)]
-    vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
-
-
-def merge(word: list[str], pair: tuple[str, str]) -> list[str]:
-    """The word with every occurrence of the pair, from the left, made one symbol."""
-    merged: list[str] = []
-    for symbol in word:
-        if merged and (merged[-1], symbol) == pair:
-            merged[-1] += symbol
-        else:
-            merged.append(symbol)
-    return merged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpai
 from PIL import Image
 from safetensors.torch import load_file
 
+from defectfill.random_base import random_sd2_pipeline
 from defectfill.sampling import ddim, inpaint
 from defectfill_dataset import InputError, binarise, check_pairs, cover, image_tensor, load_defect_pairs
 from defectfill_scripts import ablate, compare_samplers, make_demo_data, make_tiny_base, train_segmenter
@@ -274,7 +275,7 @@ def test_the_stock_way_differs_in_the_sampled_latents_and_the_background_alone(t
 
 @pytest.mark.parametrize("model", ["base", "sd2_size"])
 def test_generation_is_measured_in_every_way(base, tmp_path, monkeypatch, model):
-    monkeypatch.setattr(benchmark, "sd2_pipeline", toy_pipeline)
+    monkeypatch.setattr(benchmark, "random_sd2_pipeline", lambda device, dtype: toy_pipeline().to(device, dtype))
     command = f"""--images 2 --num_candidates 2 --batch_size 4 --rounds 2 --num_inference_steps 4 --fast_steps 2
         --resolution 32 --output {tmp_path}/speed.md"""
     which = ["--base", str(base)] if model == "base" else ["--sd2_size"]
@@ -294,7 +295,6 @@ def test_a_batch_smaller_than_a_pictures_candidates_is_refused(capsys):
 
 
 def test_the_large_pipeline_has_stable_diffusions_sizes():
-    with torch.device("meta"):
-        pipe = benchmark.sd2_pipeline()
+    pipe = random_sd2_pipeline(torch.device("meta"), torch.bfloat16)
     millions = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) // 10**6 for name in SD2_MILLIONS}
     assert millions == SD2_MILLIONS

@@ -48,6 +48,7 @@ def test_a_run_leaves_lora_card_record_split_and_checkpoint(trained):
             "attention_inside",
             "mask_area",
         }
+    assert record["speed"]["seconds_per_step"] is None  # two steps: all of them are warm-up
     lines = read_lines(trained / "losses.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["loss"] == pytest.approx(

@@ -34,6 +34,7 @@ from typing import NamedTuple
 SMALL_BASE = Path(__file__).resolve().parent / "tiny_base"
 COMMANDS = ("train_defectfill", "generate_defectfill")
 OPTIONAL = ("bitsandbytes", "xformers")  # libraries that use CUDA when they are imported
+DRAWN = 128  # px a side of the drawn images
 CARDS = (6, 8, 12, 16, 24)  # GB, of the page's advice
 OVERHEAD = 0.7  # GiB that CUDA itself and a desktop take
 CPU_TOLERANCE = 0.01  # of a loss; cuDNN's convolutions are in TF32
@@ -150,6 +151,16 @@ def describe_machine() -> dict:
     return found
 
 
+def enlarge(folder: str, size: int) -> None:
+    """Enlarges the images and masks of a folder to `size` px a side; to draw them in that size takes seconds each."""
+    from PIL import Image
+
+    for file in Path(folder).rglob("*.png"):
+        with Image.open(file) as image:
+            method = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.BICUBIC
+            image.resize((size, size), method).save(file)
+
+
 def save_random_base(folder: str) -> dict:
     """Saves random weights in the sizes of Stable Diffusion 2, made on the GPU."""
     import torch
@@ -230,8 +241,10 @@ class Check:
         """A folder of drawn nuts with holes, and good ones."""
         folder = self.work / f"pictures-{size}"
         if not folder.exists():
-            argv = f"--size {size} --parts nut --defects 3 --good {self.sizes.images} --output_dir {folder}"
+            drawn = min(size, DRAWN)
+            argv = f"--size {drawn} --parts nut --defects 3 --good {self.sizes.images} --output_dir {folder}"
             self.command("defectfill_scripts.make_demo_data", argv)
+            self.call(enlarge, str(folder), size)
         return f"{folder}/nut"
 
     @functools.cached_property
@@ -271,10 +284,11 @@ class Check:
 
 def environment(check: Check, name: str, flags: str) -> dict:
     """Looks at the machine. If a forked child cannot use its GPU, each child imports the libraries for itself."""
+    limit, check.step_ends = check.step_ends, min(check.step_ends, time.monotonic() + 30)
     try:
         check.machine = check.call(describe_machine)
     except StepError:
-        check.start_method = "spawn"
+        check.start_method, check.step_ends = "spawn", limit
         check.machine = check.call(describe_machine)
         if not check.machine["gpu"]:
             check.start_method = "fork"

@@ -103,6 +103,7 @@ def child(log: Path, result: Path, call: Callable, given: tuple) -> None:
     os.setsid()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     result.write_text(json.dumps(call(*given)))
 
 
@@ -363,6 +364,7 @@ BF16 = "--mixed_precision bf16 --train_batch_size"
 STEPS: dict[str, Step] = {
     "environment": Step(environment),
     "small-fp16": Step(killed_and_resumed, "--mixed_precision fp16"),
+    "small-bf16": Step(killed_and_resumed, "--mixed_precision bf16"),
     "small-8bit": Step(killed_and_resumed, "--mixed_precision bf16 --use_8bit_adam"),
     "small-fp32": Step(same_as_cpu, "--mixed_precision no --lora_dropout 0 --lr_warmup_steps 0"),
     "base": Step(make_base),

@@ -43,6 +43,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from defectfill.base_model import BaseModel, check_resolution, load_models, load_tokenizer, read_base
 from defectfill.colour_stats import statistics_by_defect
+from defectfill.latents import LatentCache, encode_images
 from defectfill.lora import ADAPTER, LORA_FILE, lora_parameters, read_lora, reload_and_compare, save_lora
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.cards import write_model_card
@@ -297,25 +298,6 @@ def sample_noise(models: Models, batch: dict) -> NoiseSample:
     return NoiseSample(*(torch.stack(column).to(batch["mask"].device) for column in zip(*samples)))
 
 
-def encode_images(
-    vae: AutoencoderKL, pixel_values: torch.Tensor, masks: list[torch.Tensor], posterior: torch.Tensor
-) -> list[torch.Tensor]:
-    """[x_0, b of each mask], (B, C, h, w) each: the clean image and the clean image with each mask cut out.
-
-    One VAE call. x_0 is a sample of the posterior, as in diffusers; each b is its mode, as in generation.
-
-    Args:
-        pixel_values: (B, 3, H, W) in [-1, 1]; what is cut out becomes 0, grey.
-        masks: (B, 1, h, w) each; the pixels cut out are those their cells cover.
-    """
-    factor = pixel_values.shape[-1] // masks[0].shape[-1]
-    images = torch.cat([pixel_values, *(pixel_values * (1 - cover(mask, factor)) for mask in masks)])
-    latents = vae.encode(images.to(vae.dtype)).latent_dist
-    means = latents.mean.float().chunk(1 + len(masks))
-    std = latents.std[: len(pixel_values)].float()
-    return [x * vae.config.scaling_factor for x in (means[0] + std * posterior, *means[1:])]
-
-
 def encode_prompts(text_encoder: torch.nn.Module, tokens: TokenizedPrompts, rows: torch.Tensor) -> torch.Tensor:
     """(len(rows), L, D) text embeddings with gradient, each distinct prompt encoded once."""
     distinct, place = rows.unique(return_inverse=True)
@@ -326,14 +308,15 @@ def training_losses(models: Models, batch: dict, sample: NoiseSample, options: L
     """The three losses and their total for one batch: both passes in one UNet call, on the same eps, t and x_t.
 
     Args:
-        batch: collated items of `TrainingSamples`.
+        batch: collated items of `TrainingSamples`, their latents cached or not.
 
     Returns:
         loss, l_def, l_obj, l_attn, and attention_map (B, h, w).
     """
     unet, text_encoder, vae, scheduler, store, tokens = models
     mask, random_mask = batch["mask"], batch["random_mask"]  # (B, 1, h, w)
-    x_0, b_def, b_obj = encode_images(vae, batch["pixel_values"], [mask, random_mask], sample.posterior)
+    latents = batch.get("latents") or encode_images(vae, batch["pixel_values"], [mask, random_mask])
+    x_0, b_def, b_obj = latents.sample(sample.posterior, vae.config.scaling_factor)
     x_t = scheduler.add_noise(x_0, sample.noise, sample.timesteps)
     v_prediction = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(x_0, sample.noise, sample.timesteps) if v_prediction else sample.noise
@@ -380,6 +363,7 @@ def measure(models: Models, items: Iterable[dict], options: LossOptions, device:
     rows = []
     for item in items:
         batch = collate([item], device)
+        batch["latents"] = encode_images(models.vae, batch["pixel_values"], [batch["mask"], batch["random_mask"]])
         sample = sample_noise(models, batch)
         for fifth in range(1, 5):
             t = torch.full_like(sample.timesteps, fifth * models.noise_scheduler.config.num_train_timesteps // 5)
@@ -466,6 +450,7 @@ def make_models(
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     store = record_attention(unet)  # last: xformers replaces every processor
+    vae.enable_slicing()  # one image at a time: encoding needs little memory, and a latent depends on no other image
     for model in (unet, text_encoder, vae):
         model.to(device)
     return Models(unet, text_encoder, vae, noise_scheduler, store, prepared.tokens)
@@ -502,13 +487,16 @@ def start_training(args: argparse.Namespace, prepared: PreparedTraining, acceler
 
 @contextmanager
 def evaluating(models: Models, accelerator: Accelerator) -> Iterator[None]:
-    """The trained models in eval mode (no LoRA dropout) with autocast, and back in train mode after."""
+    """The trained models in eval mode (no LoRA dropout) with autocast, the VAE on the device; all as before after."""
     models.unet.eval(), models.text_encoder.eval()
+    vae_device = models.vae.device
+    models.vae.to(accelerator.device)
     try:
         with accelerator.autocast():
             yield
     finally:
         models.unet.train(), models.text_encoder.train()
+        models.vae.to(vae_device)
 
 
 def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Accelerator, stop: StopSignal) -> None:
@@ -542,6 +530,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     loader = torch.utils.data.DataLoader(samples, batch_sampler=schedule, num_workers=args.dataloader_num_workers)
     log = LossLog(args.output_dir / "losses.jsonl", step) if accelerator.is_main_process else None
     validate = make_validation(args, prepared, bare_models, options, accelerator)
+    cache = LatentCache(samples, bare_models.vae, device) if args.cache_latents else None
 
     # The loop: one micro-batch an iteration; `step` counts optimizer steps.
     progress = tqdm(
@@ -550,7 +539,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     sums, skipped = torch.zeros(len(LOSSES), device=device), 0
     models.unet.train(), models.text_encoder.train()
     for keys, batch in zip(schedule, loader):
-        batch = {k: v.to(device) for k, v in batch.items()}
+        batch = cache.load(batch) if cache else {k: v.to(device) for k, v in batch.items()}
         torch.manual_seed(derive_seed(args.seed, "dropout", *keys[0][:2]))
         sample = sample_noise(models, batch)
         with accelerator.accumulate(models.unet, models.text_encoder):
@@ -699,10 +688,10 @@ def finish(
 
 # Options that must not change when a run resumes; they are also all that a tracker is told.
 IDENTITY = (
-    "resolution", "max_resize_scale", "center_crop", *LossOptions._fields, "num_random_boxes", "rank", "lora_alpha",
-    "lora_dropout", "seed", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "text_encoder_lr",
-    "lr_scheduler", "lr_warmup_steps", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay",
-    "adam_epsilon", "max_grad_norm", "allow_tf32",
+    "resolution", "max_resize_scale", "center_crop", "cache_latents", *LossOptions._fields, "num_random_boxes",
+    "rank", "lora_alpha", "lora_dropout", "seed", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "use_8bit_adam", "adam_beta1", "adam_beta2",
+    "adam_weight_decay", "adam_epsilon", "max_grad_norm", "allow_tf32",
 )  # fmt: skip
 
 
@@ -771,7 +760,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
         args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, args.output_dir.resolve().name)
     samples = TrainingSamples(
         data["train"], prompts, tokens, args.resolution, base.vae_scale_factor, args.seed,
-        args.max_resize_scale, args.center_crop, args.num_random_boxes, zoom, others,
+        args.max_resize_scale, args.center_crop, args.num_random_boxes, zoom, others, args.cache_latents,
     )  # fmt: skip
     record = lora_record(
         base, object_words, prompts, args.push_to_hub, appearance=statistics_by_defect(samples),

@@ -175,7 +175,8 @@ def test_v_prediction_bases_are_trained_on_velocity():
     models, batch = make_models(lora=False), make_batch()
     draws = t.sample_noise(models, batch)
     models.noise_scheduler.register_to_config(prediction_type="v_prediction")
-    x_0, *_ = t.encode_images(models.vae, batch["pixel_values"], [batch["mask"]], draws.posterior)
+    latents = t.encode_images(models.vae, batch["pixel_values"], [batch["mask"]])
+    x_0, _ = latents.sample(draws.posterior, models.vae.config.scaling_factor)
     velocity = models.noise_scheduler.get_velocity(x_0, draws.noise, draws.timesteps)
     models.unet.forward = lambda x, *_, **__: Prediction(torch.cat([velocity, velocity]))
     models.store.pop = lambda: {"layer": torch.rand(2, 16)}

@@ -112,6 +112,15 @@ def test_a_killed_run_resumes_bit_equal(train, base, data, tmp_path, uninterrupt
     assert any(t.dtype == torch.uint8 for t in moments.values()) == ("8" in optimizer)
 
 
+def test_a_killed_run_with_cached_latents_resumes_bit_equal(train, base, data, tmp_path, uninterrupted):
+    """The cache is not saved: what the rest of the run draws is encoded again."""
+    flags = ["--cache_latents", "2"]
+    whole, out = uninterrupted(data, *flags), tmp_path / "killed"
+    assert killed_run(options(base, data, out, *RUN, *flags), "step") == KILLED
+    train(*RUN, *flags, "--resume_from_checkpoint", "latest", output=out)
+    assert same_results(whole, out)
+
+
 @pytest.mark.parametrize("lost", ["moments", "schedule", "step", "seed"])
 def test_control_the_comparison_notices_what_is_not_restored(
     train, base, data, tmp_path, uninterrupted, monkeypatch, lost
@@ -212,7 +221,10 @@ def test_stray_names_are_no_checkpoints(tmp_path):
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == [".tmp-of-others"]
 
 
-@pytest.mark.parametrize("flags", [("--rank", "8"), ("--learning_rate", "0.1"), ("--seed", "3"), ("--phrase", "hole")])
+@pytest.mark.parametrize(
+    "flags",
+    [("--rank", "8"), ("--learning_rate", "0.1"), ("--seed", "3"), ("--phrase", "hole"), ("--cache_latents", "2")],
+)
 def test_a_run_resumes_only_with_the_options_it_began_with(train, two_checkpoints, tmp_path, flags):
     out = shutil.copytree(two_checkpoints, tmp_path / "out")
     data = two_checkpoints.parent / "nut"

@@ -318,6 +318,10 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--max_resize_scale", type=float, default=1.125, metavar="X",
         help="Augmentation: each image is enlarged by a random factor from 1 to X, then cropped back.")
     add("--center_crop", action="store_true", help="Crop the centre of enlarged images, not a random part.")
+    add("--cache_latents", type=int, default=0, metavar="K",
+        help="Encode K augmented variants of each crop once, each with 4 sets of random boxes, and train on these; 0 "
+             "augments and encodes at every step, as in the paper. Training is about twice as fast once they are "
+             "cached; they take 0.3 MiB each at 512 px in half precision.")
     add("--zoom", choices=["auto", "on", "off"], default="auto",
         help="Train on square crops around the defects instead of whole images. auto does so if the median mask "
              "covers less than --zoom_min_area.")
@@ -412,7 +416,7 @@ def check_training_args(args: argparse.Namespace) -> None:
             checkpoints_total_limit""",
         0: """seed lambda_def lambda_obj lambda_attn background_alpha lora_dropout learning_rate text_encoder_lr
             lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon adam_weight_decay dataloader_num_workers
-            validation_steps push_timeout zoom_min_area""",
+            validation_steps push_timeout zoom_min_area cache_latents""",
     }
     problems = [
         f"DF187 --{name} {getattr(args, name)}: must be a finite number of at least {bound}"

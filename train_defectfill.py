@@ -43,7 +43,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from defectfill.base_model import BaseModel, check_resolution, load_models, load_tokenizer, read_base
 from defectfill.colour_stats import statistics_by_defect
-from defectfill.latents import LatentCache, encode_images
+from defectfill.latents import LatentCache, encode_images, to_device
 from defectfill.lora import ADAPTER, LORA_FILE, lora_parameters, read_lora, reload_and_compare, save_lora
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.cards import write_model_card
@@ -295,20 +295,26 @@ def sample_noise(models: Models, batch: dict) -> NoiseSample:
         noise, posterior = torch.randn(shape, generator=generator)
         t = torch.randint(0, models.noise_scheduler.config.num_train_timesteps, (), generator=generator)
         samples.append((noise, t, posterior))
-    return NoiseSample(*(torch.stack(column).to(batch["mask"].device) for column in zip(*samples)))
+    return NoiseSample(*(to_device(torch.stack(column), batch["mask"].device) for column in zip(*samples)))
+
+
+def on_device(batch: dict, device: torch.device) -> dict:
+    """The batch's images and masks on `device`; numbers stay on the CPU, where they are used."""
+    return {k: to_device(v, device) if v.is_floating_point() else v for k, v in batch.items()}
 
 
 def encode_prompts(text_encoder: torch.nn.Module, tokens: TokenizedPrompts, rows: torch.Tensor) -> torch.Tensor:
-    """(len(rows), L, D) text embeddings with gradient, each distinct prompt encoded once."""
+    """(len(rows), L, D) text embeddings with gradient, each distinct prompt encoded once; `rows` on the CPU."""
     distinct, place = rows.unique(return_inverse=True)
-    return text_encoder(tokens.input_ids[distinct.cpu()].to(rows.device))[0][place]
+    device = next(text_encoder.parameters()).device
+    return text_encoder(to_device(tokens.input_ids[distinct], device))[0][to_device(place, device)]
 
 
 def training_losses(models: Models, batch: dict, sample: NoiseSample, options: LossOptions) -> dict[str, torch.Tensor]:
     """The three losses and their total for one batch: both passes in one UNet call, on the same eps, t and x_t.
 
     Args:
-        batch: collated items of `TrainingSamples`, their latents cached or not.
+        batch: collated items of `TrainingSamples`, their latents cached or not; images and masks on the device.
 
     Returns:
         loss, l_def, l_obj, l_attn, and attention_map (B, h, w).
@@ -322,9 +328,9 @@ def training_losses(models: Models, batch: dict, sample: NoiseSample, options: L
     target = scheduler.get_velocity(x_0, sample.noise, sample.timesteps) if v_prediction else sample.noise
 
     n = len(mask)
-    prompts = torch.cat([batch["defect_prompt"], batch["object_prompt"]])  # (2B,)
+    prompts = torch.cat([batch["defect_prompt"], batch["object_prompt"]])  # (2B,), on the CPU
     recorded = slice(n, 2 * n) if options.attention_pass == "object" else slice(0, n)
-    store.record(recorded, tokens.phrase_weights[prompts[recorded].cpu()].to(prompts.device))
+    store.record(recorded, to_device(tokens.phrase_weights[prompts[recorded]], mask.device))
     noise_pred = unet(
         torch.cat([unet_input(x_t, mask, b_def), unet_input(x_t, random_mask, b_obj)]),  # (2B, 9, h, w)
         sample.timesteps.repeat(2),
@@ -349,7 +355,7 @@ MAX_SKIPPED_STEPS = 30  # in a row; a loss scale of 65536 is down to nothing by 
 
 
 def collate(items: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
-    return {k: v.to(device) for k, v in torch.utils.data.default_collate(items).items()}
+    return on_device(torch.utils.data.default_collate(items), device)
 
 
 @torch.no_grad()
@@ -539,7 +545,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     sums, skipped = torch.zeros(len(LOSSES), device=device), 0
     models.unet.train(), models.text_encoder.train()
     for keys, batch in zip(schedule, loader):
-        batch = cache.load(batch) if cache else {k: v.to(device) for k, v in batch.items()}
+        batch = cache.load(batch) if cache else on_device(batch, device)
         torch.manual_seed(derive_seed(args.seed, "dropout", *keys[0][:2]))
         sample = sample_noise(models, batch)
         with accelerator.accumulate(models.unet, models.text_encoder):
@@ -548,8 +554,10 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
             models.store.pop()  # what gradient checkpointing recorded again
             sums += torch.stack([losses[k].detach() for k in LOSSES]) / accumulation
             if accelerator.sync_gradients:
-                terms = dict(zip(LOSSES, accelerator.reduce(sums, "mean").tolist()))
                 norm = accelerator.clip_grad_norm_(parameters.values(), args.max_grad_norm)
+                numbers = torch.cat([accelerator.reduce(sums, "mean"), norm[None]])
+                *means, norm = numbers.tolist()  # the one wait for the GPU in a step
+                terms = dict(zip(LOSSES, means))
                 stop_if_not_finite(terms, norm, step, samples, batch, scaled=accelerator.scaler is not None)
             optimizer.step()
             optimizer.zero_grad()
@@ -559,7 +567,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         sums.zero_()
         progress.update()
         progress.set_postfix({k: f"{v:.4f}" for k, v in terms.items()})
-        terms |= {"grad_norm": float(norm), **dict(zip(("lr", "text_encoder_lr"), lr_scheduler.get_last_lr()))}
+        terms |= {"grad_norm": norm, **dict(zip(("lr", "text_encoder_lr"), lr_scheduler.get_last_lr()))}
         if accelerator.optimizer_step_was_skipped:  # fp16: the gradient overflowed, and the loss scale was halved
             skipped += 1
             if skipped == MAX_SKIPPED_STEPS:
@@ -615,14 +623,14 @@ def write_lora(path: Path, models: Models, record: dict) -> None:
         save_lora(temporary, models.unet, models.text_encoder, record)
 
 
-def stop_if_not_finite(terms: dict, norm: torch.Tensor, step: int, samples, batch: dict, scaled: bool) -> None:
+def stop_if_not_finite(terms: dict, norm: float, step: int, samples, batch: dict, scaled: bool) -> None:
     """Raises FloatingPointError, before the weights change, if a loss or an unscaled gradient is not finite."""
-    if all(map(math.isfinite, terms.values())) and (scaled or norm.isfinite()):
+    if all(map(math.isfinite, terms.values())) and (scaled or math.isfinite(norm)):
         return
     names = ", ".join(samples.windows[i].source_file for i in batch["index"].tolist())
     shown = ", ".join(f"{k} {v:g}" for k, v in terms.items())
     raise FloatingPointError(
-        f"Step {step + 1}: {shown}, gradient norm {float(norm):g}, last images {names}. The weights were not changed "
+        f"Step {step + 1}: {shown}, gradient norm {norm:g}, last images {names}. The weights were not changed "
         "and the last checkpoint is good. Lower --learning_rate, or use bf16 in place of fp16"
     )
 

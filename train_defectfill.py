@@ -13,6 +13,7 @@ Source: Song et al., DefectFill, CVPR 2025, arXiv 2503.13985; equation numbers a
 
 import argparse
 import datetime
+import functools
 import logging
 import math
 import time
@@ -462,12 +463,16 @@ def make_models(
     return Models(unet, text_encoder, vae, noise_scheduler, store, prepared.tokens)
 
 
-def make_optimizer(unet, text_encoder, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit one, over the LoRA parameters, a learning rate for each model."""
+def make_optimizer(unet, text_encoder, args: argparse.Namespace, fused: bool) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit one, over the LoRA parameters, a learning rate for each model.
+
+    Args:
+        fused: AdamW in one kernel.
+    """
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     else:
-        optimizer_class = torch.optim.AdamW
+        optimizer_class = functools.partial(torch.optim.AdamW, fused=fused)
     rates = {unet: args.learning_rate, text_encoder: args.text_encoder_lr}
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr} for model, lr in rates.items()]
     return optimizer_class(
@@ -481,7 +486,9 @@ def start_training(args: argparse.Namespace, prepared: PreparedTraining, acceler
     bare_models = make_models(args, prepared, weight_dtype, accelerator.device)
     unet, text_encoder = bare_models.unet, bare_models.text_encoder
     parameters = lora_parameters(unet, text_encoder)
-    optimizer = make_optimizer(unet, text_encoder, args)
+    # With fp16, a fused optimizer would not tell accelerate that a step was skipped.
+    fused = accelerator.device.type == "cuda" and accelerator.scaler is None
+    optimizer = make_optimizer(unet, text_encoder, args, fused)
     unet, text_encoder, optimizer = accelerator.prepare(unet, text_encoder, optimizer)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer.optimizer,

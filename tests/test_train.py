@@ -289,6 +289,46 @@ def test_flags_that_must_change_the_result(train, trained_tensors, tmp_path, fla
     assert any(not torch.equal(tensors[k], trained_tensors[k]) for k in tensors)
 
 
+@pytest.mark.parametrize(
+    "device, scaler, fused", [("cpu", None, False), ("cuda", None, True), ("cuda", "fp16", False)]
+)
+def test_adamw_is_fused_on_a_gpu_but_not_with_a_loss_scale(monkeypatch, device, scaler, fused):
+    """With one, accelerate would take every step that fp16 skips for a step."""
+
+    class Made(Exception):
+        pass
+
+    def make_optimizer(unet, text_encoder, args, fused):
+        raise Made(fused)
+
+    class Accelerator:
+        mixed_precision = "no"
+
+    accelerator = Accelerator()
+    accelerator.device, accelerator.scaler = torch.device(device), scaler
+    for name, stand_in in (("make_models", lambda *_: toy_models()), ("lora_parameters", lambda *_: {})):
+        monkeypatch.setattr(train_defectfill, name, stand_in)
+    monkeypatch.setattr(train_defectfill, "make_optimizer", make_optimizer)
+    with pytest.raises(Made, match=str(fused)):
+        train_defectfill.start_training(None, None, accelerator)
+
+
+def toy_models() -> train_defectfill.Models:
+    return train_defectfill.Models(*[None] * 6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fused_adamw_steps_alike(fused):
+    args = train_defectfill.parse_args(["--output_dir", "x", "--learning_rate", "0.1"])
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizer = train_defectfill.make_optimizer(model, other, args, fused)
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["fused"] == fused
+    assert torch.allclose(model.weight, before * (1 - 0.1 * 0.01) - 0.1, atol=1e-6)  # the first step of Adam is lr
+
+
 def test_tf32_is_switched_on(train):
     train("--allow_tf32")
     assert torch.backends.cuda.matmul.allow_tf32

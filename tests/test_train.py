@@ -329,6 +329,21 @@ def test_fused_adamw_steps_alike(fused):
     assert torch.allclose(model.weight, before * (1 - 0.1 * 0.01) - 0.1, atol=1e-6)  # the first step of Adam is lr
 
 
+def test_channels_last_reaches_the_convolutions_and_trains_alike(train, trained_tensors, tmp_path, monkeypatch):
+    original, seen = train_defectfill.training_losses, []
+
+    def training_losses(models, *rest):
+        seen.extend((models.unet.conv_in.weight, models.vae.encoder.conv_in.weight))
+        return original(models, *rest)
+
+    monkeypatch.setattr(train_defectfill, "training_losses", training_losses)
+    out = train("--channels_last", output=tmp_path / "other")
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in seen)
+    assert not any(weight.is_contiguous() for weight in seen)
+    losses = [[line["loss"] for line in read_lines(run / "losses.jsonl")] for run in (out, tmp_path / "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_tf32_is_switched_on(train):
     train("--allow_tf32")
     assert torch.backends.cuda.matmul.allow_tf32

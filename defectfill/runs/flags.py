@@ -382,6 +382,8 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--gradient_checkpointing", action="store_true", help="Save memory, take more time; the result is the same.")
     add("--enable_xformers_memory_efficient_attention", action="store_true",
         help="Use the attention of xformers, which needs CUDA and is no faster than PyTorch's own.")
+    add("--channels_last", action="store_true",
+        help="Keep the UNet's and the VAE's activations channels last in memory, which can be faster on a GPU.")
     add("--allow_tf32", action="store_true", help="Allow TF32 matrix products, on Ampere GPUs and later.")
 
     add = group("output and checkpoints")

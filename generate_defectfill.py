@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from defectfill.base_model import BaseModel, check_prompt, check_resolution, load_tokenizer, read_base
-from defectfill.lora import check_fits, load_lora
+from defectfill.lora import check_fits, fuse_lora, load_lora
 from defectfill.runs.checkpoint import check_identity
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
 from defectfill.runs.flags import parse_generation_args
@@ -232,7 +232,7 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
     problems: dict[str, str] = {}
     if not mine:
         return problems
-    pipe, loaded = None, None
+    pipe, loaded, unfuse = None, None, None
     bar = tqdm(total=sum(map(len, mine)), desc="Images", disable=not state.is_local_main_process)
     with open_part(command.output_dir, state.process_index) as add_line:
         for batch in mine:
@@ -244,8 +244,11 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
                 )  # fmt: skip
                 lora = batch[0].recipe.lora
                 if lora.path != loaded:
+                    if unfuse:
+                        unfuse()
                     pipe.unload_lora_weights()
                     load_lora(pipe, lora)
+                    unfuse = fuse_lora(pipe) if command.fuse_lora else None
                     loaded = lora.path
                 began = time.monotonic()
                 generate_batch(pipe, canvases, run)
@@ -316,6 +319,7 @@ def prepare(command: GenerationCommand, device: torch.device) -> PreparedGenerat
         "variant": command.variant,
         "resolution": resolution,
         "scheduler": command.scheduler,
+        "fuse_lora": command.fuse_lora,
         "num_candidates": command.num_candidates,
         "batch_size": command.batch_size,
         "selection": command.selection if command.selection != "lpips" else f"lpips-{command.lpips_net}",

@@ -107,6 +107,9 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     add("--resolution", type=int, metavar="PX", help="Side of the model's square. Default: the LoRA's own.")
     scheduler_help = "Sampler. The paper uses ddim; the others need about 20 steps."
     add("--scheduler", choices=list(SCHEDULERS), default="ddim", help=scheduler_help)
+    add = parser.add_argument_group("speed; each changes pixels by rounding").add_argument
+    fuse_help = "Fuse the LoRA into the weights, so that its layers cost nothing while sampling."
+    add("--fuse_lora", action="store_true", help=fuse_help)
     add = parser.add_argument_group("candidates and selection").add_argument
     add("--num_candidates", type=int, default=8, metavar="N", help="Number of candidates per crop.")
     batch_help = "Maximum candidates per UNet call; may span several images. Default: all candidates of one image."

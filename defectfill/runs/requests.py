@@ -56,6 +56,8 @@ class GenerationCommand:
     mixed_precision: str | None  # None: by the device
     resolution: int | None  # pixels
     scheduler: str
+    # speed
+    fuse_lora: bool
     # candidates and selection
     num_candidates: int
     batch_size: int | None

@@ -50,7 +50,7 @@ from defectfill.runs.manifest import (
 from defectfill.runs.plan import PlannedImage, Recipe, batch_plan, check_plan, make_plan
 from defectfill.runs.report import contact_row, stack, thumbnail, write_report
 from defectfill.runs.requests import GenerationCommand
-from defectfill.sampling import composite, inpaint, load_pipeline, reconstruct
+from defectfill.sampling import compile_unet, composite, inpaint, load_pipeline, reconstruct
 from defectfill.selection import REJECTIONS, Measures, QualityFilter, Scorer, make_scorer, measure, select_accepted
 from defectfill_dataset import (
     Box,
@@ -238,10 +238,7 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
         for batch in mine:
             canvases = [start_canvas(planned, settings["resolution"]) for planned in batch]
             if any(not canvas.problem and canvas.planned.name not in done for canvas in canvases):
-                pipe = pipe or load_pipeline(
-                    run.base, command.variant, command.cache_dir, settings["mixed_precision"], state.device,
-                    command.scheduler,
-                )  # fmt: skip
+                pipe = pipe or load_base(run, state.device)
                 lora = batch[0].recipe.lora
                 if lora.path != loaded:
                     if unfuse:
@@ -260,6 +257,18 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
                     add_line(write_image(canvas, command.output_dir, command.keep_metadata) | {"seconds": seconds})
             bar.update(len(batch))
     return problems
+
+
+def load_base(run: PreparedGeneration, device: torch.device) -> StableDiffusionInpaintPipeline:
+    """The base's pipeline, as the command's flags want it."""
+    command = run.command
+    pipe = load_pipeline(
+        run.base, command.variant, command.cache_dir, run.settings["mixed_precision"], device, command.scheduler,
+        command.channels_last,
+    )  # fmt: skip
+    if command.torch_compile:
+        compile_unet(pipe, command.torch_compile)
+    return pipe
 
 
 def generate_batch(pipe: StableDiffusionInpaintPipeline, canvases: Sequence[Canvas], run: PreparedGeneration) -> None:
@@ -320,6 +329,8 @@ def prepare(command: GenerationCommand, device: torch.device) -> PreparedGenerat
         "resolution": resolution,
         "scheduler": command.scheduler,
         "fuse_lora": command.fuse_lora,
+        "channels_last": command.channels_last,
+        "torch_compile": command.torch_compile,
         "num_candidates": command.num_candidates,
         "batch_size": command.batch_size,
         "selection": command.selection if command.selection != "lpips" else f"lpips-{command.lpips_net}",

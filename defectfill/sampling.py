@@ -175,11 +175,13 @@ def load_pipeline(
     precision: str,
     device: torch.device,
     scheduler: str = "ddim",
+    channels_last: bool = False,
 ) -> StableDiffusionInpaintPipeline:
     """The base's pipeline with one of `SCHEDULERS`, without a safety checker, which blackens what it takes for wounds.
 
     Args:
         precision: "no", "fp16" or "bf16", of the whole model.
+        channels_last: the memory layout of UNet and VAE.
 
     Raises:
         InputError: the weights cannot be loaded (DF182).
@@ -199,6 +201,21 @@ def load_pipeline(
     except (OSError, ValueError) as error:
         raise InputError(f"DF182 {base.name}: its safetensors weights cannot be loaded: {error}") from error
     pipe.scheduler = SCHEDULERS[scheduler](pipe.scheduler)
+    if channels_last:
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+# What `compile_unet` may compile.
+COMPILED = ("blocks", "unet")
+
+
+def compile_unet(pipe: StableDiffusionInpaintPipeline, part: str, backend: str = "inductor") -> None:
+    """Compiles the UNet in place, when it is first called: its transformer `blocks`, or the whole `unet`."""
+    if part == "blocks":
+        pipe.unet.compile_repeated_blocks(backend=backend)
+    else:
+        pipe.unet.compile(backend=backend)

@@ -1,14 +1,17 @@
 """What makes generation faster: which pictures stay the same bit for bit, and which change by rounding."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import generate, read_lines, write_image, write_mask
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch._dynamo.utils import counters
 
 import generate_defectfill as g
 from defectfill.lora import LORA_FILE
@@ -81,3 +84,33 @@ def test_a_fused_lora_leaves_the_weights_as_they_were_for_the_next(trained, othe
     assert (first != second).all()
     with pytest.raises(InputError, match="DF320 fuse_lora: the run began with False, now it is True"):
         generate("--lora", trained, other_lora, *inputs, "--output_dir", tmp_path / "plain", *FAST, "--fuse_lora")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--channels_last"], ["--torch_compile"], ["--torch_compile", "unet"]], ids=" ".join
+)
+def test_layout_and_compiling_change_pixels_by_rounding_alone(
+    trained, other_lora, inputs, tmp_path, monkeypatch, flags
+):
+    """With two LoRAs, fused, so that a compiled UNet must see the second one's weights. No C++ compiler is needed."""
+    paint, pipes = g.inpaint, []
+    monkeypatch.setattr(g, "compile_unet", functools.partial(g.compile_unet, backend="aot_eager"))
+    monkeypatch.setattr(
+        g, "inpaint", lambda pipe, *args, **kwargs: (pipes.append(pipe), paint(pipe, *args, **kwargs))[1]
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    common = ["--lora", trained, other_lora, *inputs, *FAST, "--fuse_lora", "--output_dir"]
+    generate(*common, tmp_path / "plain")
+    assert not counters["stats"]
+    generate(*common, tmp_path / "fast", *flags)
+    fast, plain = pictures(tmp_path / "fast"), pictures(tmp_path / "plain")
+    assert len(fast) == 6 and max(np.abs(fast[key] - plain[key]).max() for key in fast) <= 1
+    for name, pipe in (("plain", pipes[0]), ("fast", pipes[-1])):
+        settings = json.loads((tmp_path / name / "settings.json").read_text())
+        told = settings["channels_last"], settings["torch_compile"]
+        expected = (flags[0] == "--channels_last", (["blocks", *flags[1:]][-1]) if "compile" in flags[0] else None)
+        assert told == (expected if name == "fast" else (False, None))
+        for layer in (pipe.unet.conv_in, pipe.vae.decoder.conv_in):
+            assert layer.weight.is_contiguous(memory_format=torch.channels_last) == told[0]
+    assert bool(counters["stats"]["unique_graphs"]) == ("compile" in flags[0])

@@ -58,6 +58,8 @@ class GenerationCommand:
     scheduler: str
     # speed
     fuse_lora: bool
+    channels_last: bool
+    torch_compile: str | None  # blocks or unet
     # candidates and selection
     num_candidates: int
     batch_size: int | None

@@ -109,18 +109,21 @@ def inpaint_batch(
     texts = positive if negative is None else torch.cat([negative, positive])
     noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds])
     noise = noise.to(clean.device, clean.dtype)
+    given = {  # to the UNet beside the latents, unguided and guided
+        copies: {
+            "prompt_embeds": texts[-copies:].repeat_interleave(len(seeds), 0),
+            "mask": latent_masks.repeat(copies, 1, 1, 1),
+            "masked_image_latents": masked.repeat(copies, 1, 1, 1),
+        }
+        for copies in (1, 2)
+    }
 
     def keep_background(pipe, step, timestep, tensors):
         following = pipe.scheduler.timesteps[step + 1 : step + 2]
         background = pipe.scheduler.add_noise(clean, noise, following) if len(following) else clean
         pipe._guidance_scale = guidance_scales[step + 1]
-        copies = 1 + pipe.do_classifier_free_guidance  # the pipeline asks this anew at every step
-        return {
-            "latents": torch.where(latent_masks > 0.5, tensors["latents"], background),
-            "prompt_embeds": texts[-copies:].repeat_interleave(len(seeds), 0),
-            "mask": latent_masks.repeat(copies, 1, 1, 1),
-            "masked_image_latents": masked.repeat(copies, 1, 1, 1),
-        }
+        latents = torch.where(latent_masks > 0.5, tensors["latents"], background)
+        return {"latents": latents, **given[1 + pipe.do_classifier_free_guidance]}  # asked anew at every step
 
     return pipe(
         prompt_embeds=positive.expand(len(seeds), -1, -1),
@@ -155,9 +158,23 @@ def composite(image: Image.Image, candidate: torch.Tensor, mask: np.ndarray) -> 
 # Pipeline and schedulers
 
 
-def ddim(scheduler) -> DDIMScheduler:
+class DDIM(DDIMScheduler):
+    """DDIM whose steps, taken in their order, never wait for the device.
+
+    Given a timestep that is on the device, `DDIMScheduler` fetches its number three times a step.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        super().set_timesteps(num_inference_steps, device)
+        self._timesteps_left = self.timesteps.tolist()
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, return_dict: bool = True):
+        return super().step(model_output, self._timesteps_left.pop(0), sample, return_dict=return_dict)
+
+
+def ddim(scheduler) -> DDIM:
     """DDIM with the noise schedule of `scheduler`; latents have no fixed range, so nothing is clipped."""
-    return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    return DDIM.from_config(scheduler.config, clip_sample=False)
 
 
 # Each makes a scheduler with the noise schedule of another.

@@ -3,17 +3,22 @@
 import functools
 import json
 
+import lpips
 import numpy as np
 import pytest
 import torch
-from conftest import generate, read_lines, write_image, write_mask
+from conftest import RESOLUTION, generate, read_lines, toy_pipeline, write_image, write_mask
+from diffusers import DDIMScheduler
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from skimage.metrics import structural_similarity
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate_defectfill as g
+from defectfill import sampling, selection
 from defectfill.lora import LORA_FILE
 from defectfill_dataset import InputError
 
@@ -114,3 +119,85 @@ def test_layout_and_compiling_change_pixels_by_rounding_alone(
         for layer in (pipe.unet.conv_in, pipe.vae.decoder.conv_in):
             assert layer.weight.is_contiguous(memory_format=torch.channels_last) == told[0]
     assert bool(counters["stats"]["unique_graphs"]) == ("compile" in flags[0])
+
+
+# What fetches numbers from the device, each time waiting for it
+
+
+class Fetches(TorchDispatchMode):
+    """Counts the numbers that Python asks of tensors one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_sampling_step_never_waits_for_the_device():
+    pipe, good, grid = toy_pipeline(), torch.zeros(1, 3, RESOLUTION, RESOLUTION), torch.zeros(1, 1, 8, 8)
+    pipe.set_progress_bar_config(disable=True)
+    grid[..., 2:5, 3:7] = 1
+    plain = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    found, painted = {}, []
+    for name, scheduler in (("ours", sampling.ddim(pipe.scheduler)), ("plain", plain)):
+        pipe.scheduler = scheduler
+        for steps in (4, 8):
+            with Fetches() as fetches:
+                candidates = sampling.inpaint(pipe, good, grid, "a nut", [[1, 2]], steps, guidance_interval=(0, 0.5))
+            found[name, steps] = fetches.number
+            painted.append(candidates)
+    assert found["ours", 8] == found["ours", 4] and found["plain", 8] >= found["plain", 4] + 3 * 4
+    assert torch.equal(painted[0], painted[2]) and torch.equal(painted[1], painted[3])
+
+
+@pytest.mark.parametrize("name", ["lpips", "ssim", "rmse"])
+def test_measures_of_more_candidates_ask_the_device_for_no_more_numbers(name, alex):
+    scorer = selection.make_scorer(name, "alex", torch.device("cpu"))
+    torch.manual_seed(0)
+    candidates, source, mask = torch.rand(8, 3, 64, 64), torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
+    mask[:, 10:30, 20:50] = 1
+    statistics = {"mean": [0.1, 0, 0], "covariance": torch.eye(3).tolist(), "strangest": 2.0}
+    found, measured = [], []
+    for number in (2, 8):
+        with Fetches() as fetches:
+            measured.append(selection.measure(candidates[:number], source, source + 0.01, mask, scorer, statistics))
+        found.append(fetches.number)
+    assert found[0] == found[1]
+    for of_two, of_eight in zip(measured[0], measured[1]):
+        assert of_two is True or of_eight[:2] == pytest.approx(of_two, rel=1e-5)
+
+
+def test_lpips_takes_the_sources_features_once(alex, monkeypatch):
+    score, model = selection.lpips_scorer("alex", torch.device("cpu")), lpips.LPIPS(net="alex", verbose=False)
+    candidates, source, mask = torch.rand(4, 3, 64, 64), torch.rand(3, 64, 64), torch.ones(1, 64, 64)
+    rows = []
+    monkeypatch.setattr(type(model.net), "forward", record_rows(type(model.net).forward, rows))
+    scores = score(candidates, source, mask)
+    assert rows == [4, 1]
+    one_by_one = [model(candidate[None] * 2 - 1, source[None] * 2 - 1).item() for candidate in candidates]
+    assert scores == pytest.approx(one_by_one, rel=1e-5) and len(set(scores)) == 4
+
+
+def record_rows(forward, rows):
+    def recording(self, images):
+        rows.append(len(images))
+        return forward(self, images)
+
+    return recording
+
+
+def test_ssim_is_scikit_images():
+    torch.manual_seed(0)
+    source, mask = torch.rand(3, 40, 40), torch.zeros(1, 40, 40)
+    candidates = torch.stack([source, source + 0.1 * torch.rand(3, 40, 40), torch.rand(3, 40, 40)])
+    mask[:, :25, 3:40] = 1  # up to three borders
+    expected = []
+    for candidate in candidates:
+        _, each = structural_similarity(
+            candidate.double().numpy(), source.double().numpy(), channel_axis=0, data_range=1.0, full=True
+        )
+        expected.append(1 - each.mean(axis=0)[mask[0].numpy() > 0.5].mean())
+    assert selection.ssim_score(candidates, source, mask) == pytest.approx(expected, abs=1e-9)

@@ -6,7 +6,8 @@ The road of an image: the flags or a line of `--cases` become a request; request
 plan; each planned image is inpainted crop by crop (candidates, measures, quality filter, selection, composite) and
 written. Reads top to bottom: one image, one pass over the plan, the command.
 
-Shapes: P images, N candidates of each, S side of the square the model works on, H x W an image's own size.
+Shapes: P images, N candidates of each, S side of the square the model works on, G of its latent grid, H x W an image's
+own size.
 Masks are 1 inside the defect.
 """
 
@@ -15,7 +16,8 @@ import datetime
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +62,7 @@ from defectfill_dataset import (
     image_tensor,
     open_image,
     piece_boxes,
+    tensor_image,
     to_grid,
     upright_exif,
     zoom_boxes,
@@ -68,6 +71,7 @@ from defectfill_dataset.commands import exit_on_input_error
 
 
 SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image
+WRITERS = 4  # threads
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,11 +79,21 @@ SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image
 
 
 class Crop(NamedTuple):
-    """A square of an image that is inpainted at once."""
+    """A square of an image that is inpainted at once, and what the model sees of it."""
 
     box: Box
-    image: Image.Image
     mask: np.ndarray  # (h, w) bool, a view of the canvas's `mask_left`
+    source: torch.Tensor  # (3, S, S) in [-1, 1]
+    pixel_mask: torch.Tensor  # (1, S, S)
+    latent_mask: torch.Tensor  # (1, G, G)
+
+
+class Painted(NamedTuple):
+    """A finished crop that is not yet in the image."""
+
+    crop: Crop
+    candidates: torch.Tensor  # (N, 3, S, S) in [0, 1], on the CPU
+    line: dict
 
 
 @dataclasses.dataclass
@@ -87,13 +101,15 @@ class Canvas:
     """A planned image while it is made: the crops finished so far, and what is left.
 
     Args:
-        image: RGB, with the finished crops pasted in.
+        image: RGB, with the finished crops pasted in, but for `painted`.
         grey: whether the source file is grey, and so the image that is written.
         placed: its mask; None if there is no place for one.
-        mask_left: (H, W) bool, the pixels of the mask that no finished crop has inpainted.
+        mask_left: (H, W) bool, the pixels of the mask that no pasted crop has inpainted.
         boxes: of all crops, in their order.
+        crop: the next to inpaint, once it is cut out.
+        painted: the crop finished last, until it is pasted.
         lines: the manifest's entry of each finished crop.
-        contact_rows: of the finished crops.
+        contact_rows: of the pasted crops.
         attempt: at the next crop, from 1.
         rejected: how many candidates of the next crop were rejected, by reason.
         problem: why the image cannot be made.
@@ -105,6 +121,8 @@ class Canvas:
     placed: Placed | None = None
     mask_left: np.ndarray | None = None
     boxes: list[Box] = dataclasses.field(default_factory=list)
+    crop: Crop | None = None
+    painted: Painted | None = None
     lines: list[dict] = dataclasses.field(default_factory=list)
     contact_rows: list[Image.Image] = dataclasses.field(default_factory=list)
     attempt: int = 1
@@ -112,14 +130,16 @@ class Canvas:
     problem: str | None = None
 
 
-def start_canvas(planned: PlannedImage, resolution: int) -> Canvas:
-    """The source image with its mask, nothing inpainted yet."""
+def start_canvas(planned: PlannedImage, resolution: int, scale_factor: int) -> Canvas:
+    """The source image with its mask and its first crop, nothing inpainted yet."""
     image, placed = planned.case.draw(planned.seed, planned.recipe.mask_source)
     grey = open_image(planned.case.image).mode in ("1", "L")
     if placed is None:
         return Canvas(planned, image, grey, problem=f"DF340 {planned.case.image.name}: no place for its mask")
     boxes = zoom_boxes(placed.mask, resolution, planned.recipe.zoom)
-    return Canvas(planned, image, grey, placed, placed.mask.copy(), boxes)
+    canvas = Canvas(planned, image, grey, placed, placed.mask.copy(), boxes)
+    next_crop(canvas, resolution, scale_factor)
+    return canvas
 
 
 def is_unfinished(canvas: Canvas) -> bool:
@@ -127,10 +147,14 @@ def is_unfinished(canvas: Canvas) -> bool:
     return not canvas.problem and len(canvas.lines) < len(canvas.boxes)
 
 
-def next_crop(canvas: Canvas) -> Crop:
-    """The first unfinished crop, as the crops before it left the image."""
-    box = canvas.boxes[len(canvas.lines)]
-    return Crop(box, canvas.image.crop(box), cut(canvas.mask_left, box))
+def next_crop(canvas: Canvas, resolution: int, scale_factor: int) -> Crop:
+    """The first unfinished crop, as the crops before it left the image; cut out once, whatever the attempts at it."""
+    if canvas.crop is None:
+        paste_painted(canvas)
+        box = canvas.boxes[len(canvas.lines)]
+        mask, source = cut(canvas.mask_left, box), image_tensor(canvas.image.crop(box), resolution)
+        canvas.crop = Crop(box, mask, source, to_grid(mask, resolution), to_grid(mask, resolution // scale_factor))
+    return canvas.crop
 
 
 def candidate_seeds(canvas: Canvas, number: int) -> list[int]:
@@ -153,12 +177,10 @@ def retry_crop(canvas: Canvas, max_attempts: int) -> None:
     canvas.problem = f"DF342 {canvas.planned.case.image.name}: {rejected}; {advice}"
 
 
-def finish_crop(
-    canvas: Canvas, crop: Crop, candidates: torch.Tensor, seeds: list[int], measures: Measures, chosen: int
-) -> None:
-    """Pastes the chosen one of (N, 3, S, S) candidates in [0, 1] into the image; adds its line and contact row."""
+def finish_crop(canvas: Canvas, candidates: torch.Tensor, seeds: list[int], measures: Measures, chosen: int) -> None:
+    """Keeps (N, 3, S, S) candidates in [0, 1] of the crop until it is pasted; adds its line."""
     line = {
-        "box": crop.box,
+        "box": canvas.crop.box,
         "candidate_seeds": seeds,
         "scores": finite(measures.scores) if measures.scored else [None] * len(seeds),
         "changes": finite(measures.changes),
@@ -167,15 +189,25 @@ def finish_crop(
         "attempts": canvas.attempt,
         "refused": canvas.rejected,
     }
-    if len(canvas.contact_rows) < SHEET_CROPS:
-        results = (composite(crop.image, candidate, crop.mask) for candidate in candidates)
-        cells = [thumbnail(in_source_mode(canvas, result)) for result in results]
-        good, mask = thumbnail(crop.image), thumbnail(Image.fromarray(crop.mask))
-        canvas.contact_rows.append(contact_row(good, mask, cells, line["scores"], chosen))
-    canvas.image.paste(composite(crop.image, candidates[chosen], crop.mask), crop.box[:2])
-    crop.mask[:] = False
     canvas.lines.append(line)
+    canvas.crop, canvas.painted = None, Painted(canvas.crop, candidates.cpu(), line)
     canvas.attempt, canvas.rejected = 1, dict.fromkeys(REJECTIONS, 0)
+
+
+def paste_painted(canvas: Canvas) -> None:
+    """Pastes the chosen candidate of the crop finished last, if there is one, into the image; adds its contact row."""
+    if canvas.painted is None:
+        return
+    crop, candidates, line = canvas.painted
+    if len(canvas.contact_rows) < SHEET_CROPS:
+        results = torch.where(crop.pixel_mask > 0.5, candidates * 2 - 1, crop.source)
+        cells = [thumbnail(in_source_mode(canvas, tensor_image(result))) for result in results]
+        good, mask = (thumbnail(tensor_image(x)) for x in (crop.source, crop.pixel_mask.expand(3, -1, -1) * 2 - 1))
+        canvas.contact_rows.append(contact_row(good, mask, cells, line["scores"], line["chosen"]))
+    result = composite(canvas.image.crop(crop.box), candidates[line["chosen"]], crop.mask)
+    canvas.image.paste(result, crop.box[:2])
+    crop.mask[:] = False
+    canvas.painted = None
 
 
 def finite(values: Sequence[float | None]) -> list[float | None]:
@@ -190,6 +222,7 @@ def in_source_mode(canvas: Canvas, image: Image.Image) -> Image.Image:
 
 def write_image(canvas: Canvas, folder: Path, keep_metadata: bool) -> dict:
     """Writes image, mask and contact rows of a finished canvas; returns the line of the manifest."""
+    paste_painted(canvas)
     planned, mask, parts = canvas.planned, canvas.placed.mask, canvas.placed.parts
     files = {kind: f"{kind}/{planned.name}.png" for kind in KINDS}
     exif = upright_exif(planned.case.image) if keep_metadata else b""
@@ -223,9 +256,10 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
     """Makes this process's share of the images that are not done; returns the problem of each that cannot be made.
 
     A batch with an image to make is made whole, so that no pixel depends on what was done before. A batch without a
-    place for one of those is not made, and no weight is loaded for it.
+    place for one of those is not made, and no weight is loaded for it. While the device paints one batch, threads
+    prepare the next and write the one before.
     """
-    command, settings = run.command, run.settings
+    command = run.command
     batches = batch_plan(run.plan, max(1, (command.batch_size or 1) // command.num_candidates))
     todo = [batch for batch in batches if {planned.name for planned in batch} - done]
     mine = todo[state.process_index :: state.num_processes]
@@ -233,13 +267,18 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
     if not mine:
         return problems
     pipe, loaded, unfuse = None, None, None
+    writing: list[Future] = []  # of the batch before
     bar = tqdm(total=sum(map(len, mine)), desc="Images", disable=not state.is_local_main_process)
-    with open_part(command.output_dir, state.process_index) as add_line:
-        for batch in mine:
-            canvases = [start_canvas(planned, settings["resolution"]) for planned in batch]
+    with open_part(command.output_dir, state.process_index) as add_line, ThreadPoolExecutor(WRITERS) as writers:
+
+        def write(canvas: Canvas, seconds: float) -> None:
+            add_line(write_image(canvas, command.output_dir, command.keep_metadata) | {"seconds": seconds})
+
+        for canvases in ahead(lambda batch: start_batch(batch, run), mine):
+            seconds = 0.0
             if any(not canvas.problem and canvas.planned.name not in done for canvas in canvases):
                 pipe = pipe or load_base(run, state.device)
-                lora = batch[0].recipe.lora
+                lora = canvases[0].planned.recipe.lora
                 if lora.path != loaded:
                     if unfuse:
                         unfuse()
@@ -249,14 +288,31 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
                     loaded = lora.path
                 began = time.monotonic()
                 generate_batch(pipe, canvases, run)
-                seconds = round((time.monotonic() - began) / len(batch), 3)
-            for canvas in canvases:
-                if canvas.problem:
-                    problems[canvas.planned.name] = canvas.problem
-                elif canvas.planned.name not in done:
-                    add_line(write_image(canvas, command.output_dir, command.keep_metadata) | {"seconds": seconds})
-            bar.update(len(batch))
+                seconds = round((time.monotonic() - began) / len(canvases), 3)
+            for written in writing:
+                written.result()
+            problems |= {canvas.planned.name: canvas.problem for canvas in canvases if canvas.problem}
+            made = [canvas for canvas in canvases if not canvas.problem and canvas.planned.name not in done]
+            writing = [writers.submit(write, canvas, seconds) for canvas in made]
+            bar.update(len(canvases))
+        for written in writing:
+            written.result()
     return problems
+
+
+def ahead(work: Callable, items: Sequence) -> Iterator:
+    """The results of `work` on each of the items, which are at least one; a thread does the next while one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(work, items[0])
+        for item in items[1:]:
+            result, upcoming = upcoming.result(), thread.submit(work, item)
+            yield result
+        yield upcoming.result()
+
+
+def start_batch(batch: Sequence[PlannedImage], run: PreparedGeneration) -> list[Canvas]:
+    """A canvas for each image of a batch."""
+    return [start_canvas(planned, run.settings["resolution"], run.base.vae_scale_factor) for planned in batch]
 
 
 def load_base(run: PreparedGeneration, device: torch.device) -> StableDiffusionInpaintPipeline:
@@ -280,17 +336,20 @@ def generate_batch(pipe: StableDiffusionInpaintPipeline, canvases: Sequence[Canv
     command, recipe, size = run.command, canvases[0].planned.recipe, run.settings["resolution"]
     quality_filter = QualityFilter(command.min_change, command.max_deviation)
     while unfinished := [canvas for canvas in canvases if is_unfinished(canvas)]:
-        crops = [next_crop(canvas) for canvas in unfinished]
+        crops = [next_crop(canvas, size, run.base.vae_scale_factor) for canvas in unfinished]
         seeds = [candidate_seeds(canvas, command.num_candidates) for canvas in unfinished]
-        images = torch.stack([image_tensor(crop.image, size) for crop in crops])  # (P, 3, S, S)
-        latent_masks = torch.stack([to_grid(crop.mask, size // pipe.vae_scale_factor) for crop in crops])
+        images, masks, latent_masks = (
+            torch.stack([getattr(crop, name) for crop in crops]) for name in ("source", "pixel_mask", "latent_mask")
+        )
         candidates = inpaint(
             pipe, images, latent_masks, seeds=seeds, batch_size=command.batch_size, **recipe.sampling
         )  # (P, N, 3, S, S)
         reconstructions = reconstruct(pipe, images)
-        for i, (canvas, crop) in enumerate(zip(unfinished, crops)):
-            source, mask = (x.to(candidates.device) for x in (images[i] / 2 + 0.5, to_grid(crop.mask, size)))
-            measures = measure(candidates[i], source, reconstructions[i], mask, run.scorer, recipe.reference_colours)
+        sources, masks = (x.to(candidates.device) for x in (images / 2 + 0.5, masks))
+        for i, canvas in enumerate(unfinished):
+            measures = measure(
+                candidates[i], sources[i], reconstructions[i], masks[i], run.scorer, recipe.reference_colours
+            )
             rejections = quality_filter.rejections(measures)
             for reason in filter(None, rejections):
                 canvas.rejected[reason] += 1
@@ -298,7 +357,7 @@ def generate_batch(pipe: StableDiffusionInpaintPipeline, canvases: Sequence[Canv
             if chosen is None:
                 retry_crop(canvas, command.max_attempts)
             else:
-                finish_crop(canvas, crop, candidates[i], seeds[i], measures, chosen)
+                finish_crop(canvas, candidates[i], seeds[i], measures, chosen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

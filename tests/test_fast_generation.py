@@ -2,6 +2,10 @@
 
 import functools
 import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import lpips
 import numpy as np
@@ -20,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import generate_defectfill as g
 from defectfill import sampling, selection
 from defectfill.lora import LORA_FILE
+from defectfill.runs.files import save_image
 from defectfill_dataset import InputError
 
 
@@ -201,3 +206,97 @@ def test_ssim_is_scikit_images():
         )
         expected.append(1 - each.mean(axis=0)[mask[0].numpy() > 0.5].mean())
     assert selection.ssim_score(candidates, source, mask) == pytest.approx(expected, abs=1e-9)
+
+
+# What threads do beside the model
+
+
+def content(folder) -> dict:
+    """Every picture's bytes, and the manifest's lines without their times."""
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(folder / "manifest.jsonl")]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*.png")} | {"manifest": lines}
+
+
+def test_a_batch_is_painted_while_the_next_is_prepared_and_the_one_before_written(
+    trained, inputs, tmp_path, monkeypatch
+):
+    prepared, written = ({f"{i:03d}": threading.Event() for i in range(3)} for _ in range(2))
+    start, paint, write, seen = g.start_canvas, g.inpaint, g.write_image, []
+
+    def start_and_tell(planned, *args):
+        canvas = start(planned, *args)
+        prepared[planned.name].set()
+        return canvas
+
+    def write_and_tell(canvas, *args):
+        line = write(canvas, *args)
+        written[canvas.planned.name].set()
+        return line
+
+    def wait_and_paint(*args, **kwargs):
+        place = len(seen)
+        beside = [*list(prepared.values())[place + 1 : place + 2], *list(written.values())[max(place - 1, 0) : place]]
+        seen.append([event.wait(20) for event in beside])
+        return paint(*args, **kwargs)
+
+    for name, function in (("start_canvas", start_and_tell), ("write_image", write_and_tell)):
+        monkeypatch.setattr(g, name, function)
+    monkeypatch.setattr(g, "inpaint", wait_and_paint)
+    generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST)
+    assert seen == [[True], [True, True], [True]]
+
+
+def test_the_number_of_threads_changes_nothing(trained, inputs, tmp_path, monkeypatch):
+    for number in (1, 8):
+        monkeypatch.setattr(g, "WRITERS", number)
+        common = ["--lora", trained, *inputs, "--num_images", 9, "--batch_size", 9, *FAST]
+        generate(*common, "--output_dir", tmp_path / str(number))
+    assert content(tmp_path / "1") == content(tmp_path / "8")
+    names = [line["name"] for line in read_lines(tmp_path / "8/manifest.jsonl")]
+    assert names == [line["name"] for line in read_lines(tmp_path / "8/plan.jsonl")] and len(names) == 9
+
+
+@pytest.mark.parametrize("where", ["start_canvas", "write_image"])
+def test_an_error_in_a_thread_ends_the_run_and_loses_nothing_that_was_written(
+    trained, inputs, tmp_path, monkeypatch, where
+):
+    argv = ["--lora", trained, *inputs, *FAST, "--output_dir"]
+    generate(*argv, tmp_path / "whole")
+    work, out = getattr(g, where), tmp_path / "out"
+
+    def fail(of, *args):
+        if getattr(of, "planned", of).name == "001":
+            raise OSError("no space left")
+        return work(of, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(g, where, fail)
+        with pytest.raises(OSError, match="no space left"):
+            generate(*argv, out)
+    kept = [line["name"] for line in read_lines(out / "manifest-part-00000.jsonl")]
+    assert kept == (["000"] if where == "start_canvas" else ["000", "002"][: len(kept)]) and kept
+    generate(*argv, out)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_threads_that_write_leave_the_umask_alone(tmp_path, monkeypatch):
+    umask = os.umask
+
+    def slow_umask(mask):
+        before = umask(mask)
+        time.sleep(0.01)
+        return before
+
+    before = umask(0o027)
+    monkeypatch.setattr(os, "umask", slow_umask)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda i: save_image(Image.new("L", (8, 8)), tmp_path / f"{i}.png"), range(8)))
+    assert umask(before) == 0o027
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o640}
+
+
+def test_a_picture_is_compressed_quickly(tmp_path):
+    save_image(Image.linear_gradient("L"), tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    assert data[data.index(b"IDAT") + 4 :][:2] == b"\x78\x01"  # zlib's mark of its fastest level
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.linear_gradient("L").tobytes()

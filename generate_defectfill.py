@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from defectfill.base_model import BaseModel, check_prompt, check_resolution, load_tokenizer, read_base
-from defectfill.lora import check_fits, fuse_lora, load_lora
+from defectfill.lora import LoraFile, check_fits, fuse_lora, load_lora
 from defectfill.runs.checkpoint import check_identity
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
 from defectfill.runs.flags import parse_generation_args
@@ -52,6 +52,7 @@ from defectfill.runs.manifest import (
 from defectfill.runs.plan import PlannedImage, Recipe, batch_plan, check_plan, make_plan
 from defectfill.runs.report import contact_row, stack, thumbnail, write_report
 from defectfill.runs.requests import GenerationCommand
+from defectfill.runs.speed import SPEED, Speed, summarise
 from defectfill.sampling import compile_unet, composite, inpaint, load_pipeline, reconstruct
 from defectfill.selection import REJECTIONS, Measures, QualityFilter, Scorer, make_scorer, measure, select_accepted
 from defectfill_dataset import (
@@ -252,7 +253,7 @@ class PreparedGeneration(NamedTuple):
     settings: dict  # what decides a pixel besides the plan; it must be the same when the run goes on
 
 
-def generate_share(run: PreparedGeneration, done: set[str], state: PartialState) -> dict[str, str]:
+def generate_share(run: PreparedGeneration, done: set[str], state: PartialState) -> tuple[dict[str, str], Speed]:
     """Makes this process's share of the images that are not done; returns the problem of each that cannot be made.
 
     A batch with an image to make is made whole, so that no pixel depends on what was done before. A batch without a
@@ -264,9 +265,9 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
     todo = [batch for batch in batches if {planned.name for planned in batch} - done]
     mine = todo[state.process_index :: state.num_processes]
     problems: dict[str, str] = {}
+    model, speed = LazyModel(run, state.device), Speed(state.device)
     if not mine:
-        return problems
-    pipe, loaded, unfuse = None, None, None
+        return problems, speed
     writing: list[Future] = []  # of the batch before
     bar = tqdm(total=sum(map(len, mine)), desc="Images", disable=not state.is_local_main_process)
     with open_part(command.output_dir, state.process_index) as add_line, ThreadPoolExecutor(WRITERS) as writers:
@@ -277,15 +278,8 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
         for canvases in ahead(lambda batch: start_batch(batch, run), mine):
             seconds = 0.0
             if any(not canvas.problem and canvas.planned.name not in done for canvas in canvases):
-                pipe = pipe or load_base(run, state.device)
-                lora = canvases[0].planned.recipe.lora
-                if lora.path != loaded:
-                    if unfuse:
-                        unfuse()
-                    pipe.unload_lora_weights()
-                    load_lora(pipe, lora)
-                    unfuse = fuse_lora(pipe) if command.fuse_lora else None
-                    loaded = lora.path
+                with speed.loading():
+                    pipe = model.load(canvases[0].planned.recipe.lora)
                 began = time.monotonic()
                 generate_batch(pipe, canvases, run)
                 seconds = round((time.monotonic() - began) / len(canvases), 3)
@@ -294,10 +288,42 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
             problems |= {canvas.planned.name: canvas.problem for canvas in canvases if canvas.problem}
             made = [canvas for canvas in canvases if not canvas.problem and canvas.planned.name not in done]
             writing = [writers.submit(write, canvas, seconds) for canvas in made]
+            speed.add_batch(len(made))
             bar.update(len(canvases))
         for written in writing:
             written.result()
-    return problems
+    speed.finish()
+    return problems, speed
+
+
+@dataclasses.dataclass
+class LazyModel:
+    """The base's pipeline with one LoRA at a time, loaded when it is first needed."""
+
+    run: PreparedGeneration
+    device: torch.device
+    pipe: StableDiffusionInpaintPipeline | None = None
+    lora: Path | None = None
+    unfuse: Callable[[], None] | None = None
+
+    def load(self, lora: LoraFile) -> StableDiffusionInpaintPipeline:
+        """The pipeline with this LoRA, as the command's flags want it."""
+        command = self.run.command
+        if self.pipe is None:
+            self.pipe = load_pipeline(
+                self.run.base, command.variant, command.cache_dir, self.run.settings["mixed_precision"], self.device,
+                command.scheduler, command.channels_last,
+            )  # fmt: skip
+            if command.torch_compile:
+                compile_unet(self.pipe, command.torch_compile)
+        if lora.path != self.lora:
+            if self.unfuse:
+                self.unfuse()
+            self.pipe.unload_lora_weights()
+            load_lora(self.pipe, lora)
+            self.unfuse = fuse_lora(self.pipe) if command.fuse_lora else None
+            self.lora = lora.path
+        return self.pipe
 
 
 def ahead(work: Callable, items: Sequence) -> Iterator:
@@ -313,18 +339,6 @@ def ahead(work: Callable, items: Sequence) -> Iterator:
 def start_batch(batch: Sequence[PlannedImage], run: PreparedGeneration) -> list[Canvas]:
     """A canvas for each image of a batch."""
     return [start_canvas(planned, run.settings["resolution"], run.base.vae_scale_factor) for planned in batch]
-
-
-def load_base(run: PreparedGeneration, device: torch.device) -> StableDiffusionInpaintPipeline:
-    """The base's pipeline, as the command's flags want it."""
-    command = run.command
-    pipe = load_pipeline(
-        run.base, command.variant, command.cache_dir, run.settings["mixed_precision"], device, command.scheduler,
-        command.channels_last,
-    )  # fmt: skip
-    if command.torch_compile:
-        compile_unet(pipe, command.torch_compile)
-    return pipe
 
 
 def generate_batch(pipe: StableDiffusionInpaintPipeline, canvases: Sequence[Canvas], run: PreparedGeneration) -> None:
@@ -452,13 +466,16 @@ def start_run(run: PreparedGeneration) -> list[str]:
     return [line["name"] for line in merge_parts(folder)]
 
 
-def finish_run(folder: Path, problems: dict[str, str]) -> None:
+def finish_run(folder: Path, problems: dict[str, str], speeds: Sequence[Speed]) -> None:
     """Writes manifest, report and contact sheet; ends with exit status 1 if an image could not be made."""
     lines = merge_parts(folder)
+    if any(speed.images for speed in speeds) or not (folder / SPEED).exists():
+        write_json(folder / SPEED, summarise(speeds))
     if lines:
         write_table(folder / "manifest.parquet", lines)
         with atomic_write(folder / "summary.html") as temporary:
-            write_report(temporary, read_lines(folder / PLAN), lines, problems.values())
+            speed = json.loads((folder / SPEED).read_text())
+            write_report(temporary, read_lines(folder / PLAN), lines, problems.values(), speed)
         rows = [Image.open(folder / "contact" / f"{line['name']}.png") for line in lines[:SHEET_IMAGES]]
         save_image(stack(rows), folder / "contact_sheet.png")
     print(f"{len(lines)} images in {folder}: images/, masks/, {MANIFEST}, contact_sheet.png, summary.html")
@@ -481,9 +498,10 @@ def main(command: GenerationCommand) -> None:
         [done] = broadcast_object_list([done])
         if done is None:
             raise problem or SystemExit(2)  # the main process reports the problem
-        problems = gather_object([generate_share(run, set(done), state)])
+        shares = gather_object([generate_share(run, set(done), state)])
         if state.is_main_process:
-            finish_run(command.output_dir, {name: why for of_process in problems for name, why in of_process.items()})
+            problems = {name: why for of_process, _ in shares for name, why in of_process.items()}
+            finish_run(command.output_dir, problems, [speed for _, speed in shares])
 
 
 def command() -> None:

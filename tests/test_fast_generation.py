@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import lpips
 import numpy as np
@@ -24,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import generate_defectfill as g
 from defectfill import sampling, selection
 from defectfill.lora import LORA_FILE
+from defectfill.runs import report as page
+from defectfill.runs import speed
 from defectfill.runs.files import save_image
 from defectfill_dataset import InputError
 
@@ -300,3 +303,53 @@ def test_a_picture_is_compressed_quickly(tmp_path):
     data = (tmp_path / "a.png").read_bytes()
     assert data[data.index(b"IDAT") + 4 :][:2] == b"\x78\x01"  # zlib's mark of its fastest level
     assert Image.open(tmp_path / "a.png").tobytes() == Image.linear_gradient("L").tobytes()
+
+
+# What a run reports of its speed
+
+
+def test_speed_is_counted_without_loading_and_without_the_first_batch(trained, inputs, tmp_path, monkeypatch):
+    now, load, paint = [0.0], g.load_pipeline, g.inpaint
+    monkeypatch.setattr(speed, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def taking(seconds, work):
+        def run(*args, **kwargs):
+            now[0] += seconds.pop(0)
+            return work(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(g, "load_pipeline", taking([100.0], load))
+    monkeypatch.setattr(g, "inpaint", taking([10.0, 2.0, 3.0], paint))
+    argv = ["--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST]
+    generate(*argv)
+    expected = {
+        "device": "cpu",
+        "processes": 1,
+        "images": 3,
+        "seconds_per_image": 5.0,
+        "warm_seconds_per_image": 2.5,
+        "first_batch_seconds": 10.0,
+        "loading_seconds": 100.0,
+        "peak_memory_bytes": None,
+    }
+    assert json.loads((tmp_path / "out/speed.json").read_text()) == expected
+    told = "The last start made 3 images on cpu, processes: 1: 5 s an image without loading."
+    assert told in (tmp_path / "out/summary.html").read_text()
+    generate(*argv)  # makes nothing
+    assert json.loads((tmp_path / "out/speed.json").read_text()) == expected
+
+
+def test_the_speed_of_several_processes_is_that_of_the_slowest():
+    common = {"device": torch.device("cpu"), "first_images": 2}
+    speeds = [
+        speed.Speed(**common, images=4, seconds=8.0, first_seconds=5.0, peak_memory_bytes=2**30),
+        speed.Speed(**common, images=6, seconds=9.0, first_seconds=3.0, peak_memory_bytes=2**31),
+        speed.Speed(torch.device("cpu")),
+    ]
+    found = speed.summarise(speeds)
+    assert (found["processes"], found["images"], found["peak_memory_bytes"]) == (3, 10, 2**31)
+    assert (found["seconds_per_image"], found["warm_seconds_per_image"]) == (0.9, 1.0)
+    assert "at most 2.0 GiB of its memory" in page.speed_line(found)
+    nothing = speed.summarise(speeds[2:])
+    assert nothing["images"] == 0 and nothing["seconds_per_image"] is None and page.speed_line(nothing) == ""

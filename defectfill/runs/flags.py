@@ -17,7 +17,7 @@ from defectfill_dataset.commands import HelpFormatter, Parser, add_reading_flags
 from defectfill_dataset.synthesis.shapes import SHAPES
 
 from ..base_model import SD2_MIRROR
-from ..sampling import SCHEDULERS
+from ..sampling import COMPILED, SCHEDULERS
 from ..selection import LPIPS_FILES
 from .requests import GenerationCommand, GenerationRequest
 
@@ -107,6 +107,19 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     add("--resolution", type=int, metavar="PX", help="Side of the model's square. Default: the LoRA's own.")
     scheduler_help = "Sampler. The paper uses ddim; the others need about 20 steps."
     add("--scheduler", choices=list(SCHEDULERS), default="ddim", help=scheduler_help)
+    add = parser.add_argument_group("speed; each changes pixels by rounding").add_argument
+    fuse_help = "Fuse the LoRA into the weights, so that its layers cost nothing while sampling."
+    add("--fuse_lora", action="store_true", help=fuse_help)
+    add("--channels_last", action="store_true", help="Keep UNet and VAE in the channels-last memory layout.")
+    add(
+        "--torch_compile",
+        nargs="?",
+        const="blocks",
+        choices=COMPILED,
+        help="Compile the UNet's transformer blocks (blocks, also without a value), or all of it (unet). Compiling "
+        "takes from half a minute (blocks) to several minutes (unet) before the first image, so it pays in long runs "
+        "only. Best with --fuse_lora: without it each LoRA is compiled anew.",
+    )
     add = parser.add_argument_group("candidates and selection").add_argument
     add("--num_candidates", type=int, default=8, metavar="N", help="Number of candidates per crop.")
     batch_help = "Maximum candidates per UNet call; may span several images. Default: all candidates of one image."

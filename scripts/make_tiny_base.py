@@ -81,6 +81,7 @@ COLOURS = {"black": (14, 12, 12), "dark": (45, 40, 38), "gray": (125, 125, 125),
            "white": (245, 243, 240), "pale": (205, 165, 115), "brown": (95, 55, 25), "red": (170, 40, 35),
            "orange": (205, 115, 45), "yellow": (215, 190, 70), "green": (60, 120, 60), "blue": (50, 80, 160),
            "purple": (110, 60, 130)}  # fmt: skip
+GREYS = 5  # the first so many
 SHAPES = ("spot", "line", "zigzag", "ring", "patch", "specks")
 WORDS = f"""a an the photo picture close up of on with and in good sks part {" ".join([*COLOURS, *SHAPES, *PARTS])}
 faint deep raised plain same rim open short mouse bite spur pin copper pcb
@@ -238,6 +239,7 @@ def draw_mark(rng: np.random.Generator, pixels: np.ndarray) -> tuple[np.ndarray,
 
     A mark has a shape and a colour ("same": one of the picture's own; "plain": none, only its shading shows); it may
     be faint, lie deep or raised, and have a rim of another colour. All of these are drawn independently.
+    A grey picture gets grey marks.
     """
     size = len(pixels)
     shape = rng.choice(SHAPES)
@@ -245,10 +247,12 @@ def draw_mark(rng: np.random.Generator, pixels: np.ndarray) -> tuple[np.ndarray,
     soft = rng.uniform(0.008, 0.03)
     inside = smoothstep(soft, -soft, field)
     relief = rng.choice(["", "deep", "raised"], p=[0.4, 0.35, 0.25])
-    colour = rng.choice(["plain", "same", *COLOURS], p=[0.08 * (relief != ""), 0.12 + 0.08 * (relief == ""),
-                                                        *np.full(len(COLOURS), 0.8 / len(COLOURS))])  # fmt: skip
+    grey = np.ptp(pixels.astype(float), axis=-1).mean() < 3
+    colours = [*COLOURS][:GREYS] if grey else [*COLOURS]
+    kind = rng.choice(["plain", "same", "own"], p=[0.08, 0.12, 0.8] if relief else [0, 0.2, 0.8])
+    colour = rng.choice(colours) if kind == "own" else kind
     faint = colour != "plain" and rng.random() < 0.3
-    rim = rng.choice(list(COLOURS)) if rng.random() < 0.4 else None
+    rim = rng.choice(colours) if rng.random() < 0.4 else None
 
     def tone(name: str) -> np.ndarray:
         if name == "same":

@@ -132,13 +132,13 @@ class Sizes:
 
     resolution: int = 128
     vae_channels: Sequence[int] = (16, 32, 64)
-    unet_channels: Sequence[int] = (64, 96, 128)
+    unet_channels: Sequence[int] = (64, 96, 120)
     attention: Sequence[bool] = (False, True, True)
     head: int = 32
     text_width: int = 96
     text_layers: int = 2
     context: int = 24
-    prediction_type: str = "v_prediction"
+    prediction_type: str = "epsilon"
 
 
 def build_pipeline(sizes: Sizes, words: Iterable[str] = WORDS) -> StableDiffusionInpaintPipeline:
@@ -271,7 +271,7 @@ def draw_mark(rng: np.random.Generator, pixels: np.ndarray) -> tuple[np.ndarray,
         width = rng.uniform(0.012, 0.035)
         edge = np.exp(-(((field - 0.5 * width) / width) ** 2)) * rng.uniform(0.6, 1.0)
         marked += edge[..., None] * (tone(rim) - marked)
-        mask = field < soft + 1.5 * width
+        mask = field < soft + 2 * width
     if relief:
         slope = np.clip(-field, 0, depth) * (-1 if relief == "deep" else 1) * size / 2
         dy, dx = np.gradient(ndimage.gaussian_filter(slope, 0.7))
@@ -279,7 +279,8 @@ def draw_mark(rng: np.random.Generator, pixels: np.ndarray) -> tuple[np.ndarray,
         shade = 1 - steep * (dy * np.sin(azimuth) + dx * np.cos(azimuth))
         marked *= np.clip(shade, 0.35, 1.7)[..., None]
     words = ["faint"] * faint + [relief] * (relief != "") + [colour, shape] + ([f"with a {rim} rim"] if rim else [])
-    return np.clip(marked, 0, 255).astype(np.uint8), mask, " ".join(words)
+    marked = np.where(mask[..., None], np.clip(marked, 0, 255), pixels)
+    return marked.astype(np.uint8), mask, " ".join(words)
 
 
 def draw_masks(rng: np.random.Generator, mark: np.ndarray | None, size: int, cells: int) -> list[torch.Tensor]:
@@ -659,6 +660,9 @@ def psnr(difference: torch.Tensor) -> float:
 # The command
 
 
+WITHOUT_EFFECT = ("output_dir", "workers", "scenes_only")  # options that change nothing in the result
+
+
 def main(args: argparse.Namespace) -> None:
     diffusers.utils.logging.set_verbosity_error()
     sizes = Sizes(resolution=args.resolution, prediction_type=args.prediction_type)
@@ -668,7 +672,7 @@ def main(args: argparse.Namespace) -> None:
         return pipe.save_pretrained(args.output_dir)
     work_dir = args.output_dir / "work"
     told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    options = {k: v for k, v in told.items() if k not in ("output_dir", "workers", "scenes_only")}
+    options = {k: v for k, v in told.items() if k not in WITHOUT_EFFECT}
     with exclusive_lock(work_dir):
         if (work_dir / "options.json").exists():
             checkpoints.check_identity(json.loads((work_dir / "options.json").read_text()), options)

@@ -301,7 +301,7 @@ class Scenes:
 Picture = Callable[[], tuple[Image.Image, str]]  # makes a good picture and names what it shows
 
 
-def make_group(job: tuple[int, Picture, int, int, int, int]) -> list[tuple[np.ndarray, torch.Tensor, list[str]]]:
+def make_group(job: tuple[int, Picture, int, int, int, int]) -> list[tuple[np.ndarray, np.ndarray, list[str]]]:
     """The scenes of one picture: as it is, and with `marks` marks, one in each."""
     index, picture, resolution, cells, marks, seed = job
     torch.set_num_threads(1)
@@ -309,7 +309,7 @@ def make_group(job: tuple[int, Picture, int, int, int, int]) -> list[tuple[np.nd
     image, name = picture()
     good = np.asarray(image.resize((resolution, resolution), Image.Resampling.BICUBIC))
     captions = [f"A photo of a {name}", f"A {name}", f"A good {name}", f"A picture of a {name}"]
-    scenes = [(good, torch.stack(draw_masks(rng, None, resolution, cells)) > 0.5, captions)]
+    scenes = [(good, (torch.stack(draw_masks(rng, None, resolution, cells)) > 0.5).numpy(), captions)]
     for _ in range(marks):
         marked, mark, words = draw_mark(rng, good)
         captions = [
@@ -318,7 +318,7 @@ def make_group(job: tuple[int, Picture, int, int, int, int]) -> list[tuple[np.nd
             f"A {name} with {words}",
             f"A photo of {words}",
         ]
-        scenes.append((marked, torch.stack(draw_masks(rng, mark, resolution, cells)) > 0.5, captions))
+        scenes.append((marked, (torch.stack(draw_masks(rng, mark, resolution, cells)) > 0.5).numpy(), captions))
     return scenes
 
 
@@ -335,7 +335,7 @@ def make_scenes(
             groups = map(make_group, jobs)
         scenes = [scene for group in tqdm(groups, desc="Scenes", total=len(jobs), mininterval=5) for scene in group]
     pixels, masks, captions = zip(*scenes)
-    return Scenes(np.stack(pixels), torch.stack(masks), list(captions), 1 + marks)
+    return Scenes(np.stack(pixels), torch.from_numpy(np.stack(masks)), list(captions), 1 + marks)
 
 
 def drawn_picture(part: str, size: int, seed: tuple[int, int]) -> tuple[Image.Image, str]:

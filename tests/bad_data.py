@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from conftest import make_mvtec, make_seed_layout
+from folders import make_mvtec, make_seed_layout
 from PIL import Image
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bad_data import ACCEPTED, FOLDERS, NAMES, REFUSED, SIZE, make_pair, png, write_table
 from PIL import Image
-from test_checks import run
+from runs import check
 
 import train_defectfill
 from defectfill.runs.cases import Case, check_cases
@@ -32,7 +32,7 @@ def refused(train, monkeypatch):
 
 def checked(root, capsys) -> tuple[int, list[str]]:
     """The exit status of check_data, and the lines with a code that it prints."""
-    status = run(root, "--split", "all", "--resolution", SIZE)
+    status = check(root, "--split", "all", "--resolution", SIZE)
     return status, [line for line in capsys.readouterr().out.splitlines() if line.startswith("DF")]
 
 
@@ -53,7 +53,7 @@ def test_all_bad_pairs_are_told_at_once_by_check_data_training_and_generation(tm
     pairs = {row: make_pair(tmp_path / "bolt", row) for row in REFUSED}
     for row, pair in pairs.items():
         REFUSED[row][0](pair)
-    status = run(tmp_path / "bolt", "--split", "all", "--resolution", SIZE, "--output_dir", tmp_path / "report")
+    status = check(tmp_path / "bolt", "--split", "all", "--resolution", SIZE, "--output_dir", tmp_path / "report")
     (found,) = json.loads((tmp_path / "report/report.json").read_text())["objects"]
     lines, printed = found["problems"], capsys.readouterr().out.splitlines()
     assert len([line for line in printed if line.startswith("DF103")]) == 21 and "more like these" in "".join(printed)
@@ -97,7 +97,7 @@ def test_what_is_odd_in_several_pairs(tmp_path, capsys):
     for pair in pairs:
         pair.save_mask(~pairs[0].area)
     pairs[3].save(pairs[0].pixels)
-    assert run(tmp_path / "bolt", "--resolution", SIZE) == 0
+    assert check(tmp_path / "bolt", "--resolution", SIZE) == 0
     told = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("DF"))
     assert re.findall(r"^(DF\d+)", told, re.M) == ["DF150", "DF155", "DF154"]
     assert "all 4 masks are the same" in told and "000.png, test/hole/003.png: the same picture, held out" in told

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COLOURS, RESOLUTION, make_mvtec, make_seed_layout, write_image, write_mask
+from drawn import COLOURS, write_image, write_mask
+from folders import make_mvtec, make_seed_layout
 from PIL import Image
+from toy_model import make_samples
 
 from defectfill_dataset import (
     DefectPairs,
     InputError,
-    TrainingSamples,
     binarise,
     boxes_mask,
     build_prompts,
@@ -394,13 +395,6 @@ def test_random_masks_stay_inside_and_differ():
 
 
 # The training stream
-
-
-def make_samples(dataset, **options) -> TrainingSamples:
-    prompts = build_prompts(sorted(dataset.unique("defect")), "nut", "{defect}")
-    tokens = tokenize_prompts(make_tokenizer(WORDS), prompts.values())
-    arguments = dict(resolution=RESOLUTION, vae_scale_factor=4, seed=0) | options
-    return TrainingSamples(dataset, prompts, tokens, **arguments), prompts, tokens
 
 
 @pytest.fixture

@@ -8,15 +8,20 @@ import signal
 import struct
 import zlib
 
+from offline import HOME
+
 import lpips
 import numpy as np
 import pytest
 import torch
-from conftest import HOME, RESOLUTION, generate, make_mvtec, read_lines, toy_pipeline, write_image, write_mask
+from drawn import write_image, write_mask
+from folders import make_mvtec
 from PIL import Image
+from runs import content, generate, read_lines
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torchvision.models import alexnet
+from toy_model import RESOLUTION, toy_pipeline
 
 import generate_defectfill as g
 from defectfill import sampling, selection
@@ -370,13 +375,6 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, inputs, tmp_path):
         generate("--lora", trained, *inputs, "--output_dir", out, *FAST)
         assert not list(out.rglob(f"{files.TEMPORARY}*")) and not part.exists()
         assert content(out) == content(tmp_path / "whole")
-
-
-def content(folder) -> dict:
-    """Every file's bytes; the manifest without its times."""
-    files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*.png")}
-    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(folder / "manifest.jsonl")]
-    return files | {"manifest": lines}
 
 
 def test_a_finished_run_does_nothing_and_other_settings_are_refused(trained, inputs, tmp_path, monkeypatch):

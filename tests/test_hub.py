@@ -2,11 +2,15 @@
 
 import shlex
 
+from offline import HUB_PORT
+
 import huggingface_hub.constants
 import pytest
 import yaml
-from conftest import HUB_PORT, RESOLUTION, generate, toy_pipeline, write_image, write_mask
+from drawn import write_image, write_mask
 from fake_hub import TOKEN, FakeHub
+from runs import generate
+from toy_model import RESOLUTION, toy_pipeline
 
 from defectfill.lora import LORA_FILE, read_lora
 from defectfill_dataset import InputError

@@ -11,10 +11,12 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+from offline import ROOT
+
 import pytest
-from conftest import ROOT, options
 from lock import differences, failures, read_lock, read_requirements
 from packaging.utils import canonicalize_name
+from runs import options
 
 import generate_defectfill
 import train_defectfill

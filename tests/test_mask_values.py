@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_mvtec, write_image
+from drawn import write_image
+from folders import make_mvtec
 from PIL import Image, ImageFilter
 
 from defectfill_dataset import InputError, MaskClasses, binarise, check_pairs, load_defect_pairs

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import generate, write_image, write_mask
+from drawn import write_image, write_mask
+from generated import export, make_generated
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
-from test_exports import export, make_generated
+from runs import generate
 
 from defectfill_dataset import images
 from defectfill_dataset.writers import datasets as writers

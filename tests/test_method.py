@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RESOLUTION, toy_pipeline
 from diffusers import DDPMScheduler
+from toy_model import RESOLUTION, toy_pipeline
 
 import train_defectfill as t
 from defectfill.lora import lora_parameters

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from conftest import generate, make_mvtec, read_lines, write_image
+from drawn import write_image
+from folders import make_mvtec
 from PIL import Image
+from runs import generate, read_lines
 from scipy import ndimage
 
 import generate_defectfill as g

@@ -10,25 +10,18 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from offline import ROOT
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import (
-    COLOURS,
-    RESOLUTION,
-    ROOT,
-    generate,
-    make_mvtec,
-    options,
-    read_lines,
-    reset_accelerate,
-    write_image,
-    write_mask,
-)
+from drawn import COLOURS, write_image, write_mask
+from folders import make_mvtec
 from PIL import Image
+from runs import content, generate, options, read_lines, reset_accelerate
 from scipy.spatial.distance import cdist
-from test_generate import content
+from toy_model import RESOLUTION
 
 import generate_defectfill as g
 import train_defectfill

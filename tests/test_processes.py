@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import make_mvtec, options, read_lines
+from folders import make_mvtec
+from runs import options, read_lines
 from safetensors.torch import load_file
 
 from defectfill.lora import LORA_FILE

@@ -10,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+from offline import ROOT
+
 import pytest
 import torch
-from conftest import ROOT, options, read_lines, reset_accelerate
+from folders import make_mvtec
+from runs import options, read_lines, reset_accelerate
 from safetensors.torch import load_file, save_file
 
 import train_defectfill
@@ -175,7 +178,6 @@ def test_a_named_checkpoint(train, tmp_path):
 
 @pytest.fixture(scope="module")
 def two_checkpoints(base, tmp_path_factory):
-    from conftest import make_mvtec
 
     folder = tmp_path_factory.mktemp("two")
     reset_accelerate()

@@ -2,8 +2,9 @@
 
 import ast
 import graphlib
+import re
 
-from conftest import ROOT
+from offline import ROOT
 
 
 FILES = [*ROOT.glob("*.py"), *(f for room in ("defectfill*", "scripts") for f in ROOT.glob(f"{room}/**/*.py"))]
@@ -72,3 +73,12 @@ def test_training_does_without_the_scorers_libraries():
         found.add(name)
         needed += (ARROWS.get(name, set()) & MODULES.keys()) - found
     assert not {b for name in found for b in ARROWS[name] if b == "lpips" or b.startswith("skimage.metrics")}
+
+
+def test_no_test_module_imports_another():
+    """What several need has a module named for what it makes; a fixture comes by its name."""
+    files = sorted(ROOT.glob("tests/**/test_*.py"))
+    nodes = [(file, node) for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    found = [(file.name, node.module) for file, node in nodes if isinstance(node, ast.ImportFrom)]
+    found += [(file.name, a.name) for file, node in nodes if isinstance(node, ast.Import) for a in node.names]
+    assert len(files) > 20 and [(a, b) for a, b in found if b and re.match(r"(tests\.)?(test_|conftest)", b)] == []

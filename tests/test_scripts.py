@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 
+from offline import ROOT
+
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, in_clean_process, read_lines, reset_accelerate, toy_pipeline, write_image
 from diffusers import StableDiffusionInpaintPipeline
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
+from drawn import write_image
 from PIL import Image
+from runs import in_clean_process, read_lines, reset_accelerate
 from safetensors.torch import load_file
+from toy_model import toy_pipeline
 
 from defectfill.sampling import ddim, inpaint
 from defectfill_dataset import InputError, binarise, check_pairs, cover, image_tensor, load_defect_pairs

@@ -6,14 +6,19 @@ import re
 import shutil
 import stat
 
+from offline import ROOT
+
 import numpy as np
 import pytest
 import torch
-from conftest import RESOLUTION, in_clean_process, make_mvtec, make_seed_layout, read_lines, toy_pipeline, write_image
 from diffusers import StableDiffusionPipeline
+from drawn import write_image
+from folders import make_mvtec, make_seed_layout
 from PIL import Image
+from runs import in_clean_process, options, read_lines
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from toy_model import RESOLUTION, toy_pipeline
 
 import train_defectfill
 from defectfill.base_model import read_base
@@ -549,8 +554,6 @@ def test_an_earlier_run_is_not_overwritten(train, no_models, trained):
 def test_wrong_input_ends_the_command_with_one_message(base, data, tmp_path):
     import subprocess
     import sys
-
-    from conftest import ROOT, options
 
     empty_mask(data), write_image(data / "test/hole/001.png", size=40)
     argv = options(base, data, tmp_path / "out", "--split", "all")

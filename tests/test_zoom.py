@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import RESOLUTION, generate, make_mvtec, read_lines, write_image
+from drawn import write_image
+from folders import make_mvtec
 from PIL import Image
+from runs import generate, read_lines
 from skimage.draw import line
-from test_dataset import make_samples
+from toy_model import RESOLUTION, make_samples
 
 import generate_defectfill
 from defectfill.lora import read_lora

@@ -352,6 +352,7 @@ def test_several_defects_need_a_choice(train, inputs, tmp_path):
     assert {line["prompt"] for line in read_lines(tmp_path / "out/manifest.jsonl")} == {"A bolt with scratch"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(trained, inputs, tmp_path):
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "whole", *FAST)
     for fatal in (1, 2, 3):  # killed while the row, the image, the mask of the second image is written

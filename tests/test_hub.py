@@ -116,6 +116,7 @@ def test_public_only_when_asked(hub, train):
     assert hub.repos["ann/open"]["private"] is False and hub.repos["ann/open"]["files"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [403, 413, "hang"])
 def test_a_failed_push_keeps_the_weights_and_says_how_to_push_them(hub, train, tmp_path, status):
     hub.fault = ("/preupload/", status)
@@ -165,6 +166,7 @@ def test_a_dataset_is_public_only_when_asked_and_checked_before_it_is_written(hu
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [403, "hang"])
 def test_a_failed_push_of_a_dataset_keeps_it_and_a_second_run_pushes_it(hub, data, tmp_path, status):
     out = tmp_path / "my nuts"

@@ -135,6 +135,7 @@ def test_a_script_runs_as_a_file(monkeypatch, capsys):
 # What is printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, word", [("train_defectfill", "--lambda_attn"), ("generate_defectfill", "--zone")])
 def test_help_is_all_that_help_prints(script, word):
     done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
@@ -149,6 +150,7 @@ def launched(*argv, processes: int = 1) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_run_shows_our_progress_alone(base, data, tmp_path):
     done = launched(*options(base, data, tmp_path / "out"))
     assert done.returncode == 0 and done.stdout == ""
@@ -156,6 +158,7 @@ def test_a_run_shows_our_progress_alone(base, data, tmp_path):
     assert all(re.match(r"Steps: |\d\d:\d\d:\d\d (INFO|WARNING) ", line) for line in lines), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_refusal_is_the_last_thing_on_the_screen(base, data, tmp_path, processes):
     done = launched(*options(base, data, tmp_path / "out", "--defect", "nope"), processes=processes)
@@ -164,6 +167,7 @@ def test_a_refusal_is_the_last_thing_on_the_screen(base, data, tmp_path, process
     assert any("Error" in line for line in before) and done.stderr.count("DF162") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["raise InputError('DF199 it: is wrong')", "Parser('it').error('is wrong')"])
 def test_a_refusal_outlives_a_launcher_that_is_killed(code, tmp_path):
     """And waits for it: the launcher, here asleep, is killed after its process has ended."""

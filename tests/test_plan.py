@@ -181,6 +181,7 @@ def test_folders_of_something_else_are_never_written_into(trained, good, tmp_pat
         generate(*argv, "--output_dir", good)
 
 
+@pytest.mark.slow
 def test_a_picture_without_a_place_does_not_hold_up_other_processes(trained, good, tmp_path):
     zone = np.zeros((40, 40), dtype=np.uint8)
     zone[0, 0] = 255
@@ -490,6 +491,7 @@ def test_gates_that_cannot_work_are_refused(trained, good, tmp_path, flags, word
 # Processes and kills
 
 
+@pytest.mark.slow
 def test_two_machines_make_the_same_bytes_as_one_process(trained, good, tmp_path):
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 5, *FAST, "--batch_size", 4]
     generate(*argv, "--output_dir", tmp_path / "one")
@@ -526,6 +528,7 @@ def kill_at_random(argv, kills: int, longest: float) -> int:
     return killed
 
 
+@pytest.mark.slow
 def test_whatever_the_moment_of_a_kill_nothing_is_lost_or_twice(trained, good, tmp_path, monkeypatch):
     monkeypatch.setattr(g, "load_pipeline", lambda *args: type("Pipe", (), {
         "vae_scale_factor": 4, "unload_lora_weights": lambda self: None})())  # fmt: skip

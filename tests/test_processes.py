@@ -51,6 +51,7 @@ def two_processes(base, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_weights(two_processes):
     first, second = (load_file(two_processes / f"out/rank-{rank}.safetensors") for rank in range(2))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
@@ -58,6 +59,7 @@ def test_two_processes_end_with_the_same_weights(two_processes):
     assert len(read_lines(two_processes / "out/losses.jsonl")) == 3 and (two_processes / "out/checkpoint-2").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_of_twice_the_batch(two_processes, train, tmp_path):
     flags = "--train_batch_size 2 --max_train_steps 3 --gradient_accumulation_steps 2".split()
     rates = "--lora_dropout 0 --learning_rate 0.01 --text_encoder_lr 0.01".split()

@@ -98,6 +98,7 @@ def uninterrupted(base, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["step", "write", "rename"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit"])
@@ -115,6 +116,7 @@ def test_a_killed_run_resumes_bit_equal(train, base, data, tmp_path, uninterrupt
     assert any(t.dtype == torch.uint8 for t in moments.values()) == ("8" in optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["moments", "schedule", "step", "seed"])
 def test_control_the_comparison_notices_what_is_not_restored(
     train, base, data, tmp_path, uninterrupted, monkeypatch, lost
@@ -311,6 +313,7 @@ def test_an_atomic_write_leaves_the_old_file_when_writing_fails(tmp_path):
 # Signals and writers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_run_at_a_step_with_a_checkpoint(train, base, data, tmp_path, uninterrupted, number):
     flags = ["--gradient_accumulation_steps", "1"]
@@ -380,6 +383,7 @@ def test_a_process_without_a_launcher_outlives_its_parent(monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_to_launcher_and_process_counts_once(tmp_path, number):
     """A Ctrl-C in the terminal: the process is told twice, by the signal and by its launcher's end."""

@@ -57,6 +57,7 @@ def test_pictures_are_a_function_of_their_seed():
     assert set(np.unique(np.asarray(first[1]))) == {0, 255} and binarise(first[1]).any()
 
 
+@pytest.mark.slow
 def test_a_random_base_is_made_from_the_command_line_and_needs_nothing_of_ours(tmp_path):
     command = [sys.executable, ROOT / "scripts/make_tiny_base.py", "--output_dir", "tiny", "--random_weights"]
     subprocess.run([*command, "--resolution", "64"], cwd=tmp_path, check=True, capture_output=True)
@@ -87,6 +88,7 @@ def make_base(*argv) -> None:
     reset_accelerate()
 
 
+@pytest.mark.slow
 def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     make_base("--output_dir", tmp_path / "whole", *SMALL)
     pid = os.fork()
@@ -207,6 +209,7 @@ def test_features_see_the_defect_and_not_the_rest(segmenter):
     assert not torch.allclose(features, ablate.defect_features(unet, images, 1 - masks))
 
 
+@pytest.mark.slow
 def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypatch):
     command = f"""--base {base} --segmenter {segmenter} --output_dir {tmp_path}/out --resolution 32 --steps 1
         --images 2 --train_batch_size 1 --num_inference_steps 2 --variants default --seeds 1""".split()
@@ -225,6 +228,7 @@ def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypat
     assert Image.open(tmp_path / "out/samples.png").height == 4 * 32
 
 
+@pytest.mark.slow
 def test_samplers_are_compared_on_the_same_parts(base, segmenter, trained, tmp_path):
     command = f"""--base {base} --segmenter {segmenter} --lora {trained} --output {tmp_path}/table.md --images 2
         --resolution 32 --guidance_scale 3 --seed 1"""
@@ -276,6 +280,7 @@ def test_the_stock_way_differs_in_the_sampled_latents_and_the_background_alone(t
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["base", "sd2_size"])
 def test_generation_is_measured_in_every_way(base, tmp_path, monkeypatch, model):
     monkeypatch.setattr(benchmark, "sd2_pipeline", toy_pipeline)

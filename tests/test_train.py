@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from drawn import write_image
 from folders import make_mvtec, make_seed_layout
 from PIL import Image
-from runs import in_clean_process, options, read_lines
+from runs import in_clean_process, options, read_lines, reset_accelerate
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toy_model import RESOLUTION, toy_pipeline
@@ -104,6 +104,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(train, base, tmp_path, monkeypatch):
     """Errors 15 and 16, bit for bit: alpha other than rank, text encoder included, dropout in training."""
     finish, rendered = train_defectfill.finish, {}
@@ -254,11 +255,16 @@ def test_flags_that_must_not_change_the_result(train, trained_tensors, tmp_path,
     assert all(torch.equal(tensors[k], trained_tensors[k]) for k in tensors)
 
 
-@pytest.fixture
-def trained_tensors(train, tmp_path):
-    return load_file(train(output=tmp_path / "plain") / LORA_FILE)
+@pytest.fixture(scope="module")
+def trained_tensors(base, tmp_path_factory):
+    """The LoRA of a run of defaults, on the data that `train` has."""
+    folder = tmp_path_factory.mktemp("plain")
+    reset_accelerate()
+    train_defectfill.main(train_defectfill.parse_args(options(base, make_mvtec(folder / "nut"), folder / "out")))
+    return load_file(folder / "out" / LORA_FILE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -551,6 +557,7 @@ def test_an_earlier_run_is_not_overwritten(train, no_models, trained):
     assert (trained / LORA_FILE).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_wrong_input_ends_the_command_with_one_message(base, data, tmp_path):
     import subprocess
     import sys

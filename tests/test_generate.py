@@ -247,7 +247,7 @@ def test_a_backbone_file_of_something_else(net, content):
 
 @pytest.mark.parametrize("size", [(48, 48), (101, 37), (16, 200)])
 def test_every_pixel_outside_the_mask_is_the_inputs(size):
-    """Error 18: the whole frame passed through the VAE."""
+    """The whole frame passed through the VAE."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     mask = rng.random(size[::-1]) > 0.7
@@ -260,7 +260,7 @@ def test_every_pixel_outside_the_mask_is_the_inputs(size):
 
 
 def test_a_run_leaves_images_masks_scores_and_a_contact_sheet(trained, inputs, tmp_path):
-    """Errors 17 and 18: the same seeds for every image; JPEG masks; 256 px output."""
+    """The same seeds for every image; JPEG masks; 256 px output."""
     out = tmp_path / "out"
     generate("--lora", trained, *inputs, "--output_dir", out, *FAST)
     lines = read_lines(out / "manifest.jsonl")

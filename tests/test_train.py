@@ -62,7 +62,7 @@ def test_a_run_leaves_lora_card_record_split_and_checkpoint(trained):
 
 
 def test_the_lora_file_is_portable(trained):
-    """Error 15: alpha differs between training and inference because the file does not carry it."""
+    """Alpha differs between training and inference because the file does not carry it."""
     with safe_open(trained / LORA_FILE, "pt") as file:
         names, header = list(file.keys()), file.metadata()
     assert all("lora" in name for name in names)
@@ -106,7 +106,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(train, base, tmp_path, monkeypatch):
-    """Errors 15 and 16, bit for bit: alpha other than rank, text encoder included, dropout in training."""
+    """Bit for bit: alpha other than rank, text encoder included, dropout in training."""
     finish, rendered = train_defectfill.finish, {}
 
     def render_then_finish(args, job, accelerator, models, *rest):
@@ -128,7 +128,7 @@ def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(tra
 
 
 def test_checkpoints_hold_no_pickle_and_load_as_a_lora(trained, base):
-    """Error 16: checkpoints are pickles, from which load_lora_weights loads nothing and only logs."""
+    """Checkpoints are pickles, from which load_lora_weights loads nothing and only logs."""
     files = [f for f in trained.rglob("*") if f.is_file() and f.name != ".lock"]
     assert {f.suffix for f in files} == {".safetensors", ".json", ".jsonl", ".md"}
     pipe = toy_pipeline()
@@ -144,7 +144,7 @@ def test_loss_weights_change_what_is_trained(train, tmp_path):
 
 
 def test_learning_rates_warm_up_from_the_first_step(train):
-    """Error 7: a warm-up that multiplies the current rate stays 0 for ever."""
+    """A warm-up that multiplies the current rate stays 0 for ever."""
     out = train(
         "--max_train_steps", "5", "--lr_warmup_steps", "4", "--learning_rate", "0.4", "--text_encoder_lr", "0.04"
     )
@@ -158,7 +158,7 @@ def test_learning_rates_warm_up_from_the_first_step(train):
 
 
 def test_one_image_and_a_batch_of_four_trains(train, tmp_path):
-    """Error 14, in a whole run."""
+    """Fewer images than the batch, in a whole run."""
     out = train("--train_batch_size", "4", data=make_mvtec(tmp_path / "single", {"hole": 1}, good=0))
     assert len(read_lines(out / "losses.jsonl")) == 2
 
@@ -333,7 +333,7 @@ def test_the_defaults_are_the_papers():
 
 
 def test_an_image_that_breaks_while_training_stops_the_run_and_is_named(train, monkeypatch):
-    """Error 20: a broad `except: continue` around all of it."""
+    """A broad `except: continue` around all of it."""
     original = train_defectfill.TrainingSamples.resize_and_crop
 
     def broken(self, image, mask, rng):
@@ -366,7 +366,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(train, monkey
 
 
 def test_steps_that_fp16_skips_for_ever_are_an_error(train, monkeypatch):
-    """Error 9: steps silently skipped."""
+    """Steps silently skipped."""
     skipped = property(lambda self: True)
     monkeypatch.setattr(train_defectfill.Accelerator, "optimizer_step_was_skipped", skipped)
     monkeypatch.setattr(train_defectfill, "MAX_SKIPPED_STEPS", 2)

@@ -136,7 +136,7 @@ def test_a_script_runs_as_a_file(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, word", [("train_defectfill", "--lambda_attn"), ("generate_defectfill", "--zone")])
+@pytest.mark.parametrize("script, word", [("train_defectfill", "--lambda_attn"), ("generate_defectfill", "--roi")])
 def test_help_is_all_that_help_prints(script, word):
     done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and word in done.stdout and done.stderr == ""

@@ -107,13 +107,13 @@ def test_the_page_shows_every_defect_type_in_one_file(trained, several, good, tm
 
 
 def test_the_page_lists_what_was_not_painted(trained, good, tmp_path, monkeypatch):
-    (tmp_path / "zones").mkdir()
+    (tmp_path / "rois").mkdir()
     for name in ("000", "001", "002"):  # the first may be painted anywhere, the others in a corner without room
-        zone = np.full((40, 40), 255, dtype=np.uint8)
-        zone[2 if name != "000" else 40 :] = 0
-        zone[:, 2 if name != "000" else 40 :] = 0
-        Image.fromarray(zone).save(tmp_path / f"zones/{name}.png")
-    source = ["--mask_source", "procedural", "--shapes", "box", "--foreground", "none", "--zone", tmp_path / "zones"]
+        roi = np.full((40, 40), 255, dtype=np.uint8)
+        roi[2 if name != "000" else 40 :] = 0
+        roi[:, 2 if name != "000" else 40 :] = 0
+        Image.fromarray(roi).save(tmp_path / f"rois/{name}.png")
+    source = ["--mask_source", "procedural", "--shapes", "box", "--foreground", "none", "--roi", tmp_path / "rois"]
     argv = ["--lora", trained, "--image", good, *source, "--output_dir", tmp_path / "out", *FAST, "--batch_size", 6]
     with pytest.raises(SystemExit, match="Not generated:\nDF340 001.png"):
         generate(*argv)
@@ -183,9 +183,9 @@ def test_folders_of_something_else_are_never_written_into(trained, good, tmp_pat
 
 @pytest.mark.slow
 def test_a_picture_without_a_place_does_not_hold_up_other_processes(trained, good, tmp_path):
-    zone = np.zeros((40, 40), dtype=np.uint8)
-    zone[0, 0] = 255
-    Image.fromarray(zone).save(tmp_path / "zone.png")
+    roi = np.zeros((40, 40), dtype=np.uint8)
+    roi[0, 0] = 255
+    Image.fromarray(roi).save(tmp_path / "roi.png")
     source = [
         "--mask_source",
         "procedural",
@@ -193,8 +193,8 @@ def test_a_picture_without_a_place_does_not_hold_up_other_processes(trained, goo
         "box",
         "--foreground",
         "none",
-        "--zone",
-        tmp_path / "zone.png",
+        "--roi",
+        tmp_path / "roi.png",
     ]
     done = launched("--lora", trained, "--image", good, *source, *FAST, "--output_dir", tmp_path / "out")
     assert done.returncode != 0 and "Not generated:\nDF340 000.png" in done.stderr

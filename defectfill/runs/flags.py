@@ -172,7 +172,8 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         help="Where the object is. auto segments it from a plain background; a texture that fills the frame is all "
         "object. none places defects anywhere. PATH is a mask, or a folder of masks named like the images.",
     )
-    add("--zone", type=Path, metavar="PATH", help="Mask of the region where defects may go, or a folder of them.")
+    add("--roi", type=Path, metavar="PATH", help="Mask of the region where defects may go, or a folder of them.")
+    add("--zone", dest="roi", type=Path, help=argparse.SUPPRESS)  # its old name
     coverage_help = "Smallest share of a defect's pixels that must lie on the object and in the region."
     add("--coverage", type=float, default=0.99, metavar="X", help=coverage_help)
     add("--masks_per_image", type=int, default=1, metavar="N", help="Number of defects in an image.")
@@ -194,7 +195,7 @@ def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
     users = {"max_rotation": ["references"], "shapes": ["procedural"]}
     of_data = ("object", "split", "layout", "mask_classes", "skip_problems")
     users |= dict.fromkeys(of_data, ["references", "held_out"])
-    users |= dict.fromkeys(("foreground", "zone", "coverage", "masks_per_image"), ["references", "procedural"])
+    users |= dict.fromkeys(("foreground", "roi", "coverage", "masks_per_image"), ["references", "procedural"])
     for flag, sources in users.items():
         if source not in sources and getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag}: only with --mask_source {' or '.join(sources)}")
@@ -272,6 +273,7 @@ def read_request(parser: LineParser, line: dict, args: argparse.Namespace) -> Ge
     """
     flags, words = dict(vars(args)), []
     for flag, value in line.items():
+        flag = "roi" if flag == "zone" else flag
         if value is None:
             flags[flag] = parser.get_default(flag)
         elif isinstance(value, list):

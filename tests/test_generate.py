@@ -332,6 +332,7 @@ def test_one_image_grey_and_turned_by_exif(trained, tmp_path):
     assert line["windows"][0]["chosen"] == 0 and line["windows"][0]["scores"] == [None] * 3
 
 
+@pytest.mark.slow
 def test_random_masks_are_seeded_and_differ(trained, inputs, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         argv = ["--mask_source", "random", "--seed", seed, "--output_dir", tmp_path / name, *FAST]
@@ -401,6 +402,7 @@ def test_a_changed_input_is_not_taken_for_done(trained, inputs, tmp_path, change
         generate(*argv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", g.KINDS)
 def test_a_result_that_was_removed_is_painted_again(trained, inputs, tmp_path, kind):
     argv = ["--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST]
@@ -456,6 +458,7 @@ def test_runs_on_other_images_of_the_same_names_share_no_seed(trained, inputs, t
     assert masks[0] != masks[1]
 
 
+@pytest.mark.slow
 def test_the_scheduler_that_is_asked_for_paints(trained, inputs, tmp_path):
     pictures = set()
     for name in sampling.SCHEDULERS:
@@ -466,6 +469,7 @@ def test_the_scheduler_that_is_asked_for_paints(trained, inputs, tmp_path):
     assert len(pictures) == len(sampling.SCHEDULERS)
 
 
+@pytest.mark.slow
 def test_bf16_in_small_batches(trained, inputs, tmp_path):
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST, "--mixed_precision", "bf16",
              "--batch_size", 2)  # fmt: skip

@@ -56,6 +56,7 @@ def test_the_default_name_is_the_output_folders(hub, train, tmp_path):
     assert list(hub.repos) == ["ann/my-lora"]
 
 
+@pytest.mark.slow
 def test_lora_and_base_come_from_the_hub(hub, base, train, data, tmp_path):
     base_files = {f.relative_to(base).as_posix(): f.read_bytes() for f in base.rglob("*") if f.is_file()}
     hub.repos["sd/inpainting"] = {"private": False, "files": base_files}
@@ -73,6 +74,7 @@ def test_lora_and_base_come_from_the_hub(hub, base, train, data, tmp_path):
         read_lora("ann/nothing")
 
 
+@pytest.mark.slow
 def test_a_base_is_read_at_its_revision_and_variant(hub, base, train, tmp_path):
     pipe = toy_pipeline()
     pipe.save_pretrained(tmp_path / "half", variant="fp16")

@@ -84,11 +84,13 @@ def wheel(tmp_path_factory) -> Path:
     return wheel
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_all_code_and_data_and_nothing_else(wheel):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == {name.replace("scripts/", "defectfill_scripts/", 1) for name in CODE if not name.endswith(".sh")}
 
 
+@pytest.mark.slow
 def test_the_wheel_demands_what_requirements_txt_says(wheel):
     [name] = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA"))
     metadata = zipfile.ZipFile(wheel).read(name).decode()
@@ -96,6 +98,7 @@ def test_the_wheel_demands_what_requirements_txt_says(wheel):
     assert demanded == {str(r) for r in read_requirements(REQUIREMENTS[0])}
 
 
+@pytest.mark.slow
 def test_a_command_of_the_wheel_runs_far_from_the_clone(wheel, tmp_path):
     target = [*"-m pip install --quiet --no-deps --no-index --target".split(), tmp_path / "site"]
     subprocess.run([sys.executable, *target, wheel], check=True)

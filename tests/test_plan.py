@@ -92,6 +92,7 @@ def test_the_manifest_says_what_each_picture_is_and_is_a_table_too(trained, good
     assert [row["windows"][0]["scores"] for row in table] == [line["windows"][0]["scores"] for line in lines]
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_defect_type_in_one_file(trained, several, good, tmp_path):
     out = tmp_path / "<b>out"
     argv = ["--image", good, "--mask_source", "random", "--num_images", 2, *FAST, "--output_dir", out]
@@ -133,6 +134,7 @@ def test_piece_boxes_are_those_of_connected_pieces():
     assert piece_boxes(mask) == [(3, 2, 10, 6), (20, 15, 21, 16)]
 
 
+@pytest.mark.slow
 def test_several_loras_and_defects_paint_their_share_each(trained, several, good, tmp_path):
     out = tmp_path / "out"
     argv = ["--image", good, "--mask_source", "random", "--num_images", 2, *FAST, "--output_dir", out]
@@ -159,6 +161,7 @@ def test_a_run_is_not_continued_with_other_pictures(trained, several, good, tmp_
         generate("--lora", trained, several, "--defect", "hole", *argv)
 
 
+@pytest.mark.slow
 def test_another_seed_is_told_once(trained, good, tmp_path):
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 9, *FAST]
     generate(*argv, "--output_dir", tmp_path / "out")
@@ -277,6 +280,7 @@ def test_all_wrong_lines_of_cases_are_told_at_once(trained, good, tmp_path, monk
         generate(*argv[:3], tmp_path / "none.jsonl", *argv[4:])
 
 
+@pytest.mark.slow
 def test_pictures_painted_in_common_batches_do_not_depend_on_what_is_done(trained, good, tmp_path):
     out = tmp_path / "out"
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 6, *FAST]

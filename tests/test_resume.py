@@ -144,6 +144,7 @@ def test_control_the_comparison_notices_what_is_not_restored(
     assert not same_results(whole, out)
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_to_nothing_and_can_be_extended(train, tmp_path):
     flags = ("--checkpointing_steps", "2", "--max_train_steps")
     out = train(*flags, "2")
@@ -162,6 +163,7 @@ def test_only_the_newest_checkpoints_are_kept(train):
     assert [c.name for c in checkpoints.list_checkpoints(out)] == ["checkpoint-4", "checkpoint-5"]
 
 
+@pytest.mark.slow
 def test_a_named_checkpoint(train, tmp_path):
     """Those after it are set aside: pruning by step would delete the new ones, and `latest` go on from the old."""
     out = train("--max_train_steps", "3", "--checkpointing_steps", "1")

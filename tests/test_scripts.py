@@ -136,6 +136,7 @@ def test_the_base_that_ships_fills_a_hole_with_the_parts_own_texture():
     assert (painted - x)[:, inside].square().mean() < 0.25 * x[:, inside].square().mean()
 
 
+@pytest.mark.slow
 def test_a_base_of_ones_own_images(tmp_path):
     for i in range(18):
         write_image(tmp_path / "images/steel_disc" / f"{i}.png", 40)
@@ -267,6 +268,7 @@ def test_ways_that_only_save_work_paint_the_same(toy_pairs):
     assert (fast.scheduler, fast.steps, half.steps) == ("unipc", 4, 4)
 
 
+@pytest.mark.slow
 def test_the_stock_way_differs_in_the_sampled_latents_and_the_background_alone(toy_pairs, monkeypatch):
     pipe = quiet_pipeline()
     stock, once, *_ = benchmark.make_ways(6, 4, candidates=2, batch_size=4).values()

@@ -114,6 +114,7 @@ def test_check_data_says_where_types_are_too_close(tmp_path, capsys):
     assert re.search(r"\n  open +6 +6 ", told) and "2 references" in told
 
 
+@pytest.mark.slow
 def test_training_follows_changes_of_the_other_types(tmp_path, train):
     """Their masks decide the crops, so a run does not go on with others."""
     root = make_boards(tmp_path / "pcb")

@@ -242,6 +242,7 @@ def test_mixed_precision_keeps_fp32_lora(train, precision):
     assert all(math.isfinite(line["loss"]) for line in read_lines(out / "losses.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -374,6 +375,7 @@ def test_steps_that_fp16_skips_for_ever_are_an_error(train, monkeypatch):
         train("--max_train_steps", "4")
 
 
+@pytest.mark.slow
 def test_the_written_split_can_be_given_back(train, tmp_path):
     data = make_mvtec(tmp_path / "bolt", {"hole": 3, "scratch": 3})
     out = train("--defect", "hole", data=data)

@@ -148,6 +148,7 @@ def test_a_dataset_prepared_anew_is_not_the_old_one_of_the_cache(tmp_path, data,
         shutil.rmtree(out)
 
 
+@pytest.mark.slow
 def test_training_from_parquet(tmp_path, base, data, train):
     run(data, tmp_path / "prepared")
     expected = train(output=tmp_path / "direct")

@@ -1,10 +1,11 @@
 """Fixtures of more than one test module: a toy dataset, a toy base model, a LoRA, generated images; all offline."""
 
 import importlib.util
+import os
 import signal
 from pathlib import Path
 
-from offline import ROOT
+from offline import HOME, ROOT
 
 import pytest
 
@@ -18,9 +19,11 @@ from drawn import write_image  # noqa: E402
 from folders import make_mvtec  # noqa: E402
 from generated import make_generated  # noqa: E402
 from runs import options, reset_accelerate  # noqa: E402
+from torchvision.models import alexnet  # noqa: E402
 from toy_model import toy_pipeline  # noqa: E402
 
 import train_defectfill  # noqa: E402
+from defectfill.selection import LPIPS_FILES  # noqa: E402
 
 
 torch.set_num_threads(1)  # two threads are no faster at this size, and sums stay the same everywhere
@@ -66,6 +69,17 @@ def trained(base, tmp_path_factory) -> Path:
     train_defectfill.main(train_defectfill.parse_args(argv))
     reset_accelerate()
     return folder / "lora"
+
+
+@pytest.fixture
+def alex():
+    """A random AlexNet where LPIPS looks for its backbone."""
+    file = os.path.join(HOME, "hub", "checkpoints", LPIPS_FILES["alex"])
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    torch.manual_seed(0)
+    torch.save(alexnet(weights=None).state_dict(), file)
+    yield file
+    os.remove(file)
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ def equal(some: dict[tuple, np.ndarray], others: dict[tuple, np.ndarray]) -> boo
 # Options that change pixels by rounding
 
 
+@pytest.mark.slow
 def test_a_fused_lora_leaves_the_weights_as_they_were_for_the_next(trained, other_lora, inputs, tmp_path, monkeypatch):
     paint, layers = g.inpaint, []
 
@@ -101,6 +102,7 @@ def test_a_fused_lora_leaves_the_weights_as_they_were_for_the_next(trained, othe
         generate("--lora", trained, other_lora, *inputs, "--output_dir", tmp_path / "plain", *FAST, "--fuse_lora")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [["--channels_last"], ["--torch_compile"], ["--torch_compile", "unet"]], ids=" ".join
 )

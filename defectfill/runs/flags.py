@@ -34,6 +34,14 @@ def add_base_flags(
     return add
 
 
+def add_hub_flags(add: Callable, pushed: str, id_flag: str) -> None:
+    """The flags of a push to the Hub; `pushed` names what is pushed, `id_flag` takes its repository."""
+    add("--push_to_hub", action="store_true", help=f"Push {pushed}, with the token of HF_TOKEN or a login.")
+    add(id_flag, metavar="ID", help="Repository on the Hub. Default: the output folder's name.")
+    add("--hub_public", action="store_true", help="Make a new repository public; without it, it is private.")
+    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="Seconds after which a push is given up.")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
@@ -417,10 +425,7 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--logging_dir", default="logs", metavar="DIR", help="Folder of the tracker, inside the output folder.")
 
     add = group("Hugging Face Hub")
-    add("--push_to_hub", action="store_true", help="Push LoRA and model card, with the token of HF_TOKEN or a login.")
-    add("--hub_model_id", metavar="ID", help="Repository on the Hub. Default: the output folder's name.")
-    add("--hub_public", action="store_true", help="Make a new repository public; without it, it is private.")
-    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="Seconds after which a push is given up.")
+    add_hub_flags(add, "LoRA and model card", "--hub_model_id")
     return parser.parse_args(input_args)
 # fmt: on
 

@@ -253,6 +253,7 @@ def test_a_batch_is_painted_while_the_next_is_prepared_and_the_one_before_writte
     assert seen == [[True], [True, True], [True]]
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_changes_nothing(trained, inputs, tmp_path, monkeypatch):
     for number in (1, 8):
         monkeypatch.setattr(g, "WRITERS", number)
@@ -263,6 +264,7 @@ def test_the_number_of_threads_changes_nothing(trained, inputs, tmp_path, monkey
     assert names == [line["name"] for line in read_lines(tmp_path / "8/plan.jsonl")] and len(names) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["start_canvas", "write_image"])
 def test_an_error_in_a_thread_ends_the_run_and_loses_nothing_that_was_written(
     trained, inputs, tmp_path, monkeypatch, where

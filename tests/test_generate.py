@@ -294,6 +294,7 @@ def test_the_lora_decides_what_is_painted(trained, base, inputs, tmp_path):
     assert np.array_equal(np.asarray(expected), np.asarray(Image.open(tmp_path / "out" / line["image"])))
 
 
+@pytest.mark.slow
 def test_lpips_run(trained, inputs, tmp_path, alex):
     argv = ["--num_inference_steps", 1, "--num_candidates", 2]
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *argv)

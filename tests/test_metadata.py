@@ -77,6 +77,7 @@ def assert_bare(folder: Path) -> None:
             assert set(chunks(content)) <= CHUNKS, name
 
 
+@pytest.mark.slow
 def test_generated_files_tell_nothing_of_the_photographs(trained, tmp_path):
     write_telling(tmp_path / "good")
     argv = ["--lora", trained, "--image", tmp_path / "good", "--mask_source", "random", *FAST]

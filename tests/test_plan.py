@@ -61,6 +61,7 @@ def launched(*argv, machine: tuple = ("--num_machines", 1)) -> subprocess.Comple
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_more_pictures_than_images_differ_in_mask_and_seed(trained, good, tmp_path):
     out = tmp_path / "out"
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--output_dir", out, *FAST]
@@ -464,6 +465,7 @@ def test_what_is_not_a_number_or_black_is_painted_again(trained, good, tmp_path,
     assert [(window["attempts"], window["refused"]) for window in windows] == [(2, refusals(broken=2))] * 2
 
 
+@pytest.mark.slow
 def test_a_deviation_needs_to_know_the_references(base, good, tmp_path):
     reset_accelerate()
     data = make_mvtec(tmp_path / "nut", {"hole": 1})

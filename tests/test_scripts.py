@@ -30,6 +30,7 @@ TINY_BASE = ROOT / "scripts/tiny_base"
 SD2_MILLIONS = {"unet": 865, "vae": 83, "text_encoder": 340}  # parameters of Stable Diffusion 2 inpainting
 
 
+@pytest.mark.slow
 def test_demo_data_is_a_dataset_with_exact_masks(tmp_path):
     make_demo_data.main(["--output_dir", str(tmp_path), "--size", "64", "--defects", "3", "--good", "2"])
     for part, (_, defects) in make_demo_data.PARTS.items():
@@ -190,6 +191,7 @@ def segmenter(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_segmenter_learns_and_is_measured_on_pictures_it_has_not_seen(segmenter):
     figures = json.loads((segmenter / "figures.json").read_text())["iou"]
     assert "nut hole" in figures and "cloth" in figures and all(0 <= x <= 1 for x in figures.values())
@@ -213,6 +215,7 @@ def test_iou_of_masks():
     assert train_segmenter.iou(found, masks).tolist() == pytest.approx([1 / 3, 0, 1])
 
 
+@pytest.mark.slow
 def test_features_see_the_defect_and_not_the_rest(segmenter):
     unet = ablate.UNet2DModel.from_pretrained(segmenter)
     images, masks = train_segmenter.drawn_pairs([("nut", "hole")], 2, 32, 0)
@@ -267,6 +270,7 @@ def quiet_pipeline():
     return pipe
 
 
+@pytest.mark.slow
 def test_ways_that_only_save_work_paint_the_same(toy_pairs):
     pipe = quiet_pipeline()
     _, *same, fast, half = benchmark.make_ways(6, 4, candidates=2, batch_size=4).values()

@@ -138,6 +138,7 @@ def test_checkpoints_hold_no_pickle_and_load_as_a_lora(trained, base):
     assert all(torch.equal(saved[name], final[name]) for name in saved.keys() | final.keys())
 
 
+@pytest.mark.slow
 def test_loss_weights_change_what_is_trained(train, tmp_path):
     first = load_file(train("--lambda_attn", "0") / LORA_FILE)
     second = load_file(train(output=tmp_path / "other") / LORA_FILE)
@@ -164,6 +165,7 @@ def test_one_image_and_a_batch_of_four_trains(train, tmp_path):
     assert len(read_lines(out / "losses.jsonl")) == 2
 
 
+@pytest.mark.slow
 def test_several_types_in_one_run(train, tmp_path):
     data = make_seed_layout(tmp_path / "metal_nut", {"hole": 2, "scratch": 2})
     record = read_lora(train(data=data)).record
@@ -258,12 +260,17 @@ def test_flags_that_must_not_change_the_result(train, trained_tensors, tmp_path,
 
 
 @pytest.fixture(scope="module")
-def trained_tensors(base, tmp_path_factory):
-    """The LoRA of a run of defaults, on the data that `train` has."""
+def plain_run(base, tmp_path_factory):
+    """The folder of a run of defaults, on the data that `train` has."""
     folder = tmp_path_factory.mktemp("plain")
     reset_accelerate()
     train_defectfill.main(train_defectfill.parse_args(options(base, make_mvtec(folder / "nut"), folder / "out")))
-    return load_file(folder / "out" / LORA_FILE)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def trained_tensors(plain_run):
+    return load_file(plain_run / LORA_FILE)
 
 
 @pytest.mark.slow
@@ -342,7 +349,8 @@ def test_fused_adamw_steps_alike(fused):
     assert torch.allclose(model.weight, before * (1 - 0.1 * 0.01) - 0.1, atol=1e-6)  # the first step of Adam is lr
 
 
-def test_channels_last_reaches_the_convolutions_and_trains_alike(train, trained_tensors, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_channels_last_reaches_the_convolutions_and_trains_alike(train, plain_run, tmp_path, monkeypatch):
     original, seen = train_defectfill.training_losses, []
 
     def training_losses(models, *rest):
@@ -353,7 +361,7 @@ def test_channels_last_reaches_the_convolutions_and_trains_alike(train, trained_
     out = train("--channels_last", output=tmp_path / "other")
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in seen)
     assert not any(weight.is_contiguous() for weight in seen)
-    losses = [[line["loss"] for line in read_lines(run / "losses.jsonl")] for run in (out, tmp_path / "plain")]
+    losses = [[line["loss"] for line in read_lines(run / "losses.jsonl")] for run in (out, plain_run)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

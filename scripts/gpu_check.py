@@ -90,6 +90,7 @@ def preload() -> None:
 
     Without bitsandbytes and xformers: they use CUDA at import, after which no forked child could.
     """
+    os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whether there is a GPU is asked of the driver, not of CUDA
     sys.modules |= dict.fromkeys(OPTIONAL)  # type: ignore[arg-type]
     for name in COMMANDS:
@@ -351,7 +352,7 @@ def generate(check: Check, name: str, flags: str) -> dict:
     argv = f"""--lora {check.lora} --image {check.pictures(sizes.resolution)}/train/good --mask_source random
         --zoom off --num_images {sizes.images} --num_candidates {sizes.candidates}
         --num_inference_steps {sizes.inference_steps} --selection rmse --seed 0 --output_dir {check.work / name}
-        {flags.format(**sizes._asdict())}"""
+        {flags}"""
     peaks = check.command("generate_defectfill", argv)
     lines = (check.work / name / "manifest.jsonl").read_text().splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines]
@@ -365,7 +366,6 @@ STEPS: dict[str, Step] = {
     "environment": Step(environment),
     "small-fp16": Step(killed_and_resumed, "--mixed_precision fp16"),
     "small-bf16": Step(killed_and_resumed, "--mixed_precision bf16"),
-    "small-8bit": Step(killed_and_resumed, "--mixed_precision bf16 --use_8bit_adam"),
     "small-fp32": Step(same_as_cpu, "--mixed_precision no --lora_dropout 0 --lr_warmup_steps 0"),
     "base": Step(make_base),
     "train-bf16-b1": Step(train, f"{BF16} 1"),
@@ -377,6 +377,7 @@ STEPS: dict[str, Step] = {
     "train-checkpointing-b1": Step(train, f"{BF16} 1 --gradient_checkpointing"),
     "train-cached-b1": Step(train, f"{BF16} 1 --cache_latents 1"),
     "generate-fast": Step(generate, "--scheduler unipc --num_inference_steps {fast_steps}"),
+    "small-8bit": Step(killed_and_resumed, "--mixed_precision bf16 --use_8bit_adam"),
     "train-fp16-b1": Step(train, "--mixed_precision fp16 --train_batch_size 1"),
     "train-checkpointing-b4": Step(train, f"{BF16} 4 --gradient_checkpointing"),
     "train-cached-b2": Step(train, f"{BF16} 2 --cache_latents 1"),
@@ -396,15 +397,16 @@ STEPS: dict[str, Step] = {
 def run_step(check: Check, name: str, expected: float) -> dict:
     """The result of a step: name, ok, status, seconds, what was measured or the error."""
     step, began = STEPS[name], time.monotonic()
+    flags = step.flags.format(**check.sizes._asdict())
     check.step_name, check.step_ends = name, min(check.ends, began + step.limit)
     method = check.start_method
     if "xformers" in step.flags or "8bit" in step.flags:
         check.start_method = "spawn"  # a forked child's diffusers was imported without these libraries
-    result = {"name": name, "ok": False, "status": "ok", "flags": step.flags}
+    result = {"name": name, "ok": False, "status": "ok", "flags": flags}
     try:
         if began + expected > check.ends:
             raise StepError("skipped", "no time left; raise --minutes or choose with --only")
-        result |= step.run(check, name, step.flags)
+        result |= step.run(check, name, flags)
         result["ok"] = True
     except StepError as error:
         result |= {"status": error.status, "error": str(error)}
@@ -480,7 +482,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_dir", type=Path, metavar="DIR", default=Path("gpu-check"), help="Default: %(default)s.")
-    add("--minutes", type=float, default=3, metavar="N", help="Time for all steps. Default: %(default)s.")
+    add(
+        "--minutes",
+        type=float,
+        default=3,
+        metavar="N",
+        help="Time for all steps, without imports. Default: %(default)s.",
+    )
     add("--only", nargs="+", choices=STEPS, metavar="NAME", help="Run these steps. Default: all.")
     add("--base", metavar="DIR", help="Inpainting model to measure. Default: random weights of SD 2's sizes.")
     add("--toy", action="store_true", help="Tiny images and few steps, to try the check itself.")
@@ -493,13 +501,12 @@ def main(args: argparse.Namespace) -> None:
         for name, step in STEPS.items():
             print(f"{name:24} {step.flags}")
         return
+    preload()
     check = Check(args.output_dir.resolve(), TOY if args.toy else Sizes(), args.base, args.minutes)
     shutil.rmtree(check.work, ignore_errors=True)
     for folder in (check.work, check.logs):
         folder.mkdir(parents=True, exist_ok=True)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that no child is left running
-    preload()
     results: list[dict] = []
     expected: dict[Callable, float] = {}  # seconds of the last step of its kind
     with (args.output_dir / "results.jsonl").open("w") as file:

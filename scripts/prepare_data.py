@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from defectfill.runs.cards import write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
+from defectfill.runs.flags import add_hub_flags
 from defectfill.runs.hub import PUBLISHED_DATA, check_hub, push
 from defectfill_dataset import InputError, MaskClasses, find_objects
 from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error
@@ -98,10 +99,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="auto", metavar="RULE|FILE", help="Which defects train, as in training.")
     add("--license", metavar="ID", help="Licence of the images, by the Hub's name (cc-by-nc-sa-4.0); a push needs it.")
     add("--source", metavar="TEXT|URL", help="Source of the images, for the card.")
-    add("--push_to_hub", action="store_true", help="Push the dataset, with the token of HF_TOKEN or a login.")
-    add("--hub_dataset_id", metavar="ID", help="Repository on the Hub. Default: the output folder's name.")
-    add("--hub_public", action="store_true", help="Make a new repository public; without it, it is private.")
-    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="Seconds after which a push is given up.")
+    add_hub_flags(add, "the dataset", "--hub_dataset_id")
     return parser.parse_args(input_args)
 
 

@@ -102,8 +102,8 @@ def main(args: argparse.Namespace) -> None:
         shapes = [defect.shape for defect in placed.parts] or [placed.mask]
         drawn += [(shape, placed.mask.size) for shape in shapes]
         if len(pictures) < args.shown:
-            zone = [(areas["zone"], YELLOW)] if "zone" in areas else []
-            pictures.append(outlined(image, [(part, BLUE), *zone, (placed.mask, RED)]))
+            roi = [(areas["roi"], YELLOW)] if "roi" in areas else []
+            pictures.append(outlined(image, [(part, BLUE), *roi, (placed.mask, RED)]))
     if drawn:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         save_image(grid_of(pictures), args.output)

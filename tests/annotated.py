@@ -6,7 +6,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import numpy as np
-from conftest import write_image
+from drawn import write_image
 from PIL import Image
 from pycocotools import mask as coco_mask
 

@@ -1,111 +1,32 @@
-"""Toy data, a toy base model and runs of the real scripts, all offline."""
+"""Fixtures of more than one test module: a toy dataset, a toy base model, a LoRA, generated images; all offline."""
 
-import dataclasses
 import importlib.util
-import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
+from offline import HOME, ROOT
 
-ROOT = Path(__file__).parents[1]
-HOME = tempfile.mkdtemp(prefix="defectfill-tests-")
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    HUB_PORT = free.getsockname()[1]
-# Before the libraries read them; tests/test_hub.py starts a Hub at that port.
-os.environ.update(
-    HF_HOME=HOME, TORCH_HOME=HOME, OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1",
-    HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1",
-)  # fmt: skip
-
-import pytest  # noqa: E402
+import pytest
 
 
 installed = importlib.util.find_spec("defectfill_scripts")
 if not installed or not ROOT.joinpath("scripts/__init__.py").samefile(installed.origin):
     pytest.exit("Install this clone first: pip install -c constraints.txt -e .", returncode=4)
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
-from accelerate.utils import set_seed  # noqa: E402
-from PIL import Image  # noqa: E402
+from drawn import write_image  # noqa: E402
+from folders import make_mvtec  # noqa: E402
+from generated import make_generated  # noqa: E402
+from runs import options, reset_accelerate  # noqa: E402
 from torchvision.models import alexnet  # noqa: E402
+from toy_model import toy_pipeline  # noqa: E402
 
-import generate_defectfill  # noqa: E402
 import train_defectfill  # noqa: E402
 from defectfill.selection import LPIPS_FILES  # noqa: E402
-from defectfill_scripts.make_tiny_base import Sizes, build_pipeline  # noqa: E402
 
 
 torch.set_num_threads(1)  # two threads are no faster at this size, and sums stay the same everywhere
-
-RESOLUTION = 32
-COLOURS = {"hole": (20, 20, 20), "scratch": (240, 240, 200), "stain": (60, 160, 60)}
-
-
-def write_image(
-    path: Path, size: int = 48, colour: tuple = (150, 90, 60), mask: np.ndarray | None = None, seed: int = 0
-):
-    """A noisy flat picture; the defect, where the mask is, in its own colour."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng([seed, *path.name.encode()]).integers(-15, 16, (size, size, 3)) + np.array(
-        (150, 90, 60)
-    )
-    if mask is not None:
-        pixels[mask] = colour
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-
-
-def write_mask(path: Path, size: int = 48, seed: int = 0) -> np.ndarray:
-    """A square of 6-12 pixels somewhere inside."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([seed, *path.name.encode()])
-    side = rng.integers(6, 13)
-    top, left = rng.integers(4, size - side - 4, 2)
-    mask = np.zeros((size, size), dtype=bool)
-    mask[top : top + side, left : left + side] = True
-    Image.fromarray(mask).convert("L").save(path)
-    return mask
-
-
-def make_mvtec(root: Path, defects: dict[str, int] | None = None, good: int = 3, size: int = 48) -> Path:
-    """An object in MVTec AD's layout; returns its folder."""
-    for defect, number in (defects or {"hole": 4}).items():
-        for i in range(number):
-            mask = write_mask(root / "ground_truth" / defect / f"{i:03d}_mask.png", size)
-            write_image(root / "test" / defect / f"{i:03d}.png", size, COLOURS[defect], mask)
-    for i in range(good):
-        write_image(root / "train" / "good" / f"{i:03d}.png", size)
-    return root
-
-
-def make_seed_layout(root: Path, defects: dict[str, int] | None = None, good: int = 3, size: int = 48) -> Path:
-    """An object in the tutorial's layout; returns its folder."""
-    for defect, number in (defects or {"hole": 4}).items():
-        for i in range(number):
-            mask = write_mask(root / "train/defective_masks" / defect / f"{i:03d}_mask.png", size)
-            write_image(root / "train/defective" / defect / f"{i:03d}.png", size, COLOURS[defect], mask)
-    for i in range(good):
-        write_image(root / "test" / "good" / f"{i:03d}.png", size)
-    return root
-
-
-TOY = Sizes(
-    resolution=RESOLUTION, vae_channels=(8, 16, 16), unet_channels=(16, 32, 32), attention=(True, True, False),
-    head=16, text_width=32, context=77,
-)  # fmt: skip
-
-
-def toy_pipeline(**changes):
-    """A small random pipeline: 32 px, 8 x 8 latents, decoder attention at 8 and 4."""
-    set_seed(0)
-    return build_pipeline(dataclasses.replace(TOY, **changes))
 
 
 @pytest.fixture(scope="session")
@@ -119,18 +40,6 @@ def base(tmp_path_factory) -> Path:
 def data(tmp_path) -> Path:
     """An object 'nut' with four pairs of one defect type, two held out."""
     return make_mvtec(tmp_path / "nut")
-
-
-def options(base: Path, data: Path, output: Path, *more: str) -> list[str]:
-    common = f"""--pretrained_model_name_or_path {base} --train_data_dir {data} --output_dir {output}
-        --resolution {RESOLUTION} --max_train_steps 2 --train_batch_size 2 --lr_warmup_steps 2 --rank 4 --lora_alpha 8
-        --validation_steps 0 --report_to none --checkpointing_steps 100"""
-    return [*common.split(), *map(str, more)]
-
-
-def reset_accelerate() -> None:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.fixture
@@ -173,22 +82,14 @@ def alex():
     os.remove(file)
 
 
-def generate(*argv) -> None:
-    generate_defectfill.main(generate_defectfill.parse_args([str(a) for a in argv]))
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Twelve good photographs."""
+    for number in range(12):
+        write_image(tmp_path / f"photos/{number:03d}.png")
+    return tmp_path / "photos"
 
 
-OURS = ["defectfill", "defectfill_dataset", "defectfill_scripts", "generate_defectfill", "train_defectfill"]
-
-
-def in_clean_process(code: str, *argv, cwd: Path, **env: str) -> str:
-    """Runs Python code that cannot import anything of ours; returns what it prints."""
-    code = f"import sys; sys.modules |= dict.fromkeys({OURS})\n{code}"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
-    command = [sys.executable, "-I", "-W", "error::DeprecationWarning:__main__", "-c", code, *map(str, argv)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.fixture
+def generated(tmp_path, photos) -> Path:
+    return make_generated(tmp_path / "generated")

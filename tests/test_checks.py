@@ -4,33 +4,27 @@ import json
 import re
 import shutil
 
+from offline import ROOT
+
 import numpy as np
 import pytest
-from conftest import ROOT, make_mvtec, write_image
+from drawn import write_image
+from folders import make_mvtec
 from PIL import Image
+from runs import check
 
 from defectfill_dataset import InputError, sheets
 from defectfill_dataset.checks import Look, suspicions
 from defectfill_dataset.errors import folded
-from defectfill_scripts import check_data
 
 
 SHARED = ROOT.parent / "shared/data"
 
 
-def run(*argv) -> int:
-    """The command's exit status."""
-    try:
-        check_data.main(check_data.parse_args([str(a) for a in argv]))
-    except SystemExit as ended:
-        return ended.code
-    return 0
-
-
 def test_a_good_dataset_is_reported_and_pictured(tmp_path, capsys):
     make_mvtec(tmp_path / "data/nut", {"hole": 4, "scratch": 3})
     make_mvtec(tmp_path / "data/bolt", {"stain": 2})
-    assert run(tmp_path / "data", "--resolution", "64", "--output_dir", tmp_path / "report") == 0
+    assert check(tmp_path / "data", "--resolution", "64", "--output_dir", tmp_path / "report") == 0
     report = json.loads((tmp_path / "report/report.json").read_text())
     bolt, nut = report["objects"]
     assert (nut["references"], nut["held_out"], nut["problems"]) == (3, 4, []) and bolt["object"] == "bolt"
@@ -43,10 +37,10 @@ def test_a_good_dataset_is_reported_and_pictured(tmp_path, capsys):
     assert "nut: 3 references, 4 held out, 3 good\nNo problems.\n" in told
     assert re.search(r"\n  hole +4 +48 +48 +[\d.]+ / [\d.]+ / [\d.]+ +\d+ / ", told)
     assert f"report.json: {tmp_path}/report" in told
-    assert run(tmp_path / "data", "--object", "nut") == 0
+    assert check(tmp_path / "data", "--object", "nut") == 0
     assert "bolt" not in capsys.readouterr().out
     with pytest.raises(InputError, match="DF162 --object"):
-        run(tmp_path / "data", "--object", "screw")
+        check(tmp_path / "data", "--object", "screw")
 
 
 def test_every_problem_is_told_in_one_run(tmp_path, capsys):
@@ -60,7 +54,7 @@ def test_every_problem_is_told_in_one_run(tmp_path, capsys):
     Image.new("L", (48, 48), 9).save(masks / "005_mask.png")
     Image.new("L", (48, 48), 255).save(masks / "stray.png")
     (data / "train/good/000.png").write_bytes(b"")
-    assert run(data, "--resolution", "64", "--output_dir", tmp_path / "report") == 2
+    assert check(data, "--resolution", "64", "--output_dir", tmp_path / "report") == 2
     told = capsys.readouterr().out
     for code, name in [
         ("DF142", "000.png"), ("DF140", "001.png"), ("DF145", "002.png"), ("DF146", "003.png"), ("DF103", "004.png"),
@@ -77,7 +71,7 @@ def test_what_is_suspicious_is_told_and_does_not_stop(tmp_path, capsys):
         Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
     shutil.copy(data / "test/hole/000.png", data / "test/hole/003.png")  # a reference, held out
     shutil.copy(data / "train/good/000.png", data / "train/good/001.png")
-    assert run(data, "--resolution", "64") == 0
+    assert check(data, "--resolution", "64") == 0
     told = capsys.readouterr().out
     assert (
         "No problems.\nWorth a look, though training takes it as it is:\nDF1" in told and "DF150 all 4 masks" in told
@@ -98,6 +92,6 @@ def test_small_defects_are_named_with_what_is_left_of_them():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real images beside the project")
 def test_real_datasets_need_no_flag_but_the_path(capsys):
-    assert run(SHARED / "mvtec_sample") == 0
-    assert run(SHARED / "magnetic_tile") == 0
+    assert check(SHARED / "mvtec_sample") == 0
+    assert check(SHARED / "magnetic_tile") == 0
     assert re.search(r"\n  blowhole +115 ", capsys.readouterr().out)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COLOURS, RESOLUTION, make_mvtec, make_seed_layout, write_image, write_mask
+from drawn import COLOURS, write_image, write_mask
+from folders import make_mvtec, make_seed_layout
 from PIL import Image
+from toy_model import make_samples
 
 from defectfill_dataset import (
     DefectPairs,
     InputError,
-    TrainingSamples,
     binarise,
     boxes_mask,
     build_prompts,
@@ -47,7 +48,7 @@ def problems(call, *args, **kwargs) -> list[str]:
 
 
 def test_mvtec_layout_and_the_first_third(tmp_path):
-    """Error 19: one test image per defect in training."""
+    """One test image per defect in training."""
     make_mvtec(tmp_path / "nut", {"hole": 4, "scratch": 6})
     write_image(tmp_path / "nut/test/good/100.png")
     data = load_defect_pairs(tmp_path / "nut")
@@ -241,7 +242,7 @@ def test_several_types_are_named_by_their_words():
 
 
 def test_phrase_is_found_by_token_ids_and_its_sub_tokens_averaged():
-    """Errors 10 and 13: position guessed from words, first sub-token only; a new token never trained."""
+    """Position guessed from words, first sub-token only; a new token never trained."""
     tokenizer = make_tokenizer(WORDS)
     size = len(tokenizer)
     pairs = build_prompts(["broken_large"], "metal_nut", "[V*] {defect}")
@@ -354,7 +355,7 @@ def test_binarise_reads_both_codings_and_ignores_jpeg_ringing():
 
 @pytest.mark.parametrize("offset", range(8))
 def test_a_one_pixel_crack_survives_on_the_grid(offset):
-    """Error 9: a small defect vanishes under nearest and its loss is 0/0."""
+    """A small defect vanishes under nearest and its loss is 0/0."""
     mask = np.zeros((64, 64), dtype=bool)
     mask[offset + 8, 8:40] = True
     grid = to_grid(mask, 8)
@@ -396,13 +397,6 @@ def test_random_masks_stay_inside_and_differ():
 # The training stream
 
 
-def make_samples(dataset, **options) -> TrainingSamples:
-    prompts = build_prompts(sorted(dataset.unique("defect")), "nut", "{defect}")
-    tokens = tokenize_prompts(make_tokenizer(WORDS), prompts.values())
-    arguments = dict(resolution=RESOLUTION, vae_scale_factor=4, seed=0) | options
-    return TrainingSamples(dataset, prompts, tokens, **arguments), prompts, tokens
-
-
 @pytest.fixture
 def three_types(tmp_path):
     make_mvtec(tmp_path / "nut", {"hole": 3, "scratch": 3, "stain": 3})
@@ -418,7 +412,7 @@ def test_items_have_the_promised_shapes_and_ranges(three_types):
 
 
 def test_each_sample_has_its_own_defects_prompt(three_types):
-    """Error 8: every sample gets the first file's defect name."""
+    """Every sample gets the first file's defect name."""
     samples, prompts, tokens = make_samples(three_types, max_scale=1.0)
     seen = set()
     for step in range(20):
@@ -453,7 +447,7 @@ def test_each_epoch_shows_every_image_once_and_epochs_differ(three_types):
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_fewer_images_than_the_batch_fill_it(tmp_path, number):
-    """Error 14: drop_last with fewer images than the batch loops for ever."""
+    """Drop_last with fewer images than the batch loops for ever."""
     data = load_defect_pairs(make_mvtec(tmp_path / "nut", {"hole": number}), split="all")["train"]
     samples, *_ = make_samples(data)
     loader = torch.utils.data.DataLoader(samples, batch_sampler=sampling_schedule(0, 3, 4))

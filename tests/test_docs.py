@@ -6,8 +6,12 @@ import re
 import shlex
 from pathlib import Path
 
+from offline import ROOT
+
 import pytest
-from conftest import RESOLUTION, ROOT, generate, reset_accelerate, write_image, write_mask
+from drawn import write_image, write_mask
+from runs import generate, reset_accelerate
+from toy_model import RESOLUTION
 
 import generate_defectfill
 import train_defectfill

@@ -12,15 +12,17 @@ import lpips
 import numpy as np
 import pytest
 import torch
-from conftest import RESOLUTION, generate, read_lines, toy_pipeline, write_image, write_mask
 from diffusers import DDIMScheduler
+from drawn import write_image, write_mask
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from runs import generate, read_lines
 from safetensors import safe_open
 from safetensors.torch import save_file
 from skimage.metrics import structural_similarity
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy_model import RESOLUTION, toy_pipeline
 
 import generate_defectfill as g
 from defectfill import sampling, selection
@@ -69,6 +71,7 @@ def equal(some: dict[tuple, np.ndarray], others: dict[tuple, np.ndarray]) -> boo
 # Options that change pixels by rounding
 
 
+@pytest.mark.slow
 def test_a_fused_lora_leaves_the_weights_as_they_were_for_the_next(trained, other_lora, inputs, tmp_path, monkeypatch):
     paint, layers = g.inpaint, []
 
@@ -99,6 +102,7 @@ def test_a_fused_lora_leaves_the_weights_as_they_were_for_the_next(trained, othe
         generate("--lora", trained, other_lora, *inputs, "--output_dir", tmp_path / "plain", *FAST, "--fuse_lora")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [["--channels_last"], ["--torch_compile"], ["--torch_compile", "unet"]], ids=" ".join
 )
@@ -249,6 +253,7 @@ def test_a_batch_is_painted_while_the_next_is_prepared_and_the_one_before_writte
     assert seen == [[True], [True, True], [True]]
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_changes_nothing(trained, inputs, tmp_path, monkeypatch):
     for number in (1, 8):
         monkeypatch.setattr(g, "WRITERS", number)
@@ -259,6 +264,7 @@ def test_the_number_of_threads_changes_nothing(trained, inputs, tmp_path, monkey
     assert names == [line["name"] for line in read_lines(tmp_path / "8/plan.jsonl")] and len(names) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["start_canvas", "write_image"])
 def test_an_error_in_a_thread_ends_the_run_and_loses_nothing_that_was_written(
     trained, inputs, tmp_path, monkeypatch, where

@@ -1,17 +1,37 @@
 """Every layout that is read: what it makes of a tiny tree of its own, and of a wrong one."""
 
-import collections
-import csv
 import json
 import shutil
 from pathlib import Path
 
+from offline import ROOT
+
 import numpy as np
 import pytest
-from conftest import ROOT, make_mvtec, make_seed_layout, write_image, write_mask
 from datasets import Image as Encoded
+from drawn import square, write_image, write_mask, write_values
+from folders import (
+    BOXED,
+    EXAMPLES,
+    POLYGON,
+    make_btad,
+    make_coco,
+    make_free_folder,
+    make_ksdd2,
+    make_labelme,
+    make_loco,
+    make_magnetic_tile,
+    make_metadata,
+    make_mvtec,
+    make_mvtec_ad2,
+    make_visa,
+    make_yolo,
+    write_json,
+    write_lines,
+)
 from PIL import Image
 from pycocotools import mask as coco_mask
+from readings import codes, masks_of, table, told
 
 from defectfill_dataset import (
     DefectPairs,
@@ -24,63 +44,11 @@ from defectfill_dataset import (
     load_image,
 )
 from defectfill_dataset.masks import MaskFiles, MaskShapes
-from defectfill_dataset.readers import LAYOUTS, layout_of, pair_by_name, read_object
+from defectfill_dataset.readers import LAYOUTS, layout_of, pair_by_name
 
 
 LAZY = Encoded(decode=False)
 SHARED = ROOT.parent / "shared" / "data"  # real images, where they are
-
-
-def told(root: Path, layout: str = "auto", **options) -> tuple[str, ...]:
-    """The problems of reading the object, or of its pixels; without the hint at --skip_problems."""
-    with pytest.raises(InputError) as caught:
-        check_pairs(load_defect_pairs(root, layout=layout, split="all", **options)["train"])
-    return tuple(problem for problem in caught.value.problems if not problem.startswith("DF109"))
-
-
-def codes(problems: tuple[str, ...]) -> list[str]:
-    return sorted(line[:5] for line in problems)
-
-
-def table(root: Path) -> dict[str, tuple[str, str | None]]:
-    """Image name -> (defect, split) as the layout's reader says; of several types, "crack+hole"."""
-    found: dict[str, tuple[str, str | None]] = {}
-    for row in sorted(read_object(root, root.name).rows, key=lambda row: row.defect):
-        name = row.image.relative_to(root).as_posix()
-        found[name] = (f"{found[name][0]}+{row.defect}" if name in found else row.defect, row.split)
-    return found
-
-
-def masks_of(root: Path, **options) -> dict[str, np.ndarray]:
-    """Image name -> mask of all defect images; "NAME TYPE" where an image has several types."""
-    rows = load_defect_pairs(root, split="all", **options)["train"]
-    check_pairs(rows)
-    names = collections.Counter(rows["source_file"])
-    return {
-        row["source_file"] + (f" {row['defect']}" if names[row["source_file"]] > 1 else ""): binarise(row["mask"])
-        for row in rows
-    }
-
-
-def write_values(path: Path, *boxes: tuple[int, int, int, int, int], size: int = 48) -> np.ndarray:
-    """A mask with (value, top, left, bottom, right) boxes; returns where it is not 0."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.zeros((size, size), dtype=np.uint8)
-    for value, top, left, bottom, right in boxes:
-        pixels[top:bottom, left:right] = value
-    Image.fromarray(pixels).save(path)
-    return pixels > 0
-
-
-def write_json(path: Path, content) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
-def square(top: int, left: int, bottom: int, right: int, size: int = 48) -> np.ndarray:
-    mask = np.zeros((size, size), dtype=bool)
-    mask[top:bottom, left:right] = True
-    return mask
 
 
 # Masks
@@ -201,14 +169,6 @@ def test_a_single_mask_is_one_file(tmp_path):
     assert pair_by_name([image], masks[:1], tmp_path) == ({image: masks[0]}, [])
 
 
-def make_mvtec_ad2(root: Path, masks: str = "test_public/ground_truth/bad") -> Path:
-    for name in ("000_regular", "001_overexposed"):
-        write_image(root / f"test_public/bad/{name}.png", mask=write_mask(root / masks / f"{name}_mask.png"))
-    for place in ("train/good", "validation/good", "test_public/good", "test_private"):
-        write_image(root / place / "000_regular.png")
-    return root
-
-
 @pytest.mark.parametrize("masks", ["test_public/ground_truth/bad", "ground_truth/bad"])
 def test_mvtec_ad2(tmp_path, masks):
     root = make_mvtec_ad2(tmp_path / "can", masks)
@@ -225,16 +185,6 @@ def test_mvtec_ad2(tmp_path, masks):
     write_mask(root / masks / "001_overexposed_mask.png")
     write_mask(root / masks / "002_mask.png")
     assert codes(told(root)) == ["DF143", "DF144"]
-
-
-def make_loco(root: Path) -> Path:
-    for defect in ("logical_anomalies", "structural_anomalies"):
-        for i in range(2):
-            write_values(root / f"ground_truth/{defect}/{i:03d}/000.png", (255 - i, 2, 2, 5, 5))
-            write_image(root / f"test/{defect}/{i:03d}.png")
-    for place in ("train/good", "validation/good", "test/good"):
-        write_image(root / place / "000.png")
-    return root
 
 
 def test_mvtec_loco(tmp_path):
@@ -264,14 +214,6 @@ def test_loco_masks_of_different_sizes_and_unreadable_ones_are_told(tmp_path):
         write_values(file, (9, 3, 3, 5, 5), size=40)
     write_values(root / "ground_truth/structural_anomalies/000/000.png")
     assert codes(told(root)) == ["DF140", "DF140", "DF140", "DF145"]
-
-
-def make_visa(root: Path) -> Path:
-    for i in range(2):
-        write_values(root / f"Data/Masks/Anomaly/{i:03d}.png", (1 + i, 2, 2, 5, 5), (4, 9, 9, 12, 20))
-        write_image(root / f"Data/Images/Anomaly/{i:03d}.JPG")
-    write_image(root / "Data/Images/Normal/0000.JPG")
-    return root
 
 
 def test_visa_by_its_folders(tmp_path):
@@ -310,14 +252,6 @@ def test_visa_by_its_table(tmp_path):
     assert codes(told(root)) == ["DF166"]
 
 
-def make_ksdd2(root: Path) -> Path:
-    for split, first in (("train", 10000), ("test", 20000)):
-        for i in range(first, first + 3):
-            write_image(root / split / f"{i}.png")
-            write_values(root / split / f"{i}_GT.png", *([(255, 3, 3, 9, 9)] if i % 2 else []))
-    return root
-
-
 def test_kolektor(tmp_path):
     root = make_ksdd2(tmp_path / "KSDD2")
     assert {name: row for name, row in table(root).items() if row[0] != "good"} == {
@@ -332,14 +266,6 @@ def test_kolektor(tmp_path):
     assert codes(told(root)) == ["DF103", "DF142", "DF143"]
 
 
-def make_btad(root: Path) -> Path:
-    for name, extension in (("0000", "bmp"), ("0001", "png"), ("0002", "BMP")):
-        write_image(root / f"test/ko/{name}.{extension}", mask=write_mask(root / f"ground_truth/ko/{name}.png"))
-    write_image(root / "train/ok/0000.bmp"), write_image(root / "test/ok/0009.bmp")
-    write_values(root / "ground_truth/ok/0009.png")
-    return root
-
-
 def test_btad(tmp_path):
     root = make_btad(tmp_path / "01")
     assert {name: defect for name, (defect, _) in table(root).items()} == {
@@ -349,15 +275,6 @@ def test_btad(tmp_path):
     }
     shutil.copy(root / "ground_truth/ko/0000.png", root / "ground_truth/ko/0000.bmp")
     assert codes(told(root)) == ["DF144"]
-
-
-def make_magnetic_tile(root: Path) -> Path:
-    for folder in ("MT_Blowhole", "MT_Crack"):
-        for i in range(2):
-            write_image(root / folder / f"Imgs/exp{i}.jpg", mask=write_mask(root / folder / f"Imgs/exp{i}.png"))
-    write_image(root / "MT_Free/Imgs/exp5.jpg")
-    write_values(root / "MT_Free/Imgs/exp5.png")
-    return root
 
 
 def test_magnetic_tile(tmp_path):
@@ -372,13 +289,6 @@ def test_magnetic_tile(tmp_path):
     assert codes(told(root)) == ["DF140", "DF142", "DF143", "DF145"]
     shutil.rmtree(root / "MT_Crack")
     assert codes(told(root)) == ["DF140", "DF145"]
-
-
-def make_free_folder(root: Path) -> Path:
-    for name, mask in (("a.JPG", "a.png"), ("b.tif", "b_Mask.PNG"), ("c 1.bmp", "c 1-gt.bmp"), ("d.png", "d.seg.png")):
-        write_image(root / "images" / name, mask=write_mask(root / "masks" / mask))
-    write_image(root / "good/x.png")
-    return root
 
 
 def test_a_folder_of_ones_own(tmp_path):
@@ -402,28 +312,6 @@ def test_a_folder_of_ones_own(tmp_path):
 
 
 # Tables
-
-
-def make_metadata(root: Path, name: str = "metadata.csv", objects: bool = False) -> Path:
-    for i in range(2):
-        write_image(root / f"pictures/{i}.png", mask=write_mask(root / f"marks/{i}.png"))
-    write_image(root / "pictures/good.png")
-    lines = [
-        {"file_name": "pictures/0.png", "mask_file_name": "marks/0.png", "defect": "hole", "object": "nut"},
-        {"file_name": "pictures/1.png", "mask_file_name": "marks/1.png", "defect": "", "object": "bolt"},
-        {"file_name": "pictures/good.png", "mask_file_name": None, "defect": "", "object": "nut"},
-    ]
-    write_lines(root / name, [line if objects else {k: v for k, v in line.items() if k != "object"} for line in lines])
-    return root
-
-
-def write_lines(file: Path, lines: list[dict]) -> None:
-    if file.suffix == ".jsonl":
-        file.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-        return
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, lines[0].keys())
-        writer.writeheader(), writer.writerows(lines)
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
@@ -486,36 +374,6 @@ def test_broken_metadata(tmp_path):
 
 
 # COCO
-
-POLYGON = [10, 12, 20, 12, 20, 30, 10, 30]
-BOXED = square(12, 10, 30, 20)
-
-
-def make_coco(root: Path, file: str = "annotations/instances.json", images: str = "images", **changes) -> Path:
-    marked = square(3, 5, 9, 40)
-    rle = coco_mask.encode(np.asfortranarray(marked.astype(np.uint8)))
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked.T.ravel(), [False]]))).tolist()
-    runs = np.diff([0, *edges, marked.size]).tolist()
-    segmentations = [
-        (0, 1, [POLYGON]),
-        (1, 2, {"size": [48, 48], "counts": rle["counts"].decode()}),
-        (2, 2, {"size": [48, 48], "counts": runs}),
-        (3, 1, []),
-        (4, 1, [POLYGON, [30, 30, 40, 30, 40, 40]]),
-        (4, 2, [[1, 1, 4, 1, 4, 4, 1, 4]]),
-    ]
-    content = {
-        "images": [{"id": i, "file_name": f"{i}.png", "width": 48, "height": 48} for i in range(6)],
-        "annotations": [
-            {"id": n, "image_id": i, "category_id": c, "segmentation": s, "bbox": [10, 12, 10, 18]}
-            for n, (i, c, s) in enumerate(segmentations)
-        ],
-        "categories": [{"id": 1, "name": "hole"}, {"id": 2, "name": "crack"}],
-    }
-    for i in range(6):
-        write_image(root / images / f"{i}.png")
-    write_json(root / file, content | changes)
-    return root
 
 
 def test_coco(tmp_path):
@@ -618,22 +476,6 @@ def test_an_image_turned_by_exif_after_its_annotation(tmp_path, image_format):
 # YOLO
 
 
-def make_yolo(root: Path, labels: str = "labels", images: str = "images") -> Path:
-    texts = {
-        "box": "0 0.5 0.25 0.25 0.25\n",
-        "outline": "1 0.25 0.25 0.5 0.25 0.5 0.75\n\n",
-        "both": "0 0.5 0.25 0.25 0.25\n1 0.25 0.5 0.5 0.5 0.5 0.75 0.25 0.75\n",
-        "empty": "",
-    }
-    (root / labels).mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (root / labels / f"{name}.txt").write_text(text)
-        write_image(root / images / f"{name}.JPG")
-    write_image(root / images / "none.png")
-    (root / "data.yaml").write_text("names:\n  0: hole\n  1: crack\n")
-    return root
-
-
 def test_yolo(tmp_path):
     root = make_yolo(tmp_path / "nut")
     assert table(root) == {
@@ -683,23 +525,6 @@ def test_wrong_yolo_is_told_at_once(tmp_path):
 
 
 # LabelMe
-
-
-def make_labelme(root: Path) -> Path:
-    shapes = {
-        "polygon": [("hole", "polygon", [[10, 12], [20, 12], [20, 30], [10, 30]])],
-        "rectangle": [("hole", "rectangle", [[20, 30], [10, 12]])],
-        "circle": [("pit", "circle", [[24, 24], [24, 34]])],
-        "two": [("hole", None, [[10, 12], [20, 12], [20, 30], [10, 30]]), ("pit", "circle", [[40, 40], [43, 40]])],
-        "clean": [],
-    }
-    for name, of_image in shapes.items():
-        write_image(root / f"{name}.jpg")
-        entries = [{"label": label, "shape_type": kind, "points": points} for label, kind, points in of_image]
-        content = {"shapes": entries, "imagePath": f"{name}.jpg", "imageHeight": 48, "imageWidth": 48}
-        write_json(root / f"{name}.json", content)
-    write_image(root / "unmarked.png")
-    return root
 
 
 def test_labelme(tmp_path):
@@ -790,20 +615,3 @@ def test_real_hazelnuts():
     data = load_defect_pairs(SHARED / "mvtec_sample", "hazelnut")
     check_pairs(data["train"])
     assert {split: len(rows) for split, rows in data.items()} == {"train": 6, "good": 6}
-
-
-EXAMPLES = {
-    "defectfill": make_seed_layout,
-    "mvtec_ad2": make_mvtec_ad2,
-    "btad": make_btad,
-    "mvtec_loco": make_loco,
-    "mvtec": make_mvtec,
-    "visa": make_visa,
-    "ksdd2": make_ksdd2,
-    "magnetic_tile": make_magnetic_tile,
-    "folder": make_free_folder,
-    "metadata": make_metadata,
-    "coco": make_coco,
-    "yolo": make_yolo,
-    "labelme": make_labelme,
-}

@@ -8,14 +8,19 @@ import signal
 import struct
 import zlib
 
+from offline import HOME
+
 import lpips
 import numpy as np
 import pytest
 import torch
-from conftest import HOME, RESOLUTION, generate, make_mvtec, read_lines, toy_pipeline, write_image, write_mask
+from drawn import write_image, write_mask
+from folders import make_mvtec
 from PIL import Image
+from runs import content, generate, read_lines
 from safetensors import safe_open
 from safetensors.torch import save_file
+from toy_model import RESOLUTION, toy_pipeline
 
 import generate_defectfill as g
 from defectfill import sampling, selection
@@ -230,7 +235,7 @@ def test_a_backbone_file_of_something_else(net, content):
 
 @pytest.mark.parametrize("size", [(48, 48), (101, 37), (16, 200)])
 def test_every_pixel_outside_the_mask_is_the_inputs(size):
-    """Error 18: the whole frame passed through the VAE."""
+    """The whole frame passed through the VAE."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     mask = rng.random(size[::-1]) > 0.7
@@ -243,7 +248,7 @@ def test_every_pixel_outside_the_mask_is_the_inputs(size):
 
 
 def test_a_run_leaves_images_masks_scores_and_a_contact_sheet(trained, inputs, tmp_path):
-    """Errors 17 and 18: the same seeds for every image; JPEG masks; 256 px output."""
+    """The same seeds for every image; JPEG masks; 256 px output."""
     out = tmp_path / "out"
     generate("--lora", trained, *inputs, "--output_dir", out, *FAST)
     lines = read_lines(out / "manifest.jsonl")
@@ -289,6 +294,7 @@ def test_the_lora_decides_what_is_painted(trained, base, inputs, tmp_path):
     assert np.array_equal(np.asarray(expected), np.asarray(Image.open(tmp_path / "out" / line["image"])))
 
 
+@pytest.mark.slow
 def test_lpips_run(trained, inputs, tmp_path, alex):
     argv = ["--num_inference_steps", 1, "--num_candidates", 2]
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *argv)
@@ -315,6 +321,7 @@ def test_one_image_grey_and_turned_by_exif(trained, tmp_path):
     assert line["windows"][0]["chosen"] == 0 and line["windows"][0]["scores"] == [None] * 3
 
 
+@pytest.mark.slow
 def test_random_masks_are_seeded_and_differ(trained, inputs, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         argv = ["--mask_source", "random", "--seed", seed, "--output_dir", tmp_path / name, *FAST]
@@ -335,6 +342,7 @@ def test_several_defects_need_a_choice(train, inputs, tmp_path):
     assert {line["prompt"] for line in read_lines(tmp_path / "out/manifest.jsonl")} == {"A bolt with scratch"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(trained, inputs, tmp_path):
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "whole", *FAST)
     for fatal in (1, 2, 3):  # killed while the row, the image, the mask of the second image is written
@@ -360,13 +368,6 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, inputs, tmp_path):
         assert content(out) == content(tmp_path / "whole")
 
 
-def content(folder) -> dict:
-    """Every file's bytes; the manifest without its times."""
-    files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*.png")}
-    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(folder / "manifest.jsonl")]
-    return files | {"manifest": lines}
-
-
 def test_a_finished_run_does_nothing_and_other_settings_are_refused(trained, inputs, tmp_path, monkeypatch):
     argv = ["--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST]
     generate(*argv)
@@ -390,6 +391,7 @@ def test_a_changed_input_is_not_taken_for_done(trained, inputs, tmp_path, change
         generate(*argv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", g.KINDS)
 def test_a_result_that_was_removed_is_painted_again(trained, inputs, tmp_path, kind):
     argv = ["--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST]
@@ -445,6 +447,7 @@ def test_runs_on_other_images_of_the_same_names_share_no_seed(trained, inputs, t
     assert masks[0] != masks[1]
 
 
+@pytest.mark.slow
 def test_the_scheduler_that_is_asked_for_paints(trained, inputs, tmp_path):
     pictures = set()
     for name in sampling.SCHEDULERS:
@@ -455,6 +458,7 @@ def test_the_scheduler_that_is_asked_for_paints(trained, inputs, tmp_path):
     assert len(pictures) == len(sampling.SCHEDULERS)
 
 
+@pytest.mark.slow
 def test_bf16_in_small_batches(trained, inputs, tmp_path):
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST, "--mixed_precision", "bf16",
              "--batch_size", 2)  # fmt: skip

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 
+from offline import ROOT
+
 import pytest
 import torch
-from conftest import ROOT, read_lines
+from runs import read_lines
 
 from defectfill.runs import record
 from defectfill_scripts import gpu_check
@@ -19,6 +21,7 @@ TINY_BASE = ROOT / "scripts/tiny_base"
 GPU = torch.cuda.is_available()
 
 
+@pytest.mark.slow
 def test_the_check_measures_and_goes_on_after_what_fails(tmp_path):
     names = ["small-fp16", "small-bf16", "train-bf16-b1", "generate"]
     argv = f"--toy --base {TINY_BASE} --minutes 10 --output_dir {tmp_path} --only {' '.join(names)}"

@@ -2,11 +2,15 @@
 
 import shlex
 
+from offline import HUB_PORT
+
 import huggingface_hub.constants
 import pytest
 import yaml
-from conftest import HUB_PORT, RESOLUTION, generate, toy_pipeline, write_image, write_mask
+from drawn import write_image, write_mask
 from fake_hub import TOKEN, FakeHub
+from runs import generate
+from toy_model import RESOLUTION, toy_pipeline
 
 from defectfill.lora import LORA_FILE, read_lora
 from defectfill_dataset import InputError
@@ -52,6 +56,7 @@ def test_the_default_name_is_the_output_folders(hub, train, tmp_path):
     assert list(hub.repos) == ["ann/my-lora"]
 
 
+@pytest.mark.slow
 def test_lora_and_base_come_from_the_hub(hub, base, train, data, tmp_path):
     base_files = {f.relative_to(base).as_posix(): f.read_bytes() for f in base.rglob("*") if f.is_file()}
     hub.repos["sd/inpainting"] = {"private": False, "files": base_files}
@@ -69,6 +74,7 @@ def test_lora_and_base_come_from_the_hub(hub, base, train, data, tmp_path):
         read_lora("ann/nothing")
 
 
+@pytest.mark.slow
 def test_a_base_is_read_at_its_revision_and_variant(hub, base, train, tmp_path):
     pipe = toy_pipeline()
     pipe.save_pretrained(tmp_path / "half", variant="fp16")
@@ -112,6 +118,7 @@ def test_public_only_when_asked(hub, train):
     assert hub.repos["ann/open"]["private"] is False and hub.repos["ann/open"]["files"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [403, 413, "hang"])
 def test_a_failed_push_keeps_the_weights_and_says_how_to_push_them(hub, train, tmp_path, status):
     hub.fault = ("/preupload/", status)
@@ -161,6 +168,7 @@ def test_a_dataset_is_public_only_when_asked_and_checked_before_it_is_written(hu
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [403, "hang"])
 def test_a_failed_push_of_a_dataset_keeps_it_and_a_second_run_pushes_it(hub, data, tmp_path, status):
     out = tmp_path / "my nuts"

@@ -11,10 +11,12 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+from offline import ROOT
+
 import pytest
-from conftest import ROOT, options
 from lock import differences, failures, read_lock, read_requirements
 from packaging.utils import canonicalize_name
+from runs import options
 
 import generate_defectfill
 import train_defectfill
@@ -82,11 +84,13 @@ def wheel(tmp_path_factory) -> Path:
     return wheel
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_all_code_and_data_and_nothing_else(wheel):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == {name.replace("scripts/", "defectfill_scripts/", 1) for name in CODE if not name.endswith(".sh")}
 
 
+@pytest.mark.slow
 def test_the_wheel_demands_what_requirements_txt_says(wheel):
     [name] = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA"))
     metadata = zipfile.ZipFile(wheel).read(name).decode()
@@ -94,6 +98,7 @@ def test_the_wheel_demands_what_requirements_txt_says(wheel):
     assert demanded == {str(r) for r in read_requirements(REQUIREMENTS[0])}
 
 
+@pytest.mark.slow
 def test_a_command_of_the_wheel_runs_far_from_the_clone(wheel, tmp_path):
     target = [*"-m pip install --quiet --no-deps --no-index --target".split(), tmp_path / "site"]
     subprocess.run([sys.executable, *target, wheel], check=True)
@@ -133,7 +138,8 @@ def test_a_script_runs_as_a_file(monkeypatch, capsys):
 # What is printed
 
 
-@pytest.mark.parametrize("script, word", [("train_defectfill", "--lambda_attn"), ("generate_defectfill", "--zone")])
+@pytest.mark.slow
+@pytest.mark.parametrize("script, word", [("train_defectfill", "--lambda_attn"), ("generate_defectfill", "--roi")])
 def test_help_is_all_that_help_prints(script, word):
     done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and word in done.stdout and done.stderr == ""
@@ -147,6 +153,7 @@ def launched(*argv, processes: int = 1) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_run_shows_our_progress_alone(base, data, tmp_path):
     done = launched(*options(base, data, tmp_path / "out"))
     assert done.returncode == 0 and done.stdout == ""
@@ -154,6 +161,7 @@ def test_a_run_shows_our_progress_alone(base, data, tmp_path):
     assert all(re.match(r"Steps: |\d\d:\d\d:\d\d (INFO|WARNING) ", line) for line in lines), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_refusal_is_the_last_thing_on_the_screen(base, data, tmp_path, processes):
     done = launched(*options(base, data, tmp_path / "out", "--defect", "nope"), processes=processes)
@@ -162,6 +170,7 @@ def test_a_refusal_is_the_last_thing_on_the_screen(base, data, tmp_path, process
     assert any("Error" in line for line in before) and done.stderr.count("DF162") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["raise InputError('DF199 it: is wrong')", "Parser('it').error('is wrong')"])
 def test_a_refusal_outlives_a_launcher_that_is_killed(code, tmp_path):
     """And waits for it: the launcher, here asleep, is killed after its process has ended."""

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import RESOLUTION, make_mvtec, toy_pipeline
-from test_method import make_models
+from folders import make_mvtec
+from toy_model import RESOLUTION, make_models, toy_pipeline
 
 import train_defectfill as t
 from defectfill.latents import LatentCache, to_device

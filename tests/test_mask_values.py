@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_mvtec, write_image
+from drawn import write_image
+from folders import make_mvtec
 from PIL import Image, ImageFilter
 
 from defectfill_dataset import InputError, MaskClasses, binarise, check_pairs, load_defect_pairs
@@ -181,6 +182,7 @@ def test_a_value_that_no_class_names_is_refused(tmp_path):
         read(root, "85=scratch", "170=stain", "255=hole")
 
 
+@pytest.mark.slow
 def test_training_learns_one_class_of_coded_masks(tmp_path, train):
     root = make_coded(tmp_path / "nut", CLASSES)
     output = train("--mask_classes", "85=scratch", "170=ignore", "255=hole", "--defect", "hole", data=root)

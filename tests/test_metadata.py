@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import generate, write_image, write_mask
+from drawn import write_image, write_mask
+from generated import export, make_generated
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
-from test_exports import export, make_generated
+from runs import generate
 
 from defectfill_dataset import images
 from defectfill_dataset.writers import datasets as writers
@@ -76,6 +77,7 @@ def assert_bare(folder: Path) -> None:
             assert set(chunks(content)) <= CHUNKS, name
 
 
+@pytest.mark.slow
 def test_generated_files_tell_nothing_of_the_photographs(trained, tmp_path):
     write_telling(tmp_path / "good")
     argv = ["--lora", trained, "--image", tmp_path / "good", "--mask_source", "random", *FAST]

@@ -6,27 +6,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RESOLUTION, toy_pipeline
-from diffusers import DDPMScheduler
+from toy_model import RESOLUTION, make_models, toy_pipeline
 
 import train_defectfill as t
 from defectfill.lora import lora_parameters
-from defectfill_dataset import build_prompts, tokenize_prompts
 
 
 GRID = RESOLUTION // 4
-
-
-def make_models(lora: bool = True, **changes) -> t.Models:
-    pipe = toy_pipeline(**changes)
-    tokens = tokenize_prompts(pipe.tokenizer, build_prompts(["hole"], "nut", "{defect} scratch").values())
-    if lora:
-        t.add_lora(pipe.unet, pipe.text_encoder, rank=4, alpha=8, dropout=0.0)
-        for parameter in lora_parameters(pipe.unet, pipe.text_encoder).values():
-            torch.nn.init.normal_(parameter, std=0.1)  # B starts at 0, which would hide half of the gradients
-    store = t.record_attention(pipe.unet)
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    return t.Models(pipe.unet, pipe.text_encoder, pipe.vae.requires_grad_(False), scheduler, store, tokens)
 
 
 def make_batch(n: int = 2, seed: int = 0) -> dict:
@@ -93,7 +79,7 @@ def test_mask_reduction_makes_small_and_large_defects_weigh_the_same():
 
 
 def test_object_loss_does_not_depend_on_the_random_mask():
-    """Error 6: M' built from M_rand."""
+    """M' built from M_rand."""
     models, batch = make_models(lora=False), make_batch()
     models.unet.forward = lambda x, *_, **__: Prediction(torch.zeros_like(x[:, :4]))
     models.store.pop = lambda: {"layer": torch.rand(2, 16)}
@@ -115,7 +101,7 @@ class Prediction:
 
 
 def test_unet_gets_what_the_stock_pipeline_gives_it():
-    """Error 3: channel order [latents, masked, mask]."""
+    """Channel order [latents, masked, mask]."""
     models, batch = make_models(lora=False), make_batch(1)
     pipe = toy_pipeline()
     pipe.unet, pipe.vae, pipe.text_encoder = models.unet, models.vae, models.text_encoder
@@ -142,7 +128,7 @@ def test_unet_gets_what_the_stock_pipeline_gives_it():
 
 
 def test_both_passes_share_noise_timestep_and_noised_latent_and_see_the_clean_masked_image():
-    """Errors 4 and 5: masked latents from noisy ones, noise added to pixels, a draw of its own for each pass."""
+    """Masked latents from noisy ones, noise added to pixels, a draw of its own for each pass."""
     models, batch = make_models(lora=False), make_batch()
     unet, encoder, text = Spy(models.unet), Spy(models.vae.encoder), Spy(models.text_encoder)
     draws = t.sample_noise(models, batch)
@@ -229,7 +215,7 @@ def test_map_is_the_softmax_of_the_phrases_tokens_averaged_over_heads():
 
 
 def test_maps_of_different_samples_are_not_mixed():
-    """Error 11: a mean over batch and heads together."""
+    """A mean over batch and heads together."""
     models, batch = make_models(), make_batch()
     draws = t.sample_noise(models, batch)
     first = t.training_losses(models, batch, draws, t.LossOptions())["attention_map"]
@@ -240,7 +226,7 @@ def test_maps_of_different_samples_are_not_mixed():
 
 
 def test_layers_of_different_sizes_are_resized_before_their_mean():
-    """Error 12: maps stacked without resizing."""
+    """Maps stacked without resizing."""
     small, large = torch.zeros(1, 4), torch.zeros(1, 16)
     small[0, 0], large[0, 0] = 1, 1
     both = t.attention_map({"a": small, "b": large}, (8, 8))
@@ -276,7 +262,7 @@ def test_the_chosen_pass_feeds_the_attention_map(attention_pass):
 
 
 def test_attention_loss_alone_trains_decoder_cross_attention_and_text_encoder():
-    """Errors 1 and 2: detached maps; text encoder under no_grad."""
+    """Detached maps; text encoder under no_grad."""
     _, gradients = losses_and_gradients(make_models(), make_batch(), ONLY_ATTENTION)
     decoder = [g for n, g in gradients.items() if "up_blocks" in n and "attn2.to_k" in n]
     queries = [g for n, g in gradients.items() if "up_blocks" in n and "attn2.to_q" in n]

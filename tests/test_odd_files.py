@@ -9,10 +9,11 @@ import unicodedata
 
 import numpy as np
 import pytest
-from conftest import make_mvtec, write_image, write_mask
+from drawn import square, write_image, write_mask
+from folders import make_mvtec, write_json
 from PIL import Image
-from test_checks import run
-from test_formats import masks_of, square, table, told, write_json
+from readings import masks_of, table, told
+from runs import check
 
 from defectfill_dataset import InputError, binarise, find_objects, load_defect_pairs
 from defectfill_dataset.readers import files, read_object
@@ -262,7 +263,7 @@ def test_names_that_are_no_unicode_are_told_by_check_data_and_training(tmp_path,
     root = make_mvtec(tmp_path / "nut")
     for file in (root / "test/hole/000.png", root / "ground_truth/hole/000_mask.png"):
         os.rename(file, os.fsencode(file).replace(b"000", "傷".encode("cp932")))
-    assert run(root) == 2
+    assert check(root) == 2
     assert "DF115 test/hole/\\udc8f\\udc9d.png: its name or path is not UTF-8; rename it" in capsys.readouterr().out
     assert [line[:5] for line in told(root)] == ["DF115", "DF115"]
 
@@ -290,7 +291,7 @@ def test_spellings_of_one_label_are_one_type_and_told(tmp_path, capsys):
         shape = {"label": label, "shape_type": "rectangle", "points": [[18, 6], [30, 18 + i]]}
         write_json(tmp_path / f"nut/{i}.json", {"shapes": [shape, shape], "imagePath": f"{i}.png"})
     assert {defect for defect, _ in table(tmp_path / "nut").values()} == {"crack", "cr-ack"}
-    assert run(tmp_path / "nut") == 0
+    assert check(tmp_path / "nut") == 0
     out = capsys.readouterr().out
     assert "DF156" in out and "'Crack' (1), 'crack' (2), 'crack ' (1); all are read as 'crack'" in out
 
@@ -351,7 +352,7 @@ def test_images_turned_by_exif_are_named(tmp_path, capsys, orientation, note):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.open(root / "test/hole/000.png").save(root / "test/hole/000.png", exif=exif)
-    assert run(root) == 0
+    assert check(root) == 0
     out = capsys.readouterr().out
     assert ("DF127 test/hole/000.png: is turned by its EXIF tag" in out) is note
 

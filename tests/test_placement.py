@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from conftest import generate, make_mvtec, read_lines, write_image
+from drawn import write_image
+from folders import make_mvtec
 from PIL import Image
+from runs import generate, read_lines
 from scipy import ndimage
 
 import generate_defectfill as g
@@ -149,8 +151,8 @@ def test_flat_pictures_and_small_marks_have_no_ground():
 
 
 def test_a_place_is_any_that_is_good_and_no_other():
-    allowed, taken, shape = np.zeros((20, 30), dtype=bool), np.zeros((20, 30), dtype=bool), np.ones((4, 5), dtype=bool)
-    allowed[3:12, 2:20], taken[5, 10] = True, True
+    allowed, taken, shape = np.zeros((12, 16), dtype=bool), np.zeros((12, 16), dtype=bool), np.ones((4, 5), dtype=bool)
+    allowed[2:9, 2:11], taken[4, 8] = True, True
     shape[0, 0] = False
 
     def good(top: int, left: int, coverage: float) -> bool:
@@ -158,11 +160,11 @@ def test_a_place_is_any_that_is_good_and_no_other():
         return (allowed[window] & shape).sum() >= coverage * shape.sum() and not (taken[window] & shape).any()
 
     for coverage in (1.0, 0.8, 0.05):
-        expected = {(y, x) for y in range(17) for x in range(26) if good(y, x, coverage)}
-        assert {find_place(shape, allowed, taken, coverage, rng(i)) for i in range(3000)} == expected
+        expected = {(y, x) for y in range(9) for x in range(12) if good(y, x, coverage)}
+        assert {find_place(shape, allowed, taken, coverage, rng(i)) for i in range(1000)} == expected
     assert find_place(shape, ~allowed & False, taken, 0.99, rng()) is None
-    assert find_place(np.ones((21, 2), dtype=bool), ~taken, taken, 0.99, rng()) is None  # larger than the image
-    assert find_place(np.ones((20, 30), dtype=bool), allowed | True, taken & False, 1.0, rng()) == (0, 0)
+    assert find_place(np.ones((13, 2), dtype=bool), ~taken, taken, 0.99, rng()) is None  # larger than the image
+    assert find_place(np.ones((12, 16), dtype=bool), allowed | True, taken & False, 1.0, rng()) == (0, 0)
 
 
 def test_the_one_place_is_found_by_searching_all_except_in_very_large_areas(monkeypatch):
@@ -195,19 +197,19 @@ def shapes(request, references):
 
 
 @pytest.mark.parametrize("coverage", [1.0, 0.8])
-def test_masks_lie_on_the_part_and_in_the_zone_and_apart(shapes, nut, coverage):
-    part, zone = find_foreground(nut), np.zeros((160, 160), dtype=bool)
-    zone[:, 70:] = True
+def test_masks_lie_on_the_part_and_in_the_roi_and_apart(shapes, nut, coverage):
+    part, roi = find_foreground(nut), np.zeros((160, 160), dtype=bool)
+    roi[:, 70:] = True
     placed = 0
     for seed in range(12):
-        result = PlacedShapes(shapes, coverage=coverage, number=2)(nut, seed, None, zone)
+        result = PlacedShapes(shapes, coverage=coverage, number=2)(nut, seed, None, roi)
         if result is None:
             continue
         placed += 1
         union = np.zeros((160, 160), dtype=int)
         for name, top, left, shape in result.parts:
             window = np.s_[top : top + shape.shape[0], left : left + shape.shape[1]]
-            assert name and (shape & part[window] & zone[window]).sum() >= coverage * shape.sum() > 0
+            assert name and (shape & part[window] & roi[window]).sum() >= coverage * shape.sum() > 0
             union[window] += shape
         assert union.max() == 1 and np.array_equal(union > 0, result.mask)
         one, other = (np.zeros((160, 160), dtype=bool) for _ in range(2))
@@ -289,15 +291,15 @@ FAST = ["--num_inference_steps", 1, "--num_candidates", 1, "--selection", "none"
 
 @pytest.fixture
 def folder(tmp_path):
-    """Good images of two sizes, each a plain ground with a part; a dataset of 48 px; a zone for each image."""
+    """Good images of two sizes, each a plain ground with a part; a dataset of 48 px; an ROI for each image."""
     for i, size in enumerate((48, 70, 48)):
         part = np.zeros((size, size), dtype=bool)
         part[size // 6 : -size // 6, size // 6 : -size // 6] = True
         write_image(tmp_path / "good" / f"{i:03d}.png", size, (250, 220, 90), part, seed=3)
-        zone = np.zeros((size, size), dtype=bool)
-        zone[:, size // 2 :] = True
-        (tmp_path / "zones").mkdir(exist_ok=True)
-        Image.fromarray(zone).convert("L").save(tmp_path / "zones" / f"{i:03d}.png")
+        roi = np.zeros((size, size), dtype=bool)
+        roi[:, size // 2 :] = True
+        (tmp_path / "rois").mkdir(exist_ok=True)
+        Image.fromarray(roi).convert("L").save(tmp_path / "rois" / f"{i:03d}.png")
     make_mvtec(tmp_path / "data/nut", {"hole": 4})
     make_mvtec(tmp_path / "data/bolt", {"hole": 4})
     return tmp_path
@@ -307,10 +309,11 @@ def masks_of(out) -> dict[str, np.ndarray]:
     return {file.stem: np.asarray(Image.open(file)) > 0 for file in sorted((out / "masks").glob("*.png"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["references", "procedural"])
 def test_placed_masks_through_the_command(trained, folder, source):
     argv = ["--lora", trained, "--image", folder / "good", "--mask_source", source, *FAST, "--masks_per_image", 2]
-    argv += ["--zone", folder / "zones", "--coverage", 1]
+    argv += ["--roi", folder / "rois", "--coverage", 1]
     argv += ["--reference_data", folder / "data/nut"] if source == "references" else ["--shapes", "blob", "scratch"]
     for run, seed in (("a", 0), ("again", 0), ("other", 1)):
         generate(*argv, "--output_dir", folder / run, "--seed", seed)
@@ -318,8 +321,8 @@ def test_placed_masks_through_the_command(trained, folder, source):
     assert list(masks) == ["000", "001", "002"]
     for line in lines:
         good, mask = Image.open(folder / "good" / line["good_image"]), masks[line["name"]]
-        zone = np.asarray(Image.open(folder / "zones" / line["good_image"])) > 0
-        assert mask.any() and not (mask & ~(find_foreground(good) & zone)).any()
+        roi = np.asarray(Image.open(folder / "rois" / line["good_image"])) > 0
+        assert mask.any() and not (mask & ~(find_foreground(good) & roi)).any()
         kinds = {"blob", "scratch"} if source == "procedural" else {"test/hole/000.png", "test/hole/001.png"}
         assert len(line["mask_parts"]) == 2 and pieces(mask) == 2
         assert {name for part in line["mask_parts"] for name in part["from"].split(" + ")} <= kinds
@@ -330,6 +333,7 @@ def test_placed_masks_through_the_command(trained, folder, source):
     assert not np.array_equal(masks["000"], masks["002"])  # another image, another mask
     settings = json.loads((folder / "a/plan.jsonl").read_text().splitlines()[0])
     assert settings["coverage"] == 1 and settings["foreground"] == "auto" and settings["masks_per_image"] == 2
+    assert settings["zone"] is True and settings["given_zone_sha256"]  # plans of earlier versions go on
 
 
 def test_held_out_masks_through_the_command(trained, folder, caplog):
@@ -346,10 +350,10 @@ def test_held_out_masks_through_the_command(trained, folder, caplog):
 
 
 def test_images_without_a_place_are_listed_and_the_rest_goes_on(trained, folder, capsys):
-    zone = np.zeros((48, 48), dtype=np.uint8)
-    zone[20, 20] = 255
-    Image.fromarray(zone).save(folder / "zones/000.png")
-    argv = ["--lora", trained, "--image", folder / "good", "--mask_source", "procedural", "--zone", folder / "zones"]
+    roi = np.zeros((48, 48), dtype=np.uint8)
+    roi[20, 20] = 255
+    Image.fromarray(roi).save(folder / "rois/000.png")
+    argv = ["--lora", trained, "--image", folder / "good", "--mask_source", "procedural", "--roi", folder / "rois"]
     argv += ["--shapes", "box", *FAST]
     for _ in range(2):  # the second run does it no differently
         with pytest.raises(SystemExit) as ended:
@@ -364,11 +368,11 @@ def test_images_without_a_place_are_listed_and_the_rest_goes_on(trained, folder,
 
 def test_other_masks_or_areas_are_noticed(trained, folder):
     argv = ["--lora", trained, "--image", folder / "good", "--mask_source", "references", *FAST]
-    argv += ["--reference_data", folder / "data/nut", "--foreground", folder / "zones", "--output_dir", folder / "out"]
+    argv += ["--reference_data", folder / "data/nut", "--foreground", folder / "rois", "--output_dir", folder / "out"]
     generate(*argv)
     with pytest.raises(InputError, match="DF320 max_rotation"):
         generate(*argv, "--max_rotation", 10)
-    Image.new("L", (48, 48), 255).save(folder / "zones/002.png")
+    Image.new("L", (48, 48), 255).save(folder / "rois/002.png")
     with pytest.raises(InputError, match="DF320 002: was generated from another image or mask"):
         generate(*argv)
     write_mask = Image.open(folder / "data/nut/ground_truth/hole/002_mask.png")
@@ -377,23 +381,23 @@ def test_other_masks_or_areas_are_noticed(trained, folder):
         generate(*argv)
 
 
-@pytest.mark.parametrize("flag", ["--foreground", "--zone"])
+@pytest.mark.parametrize("flag", ["--foreground", "--roi"])
 def test_bad_areas_are_refused(trained, folder, monkeypatch, flag):
     monkeypatch.setattr(g, "load_pipeline", None)
     argv = ["--lora", trained, "--image", folder / "good", "--mask_source", "procedural", *FAST]
-    argv += [flag, folder / "zones", "--output_dir", folder / "out"]
-    Image.new("L", (48, 48)).save(folder / "zones/000.png")
+    argv += [flag, folder / "rois", "--output_dir", folder / "out"]
+    Image.new("L", (48, 48)).save(folder / "rois/000.png")
     with pytest.raises(InputError, match=f"DF145 .*good/000.png: its {flag[2:]} is empty"):
         generate(*argv)
-    Image.new("L", (20, 48), 255).save(folder / "zones/000.png")
+    Image.new("L", (20, 48), 255).save(folder / "rois/000.png")
     with pytest.raises(InputError, match=f"DF140 .*48x48, its {flag[2:]} 20x48"):
         generate(*argv)
-    (folder / "zones/000.png").write_text("no image")
+    (folder / "rois/000.png").write_text("no image")
     with pytest.raises(
-        InputError, match=f"DF103 .*000.png: its {flag[2:]} cannot be read: .*zones/000.png: it is no image"
+        InputError, match=f"DF103 .*000.png: its {flag[2:]} cannot be read: .*rois/000.png: it is no image"
     ):
         generate(*argv)
-    (folder / "zones/000.png").rename(folder / "zones/009.png")
+    (folder / "rois/000.png").rename(folder / "rois/009.png")
     with pytest.raises(InputError, match=rf"DF142 .*000.png.* \({flag} ") as caught:
         generate(*argv)
     assert "DF143" not in str(caught.value)  # an area without an image does no harm
@@ -401,15 +405,28 @@ def test_bad_areas_are_refused(trained, folder, monkeypatch, flag):
         generate(*argv, flag, folder / "nowhere")
     with pytest.raises(InputError, match="DF192"):
         (folder / "out/masks").mkdir(parents=True)
-        Image.new("L", (48, 48), 255).save(folder / "out/masks/zone.png")
-        generate(*argv, "--image", folder / "good/000.png", flag, folder / "out/masks/zone.png")
+        Image.new("L", (48, 48), 255).save(folder / "out/masks/roi.png")
+        generate(*argv, "--image", folder / "good/000.png", flag, folder / "out/masks/roi.png")
 
 
-def test_one_zone_serves_images_of_its_size(trained, folder):
+def test_one_roi_serves_images_of_its_size(trained, folder):
     (folder / "good/001.png").unlink()
-    argv = ["--image", folder / "good", "--mask_source", "procedural", "--zone", folder / "zones/000.png"]
+    argv = ["--image", folder / "good", "--mask_source", "procedural", "--roi", folder / "rois/000.png"]
     generate("--lora", trained, *argv, "--foreground", "none", "--output_dir", folder / "out", *FAST)
     assert all((mask[:, 24:].sum() >= 0.99 * mask.sum() > 0) for mask in masks_of(folder / "out").values())
+
+
+def test_the_old_name_of_the_roi_is_read(folder):
+    """--zone, and "zone" in a line of --cases; `null` there takes the command's away."""
+    images, first, second = folder / "good", folder / "rois/000.png", folder / "rois/002.png"
+    lines = [{}, {"roi": str(second)}, {"zone": str(second)}, {"roi": None}, {"zone": None}]
+    (folder / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name in ("--roi", "--zone"):
+        argv = ["--image", images, "--mask_source", "procedural", name, first]
+        assert preview_masks.parse_args([str(a) for a in [*argv, "--output", folder / "x.png"]]).roi == first
+        argv += ["--lora", "l", "--output_dir", folder / "out", "--cases", folder / "cases.jsonl"]
+        requests = g.parse_args([str(a) for a in argv]).requests
+        assert [request.roi for request in requests] == [first, second, second, None, None]
 
 
 @pytest.mark.parametrize(
@@ -419,7 +436,7 @@ def test_one_zone_serves_images_of_its_size(trained, folder):
         "--mask_source held_out",
         "--mask_source procedural --reference_data d",
         "--mask_source procedural --mask m",
-        "--mask m --zone z",
+        "--mask m --roi z",
         "--mask_source random --masks_per_image 2",
         "--mask_source held_out --reference_data d --coverage 0.5",
         "--mask_source held_out --reference_data d --foreground none",
@@ -472,7 +489,7 @@ def test_the_preview_shows_the_masks_of_the_command(trained, folder, capsys, mon
 
 
 def test_the_preview_of_given_and_random_masks_and_without_a_place(folder, capsys):
-    preview("--image", folder / "good", "--mask", folder / "zones", "--output", folder / "given.png")
+    preview("--image", folder / "good", "--mask", folder / "rois", "--output", folder / "given.png")
     preview("--image", folder / "good", "--mask_source", "random", "--output", folder / "random.png", "--shown", 2)
     assert Image.open(folder / "random.png").width == 2 * (preview_masks.CELL + 4) + 4
     told = capsys.readouterr().out

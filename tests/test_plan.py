@@ -10,25 +10,18 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from offline import ROOT
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import (
-    COLOURS,
-    RESOLUTION,
-    ROOT,
-    generate,
-    make_mvtec,
-    options,
-    read_lines,
-    reset_accelerate,
-    write_image,
-    write_mask,
-)
+from drawn import COLOURS, write_image, write_mask
+from folders import make_mvtec
 from PIL import Image
+from runs import content, generate, options, read_lines, reset_accelerate
 from scipy.spatial.distance import cdist
-from test_generate import content
+from toy_model import RESOLUTION
 
 import generate_defectfill as g
 import train_defectfill
@@ -68,6 +61,7 @@ def launched(*argv, machine: tuple = ("--num_machines", 1)) -> subprocess.Comple
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_more_pictures_than_images_differ_in_mask_and_seed(trained, good, tmp_path):
     out = tmp_path / "out"
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--output_dir", out, *FAST]
@@ -99,6 +93,7 @@ def test_the_manifest_says_what_each_picture_is_and_is_a_table_too(trained, good
     assert [row["windows"][0]["scores"] for row in table] == [line["windows"][0]["scores"] for line in lines]
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_defect_type_in_one_file(trained, several, good, tmp_path):
     out = tmp_path / "<b>out"
     argv = ["--image", good, "--mask_source", "random", "--num_images", 2, *FAST, "--output_dir", out]
@@ -114,13 +109,13 @@ def test_the_page_shows_every_defect_type_in_one_file(trained, several, good, tm
 
 
 def test_the_page_lists_what_was_not_painted(trained, good, tmp_path, monkeypatch):
-    (tmp_path / "zones").mkdir()
+    (tmp_path / "rois").mkdir()
     for name in ("000", "001", "002"):  # the first may be painted anywhere, the others in a corner without room
-        zone = np.full((40, 40), 255, dtype=np.uint8)
-        zone[2 if name != "000" else 40 :] = 0
-        zone[:, 2 if name != "000" else 40 :] = 0
-        Image.fromarray(zone).save(tmp_path / f"zones/{name}.png")
-    source = ["--mask_source", "procedural", "--shapes", "box", "--foreground", "none", "--zone", tmp_path / "zones"]
+        roi = np.full((40, 40), 255, dtype=np.uint8)
+        roi[2 if name != "000" else 40 :] = 0
+        roi[:, 2 if name != "000" else 40 :] = 0
+        Image.fromarray(roi).save(tmp_path / f"rois/{name}.png")
+    source = ["--mask_source", "procedural", "--shapes", "box", "--foreground", "none", "--roi", tmp_path / "rois"]
     argv = ["--lora", trained, "--image", good, *source, "--output_dir", tmp_path / "out", *FAST, "--batch_size", 6]
     with pytest.raises(SystemExit, match="Not generated:\nDF340 001.png"):
         generate(*argv)
@@ -140,6 +135,7 @@ def test_piece_boxes_are_those_of_connected_pieces():
     assert piece_boxes(mask) == [(3, 2, 10, 6), (20, 15, 21, 16)]
 
 
+@pytest.mark.slow
 def test_several_loras_and_defects_paint_their_share_each(trained, several, good, tmp_path):
     out = tmp_path / "out"
     argv = ["--image", good, "--mask_source", "random", "--num_images", 2, *FAST, "--output_dir", out]
@@ -166,6 +162,7 @@ def test_a_run_is_not_continued_with_other_pictures(trained, several, good, tmp_
         generate("--lora", trained, several, "--defect", "hole", *argv)
 
 
+@pytest.mark.slow
 def test_another_seed_is_told_once(trained, good, tmp_path):
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 9, *FAST]
     generate(*argv, "--output_dir", tmp_path / "out")
@@ -188,10 +185,11 @@ def test_folders_of_something_else_are_never_written_into(trained, good, tmp_pat
         generate(*argv, "--output_dir", good)
 
 
+@pytest.mark.slow
 def test_a_picture_without_a_place_does_not_hold_up_other_processes(trained, good, tmp_path):
-    zone = np.zeros((40, 40), dtype=np.uint8)
-    zone[0, 0] = 255
-    Image.fromarray(zone).save(tmp_path / "zone.png")
+    roi = np.zeros((40, 40), dtype=np.uint8)
+    roi[0, 0] = 255
+    Image.fromarray(roi).save(tmp_path / "roi.png")
     source = [
         "--mask_source",
         "procedural",
@@ -199,8 +197,8 @@ def test_a_picture_without_a_place_does_not_hold_up_other_processes(trained, goo
         "box",
         "--foreground",
         "none",
-        "--zone",
-        tmp_path / "zone.png",
+        "--roi",
+        tmp_path / "roi.png",
     ]
     done = launched("--lora", trained, "--image", good, *source, *FAST, "--output_dir", tmp_path / "out")
     assert done.returncode != 0 and "Not generated:\nDF340 000.png" in done.stderr
@@ -283,6 +281,7 @@ def test_all_wrong_lines_of_cases_are_told_at_once(trained, good, tmp_path, monk
         generate(*argv[:3], tmp_path / "none.jsonl", *argv[4:])
 
 
+@pytest.mark.slow
 def test_pictures_painted_in_common_batches_do_not_depend_on_what_is_done(trained, good, tmp_path):
     out = tmp_path / "out"
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 6, *FAST]
@@ -466,6 +465,7 @@ def test_what_is_not_a_number_or_black_is_painted_again(trained, good, tmp_path,
     assert [(window["attempts"], window["refused"]) for window in windows] == [(2, refusals(broken=2))] * 2
 
 
+@pytest.mark.slow
 def test_a_deviation_needs_to_know_the_references(base, good, tmp_path):
     reset_accelerate()
     data = make_mvtec(tmp_path / "nut", {"hole": 1})
@@ -497,6 +497,7 @@ def test_gates_that_cannot_work_are_refused(trained, good, tmp_path, flags, word
 # Processes and kills
 
 
+@pytest.mark.slow
 def test_two_machines_make_the_same_bytes_as_one_process(trained, good, tmp_path):
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 5, *FAST, "--batch_size", 4]
     generate(*argv, "--output_dir", tmp_path / "one")
@@ -533,6 +534,7 @@ def kill_at_random(argv, kills: int, longest: float) -> int:
     return killed
 
 
+@pytest.mark.slow
 def test_whatever_the_moment_of_a_kill_nothing_is_lost_or_twice(trained, good, tmp_path, monkeypatch):
     monkeypatch.setattr(g, "load_pipeline", lambda *args: type("Pipe", (), {
         "vae_scale_factor": 4, "unload_lora_weights": lambda self: None})())  # fmt: skip

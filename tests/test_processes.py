@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import make_mvtec, options, read_lines
+from folders import make_mvtec
+from runs import options, read_lines
 from safetensors.torch import load_file
 
 from defectfill.lora import LORA_FILE
@@ -65,6 +66,7 @@ def two_processes(base, tmp_path_factory, variants):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_weights(two_processes):
     first, second = (load_file(two_processes / f"out/rank-{rank}.safetensors") for rank in range(2))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
@@ -72,6 +74,7 @@ def test_two_processes_end_with_the_same_weights(two_processes):
     assert len(read_lines(two_processes / "out/losses.jsonl")) == 3 and (two_processes / "out/checkpoint-2").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_of_twice_the_batch(two_processes, train, tmp_path, variants):
     flags = "--train_batch_size 2 --max_train_steps 3 --gradient_accumulation_steps 2".split()
     flags += ["--cache_latents", variants]

@@ -23,8 +23,9 @@ from annotated import (
     write_cvat,
     write_text,
 )
-from conftest import write_image
-from test_formats import codes, masks_of, square, table, told, write_json
+from drawn import square, write_image
+from folders import write_json
+from readings import codes, masks_of, table, told
 
 from defectfill_dataset import InputError, find_objects
 from defectfill_dataset.readers import layout_of, read_object

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_image
+from drawn import square, write_image, write_values
+from folders import folder_at, make_real_iad, make_visa, write_json
 from PIL import Image
-from test_formats import codes, make_visa, masks_of, square, told, write_json, write_values
-from test_read_folders import folder_at, good, make_real_iad, masks_by_type, notes, rows_of
+from readings import codes, good, masks_by_type, masks_of, notes, rows_of, told
 
 from defectfill_dataset import find_objects
 from defectfill_dataset.readers import layout_of

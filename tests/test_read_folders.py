@@ -2,135 +2,30 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_mvtec, write_image, write_mask
-from PIL import Image
-from test_formats import EXAMPLES, codes, make_ksdd2, masks_of, square, told, write_json, write_values
+from drawn import square, write_image, write_mask
+from folders import (
+    MAKERS,
+    folder_at,
+    make_3d,
+    make_anomalib,
+    make_anomalydiffusion,
+    make_dagm,
+    make_ksdd,
+    make_ksdd2,
+    make_mvtec,
+)
+from readings import codes, good, masks_by_type, masks_of, notes, rows_of, told
 
 from defectfill_dataset import check_pairs, find_objects, load_defect_pairs
-from defectfill_dataset.mask_values import binarise
-from defectfill_dataset.readers import LAYOUTS, layout_of, read_object
-from defectfill_dataset.readers.discovery import FOLDERS, OLD_NAMES
-
-
-Rows = list[tuple[str, str, str | None]]
-
-
-def rows_of(root: Path) -> Rows:
-    """(image name, defect, split) of every row, sorted."""
-    rows = read_object(root, root.name).rows
-    return sorted(
-        ((row.image.relative_to(root).as_posix(), row.defect, row.split) for row in rows), key=lambda row: row[:2]
-    )
-
-
-def good(*names: str) -> Rows:
-    return [(name, "good", "good") for name in names]
-
-
-def notes(root: Path) -> list[str]:
-    return [str(note) for note in read_object(root, root.name).notes]
-
-
-def masks_by_type(root: Path) -> dict[tuple[str, str], np.ndarray]:
-    rows = load_defect_pairs(root, split="all")["train"]
-    check_pairs(rows)
-    return {(row["source_file"], row["defect"]): binarise(row["mask"]) for row in rows}
+from defectfill_dataset.readers import LAYOUTS, layout_of
+from defectfill_dataset.readers.discovery import FOLDERS
 
 
 # All of them
-
-
-def make_toy(root: Path, masks: str = "mask") -> Path:
-    for defect in ("colour", "crack"):
-        for i in range(2):
-            write_image(root / f"{defect}/{i:02d}.jpg", mask=write_mask(root / f"{masks}/{defect}/{i:02d}.jpg"))
-    write_image(root / "good/00.jpg")
-    return root
-
-
-def make_ksdd(root: Path) -> Path:
-    for kos in ("kos01", "kos02"):
-        for i in range(3):
-            write_image(root / kos / f"Part{i}.jpg")
-            write_values(
-                root / kos / f"Part{i}_label.bmp", *([(1, 3, 3, 9, 9), (2, 20, 20, 25, 25)] if i == 1 else [])
-            )
-    return root
-
-
-def make_3d(root: Path) -> Path:
-    for defect, values in (("crack", (254,)), ("hole", (253,)), ("combined", (254, 253))):
-        boxes = [(value, 4 + 10 * i, 4, 9 + 10 * i, 12) for i, value in enumerate(values)]
-        write_values(root / f"test/{defect}/gt/000.png", *boxes)
-        write_image(root / f"test/{defect}/rgb/000.png")
-        Image.fromarray(np.zeros((48, 48), dtype=np.float32)).save(folder_at(root / f"test/{defect}/xyz") / "000.tiff")
-    for place in ("train/good", "validation/good", "test/good"):
-        write_image(root / f"{place}/rgb/000.png")
-        Image.fromarray(np.zeros((48, 48), dtype=np.float32)).save(folder_at(root / f"{place}/xyz") / "000.tiff")
-    write_values(root / "test/good/gt/000.png")
-    return root
-
-
-def folder_at(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def make_dagm(root: Path) -> Path:
-    for split, first in (("Train", 575), ("Test", 1)):
-        lines = ["1"]
-        for number in range(first, first + 3):
-            write_image(root / f"{split}/{number:04d}.PNG")
-            marked = number % 2 == 0
-            if marked:
-                write_mask(root / f"{split}/Label/{number:04d}_label.PNG")
-            mask = f"{number:04d}_label.PNG" if marked else "0"
-            lines.append(f"{number}\t{int(marked)}\t{number:04d}.PNG\t0\t{mask}")
-        (root / f"{split}/Label/Labels.txt").write_text("\r\n".join(lines) + "\r\n")
-    return root
-
-
-def make_real_iad(root: Path, table: str = "../realiad_jsons/{}.json") -> Path:
-    """With and without a double underscore, as in the published files; C2 does not show the defect."""
-    entries = [("OK/S0001/part_0001_OK_C1_2023.jpg", None, "OK")]
-    for code in ("AK", "BX"):
-        stem = f"NG/{code}/S0001/part__0001_NG_{code}_C1_2023"
-        entries.append((f"{stem}.jpg", f"{stem}.png", code))
-        write_image(root / f"{stem}.jpg", mask=write_mask(root / f"{stem}.png"))
-    entries.append(("NG/BX/S0001/part__0001_NG_BX_C2_2023.jpg", None, "OK"))
-    write_image(root / entries[0][0]), write_image(root / entries[-1][0])
-    if table:
-        keys = ("image_path", "mask_path", "anomaly_class")
-        listed = [{"category": root.name, **dict(zip(keys, entry))} for entry in entries]
-        meta = {"prefix": f"{root.name}/", "normal_class": "OK"}
-        write_json(root / table.format(root.name), {"meta": meta, "train": listed[:1], "test": listed[1:]})
-    return root
-
-
-def make_generated(root: Path) -> Path:
-    for defect in ("crack", "hole"):
-        for i in range(2):
-            write_image(root / f"{defect}/image/{i}.jpg", mask=write_mask(root / f"{defect}/mask/{i}.jpg"))
-            for step in ("image-mask", "ori", "recon"):
-                write_image(root / f"{defect}/{step}/{i}.jpg")
-    write_image(root / "good/0.jpg")
-    return root
-
-
-EXAMPLES_FOLDERS: dict[str, Callable[[Path], Path]] = {
-    "mvtec_3d": make_3d,
-    "anomalib": make_toy,
-    "ksdd": make_ksdd,
-    "dagm": make_dagm,
-    "real_iad": make_real_iad,
-    "anomalydiffusion": make_generated,
-}
-MAKERS = {OLD_NAMES.get(name, name): make for name, make in (EXAMPLES | EXAMPLES_FOLDERS).items()}
 
 
 def test_every_folder_layout_has_an_example():
@@ -219,7 +114,7 @@ def test_a_type_in_two_capitals_is_one(tmp_path):
 
 @pytest.mark.parametrize("masks", ["mask", "masks", "ground_truth"])
 def test_anomalib(tmp_path, masks):
-    root = make_toy(tmp_path / "hazelnut_toy", masks)
+    root = make_anomalib(tmp_path / "hazelnut_toy", masks)
     assert rows_of(root) == [
         *[(f"{defect}/0{i}.jpg", defect, None) for defect in ("colour", "crack") for i in range(2)],
         *good("good/00.jpg"),
@@ -228,7 +123,7 @@ def test_anomalib(tmp_path, masks):
 
 
 def test_wrong_anomalib_is_told_at_once(tmp_path):
-    root = make_toy(tmp_path / "hazelnut_toy")
+    root = make_anomalib(tmp_path / "hazelnut_toy")
     (root / "mask/colour/00.jpg").unlink(), (root / "crack/01.jpg").unlink()
     write_mask(root / "mask/pit/00.png"), write_mask(root / "mask/stray.png")
     write_image(root / "scratch/00.png")
@@ -352,8 +247,8 @@ def test_dagm_whose_table_says_something_else(tmp_path):
 
 
 def test_anomalydiffusion(tmp_path):
-    root = make_generated(tmp_path / "generated_dataset/hazelnut")
-    make_generated(tmp_path / "generated_dataset/bottle")
+    root = make_anomalydiffusion(tmp_path / "generated_dataset/hazelnut")
+    make_anomalydiffusion(tmp_path / "generated_dataset/bottle")
     assert list(find_objects(tmp_path)) == ["bottle", "hazelnut"]
     pairs = [(f"{defect}/image/{i}.jpg", defect, None) for defect in ("crack", "hole") for i in range(2)]
     assert rows_of(root) == [*pairs[:2], *good("good/0.jpg"), *pairs[2:]]

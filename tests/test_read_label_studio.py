@@ -21,8 +21,9 @@ from annotated import (
     task,
     turned_box,
 )
-from conftest import write_image
-from test_formats import codes, masks_of, square, table, told, write_json
+from drawn import square, write_image
+from folders import write_json
+from readings import codes, masks_of, table, told
 
 from defectfill_dataset.readers import read_object
 from defectfill_dataset.readers.brush import decode_brush

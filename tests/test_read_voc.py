@@ -18,9 +18,10 @@ from annotated import (
     write_text,
     write_voc,
 )
-from conftest import write_image
+from drawn import square, write_image, write_values
+from folders import write_json
 from PIL import Image
-from test_formats import codes, masks_of, square, table, told, write_json, write_values
+from readings import codes, masks_of, table, told
 
 from defectfill_dataset.readers import read_object
 

@@ -10,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+from offline import ROOT
+
 import pytest
 import torch
-from conftest import ROOT, options, read_lines, reset_accelerate
+from folders import make_mvtec
+from runs import options, read_lines, reset_accelerate
 from safetensors.torch import load_file, save_file
 
 import train_defectfill
@@ -95,6 +98,7 @@ def uninterrupted(base, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["step", "write", "rename"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit"])
@@ -112,6 +116,7 @@ def test_a_killed_run_resumes_bit_equal(train, base, data, tmp_path, uninterrupt
     assert any(t.dtype == torch.uint8 for t in moments.values()) == ("8" in optimizer)
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_cached_latents_resumes_bit_equal(train, base, data, tmp_path, uninterrupted):
     """The cache is not saved: what the rest of the run draws is encoded again."""
     flags = ["--cache_latents", "2"]
@@ -134,6 +139,7 @@ def test_adamws_step_count_comes_back_where_adamw_keeps_it(two_checkpoints, fuse
     assert kept["exp_avg"].is_meta and kept["step"].is_meta == fused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["moments", "schedule", "step", "seed"])
 def test_control_the_comparison_notices_what_is_not_restored(
     train, base, data, tmp_path, uninterrupted, monkeypatch, lost
@@ -161,6 +167,7 @@ def test_control_the_comparison_notices_what_is_not_restored(
     assert not same_results(whole, out)
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_to_nothing_and_can_be_extended(train, tmp_path):
     flags = ("--checkpointing_steps", "2", "--max_train_steps")
     out = train(*flags, "2")
@@ -179,6 +186,7 @@ def test_only_the_newest_checkpoints_are_kept(train):
     assert [c.name for c in checkpoints.list_checkpoints(out)] == ["checkpoint-4", "checkpoint-5"]
 
 
+@pytest.mark.slow
 def test_a_named_checkpoint(train, tmp_path):
     """Those after it are set aside: pruning by step would delete the new ones, and `latest` go on from the old."""
     out = train("--max_train_steps", "3", "--checkpointing_steps", "1")
@@ -197,7 +205,6 @@ def test_a_named_checkpoint(train, tmp_path):
 
 @pytest.fixture(scope="module")
 def two_checkpoints(base, tmp_path_factory):
-    from conftest import make_mvtec
 
     folder = tmp_path_factory.mktemp("two")
     reset_accelerate()
@@ -334,6 +341,7 @@ def test_an_atomic_write_leaves_the_old_file_when_writing_fails(tmp_path):
 # Signals and writers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_run_at_a_step_with_a_checkpoint(train, base, data, tmp_path, uninterrupted, number):
     flags = ["--gradient_accumulation_steps", "1"]
@@ -403,6 +411,7 @@ def test_a_process_without_a_launcher_outlives_its_parent(monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_to_launcher_and_process_counts_once(tmp_path, number):
     """A Ctrl-C in the terminal: the process is told twice, by the signal and by its launcher's end."""

@@ -2,8 +2,9 @@
 
 import ast
 import graphlib
+import re
 
-from conftest import ROOT
+from offline import ROOT
 
 
 FILES = [*ROOT.glob("*.py"), *(f for room in ("defectfill*", "scripts") for f in ROOT.glob(f"{room}/**/*.py"))]
@@ -17,11 +18,12 @@ def module_name(file) -> str:
 MODULES = {module_name(file): file for file in FILES}
 
 
-def imports(name: str) -> set[str]:
-    """What a module imports at its top: modules of ours in full, of others as they are written."""
+def imports(name: str, in_functions: bool = True) -> set[str]:
+    """What a module imports: modules of ours in full, of others as they are written."""
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
     found = set()
-    for node in ast.parse(MODULES[name].read_text()).body:
+    tree = ast.parse(MODULES[name].read_text())
+    for node in ast.walk(tree) if in_functions else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -66,9 +68,18 @@ def test_one_module_of_the_library_knows_the_command_line():
 
 
 def test_training_does_without_the_scorers_libraries():
-    needed, found = ["train_defectfill"], set()
+    """A function that scores imports them when it is called."""
+    needed, found = ["train_defectfill"], {}
     while needed:
         name = needed.pop()
-        found.add(name)
-        needed += (ARROWS.get(name, set()) & MODULES.keys()) - found
-    assert not {b for name in found for b in ARROWS[name] if b == "lpips" or b.startswith("skimage.metrics")}
+        found[name] = imports(name, in_functions=False)
+        needed += (found[name] & MODULES.keys()) - found.keys()
+    assert len(found) > 10
+    assert not {b for names in found.values() for b in names if b == "lpips" or b.startswith("skimage.metrics")}
+
+
+def test_no_test_module_imports_another():
+    """What several need has a module named for what it makes; a fixture comes by its name."""
+    files = [*ROOT.glob("tests/**/test_*.py")]
+    imported = re.compile(r"^\s*(?:from|import) (?:tests\.)?((?:test_|conftest)\w*)", re.M)
+    assert len(files) > 20 and {f.name: found for f in files if (found := imported.findall(f.read_text()))} == {}

@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 
+from offline import ROOT
+
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, in_clean_process, read_lines, reset_accelerate, toy_pipeline, write_image
 from diffusers import StableDiffusionInpaintPipeline
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
+from drawn import write_image
 from PIL import Image
+from runs import in_clean_process, read_lines, reset_accelerate
 from safetensors.torch import load_file
+from toy_model import toy_pipeline
 
 from defectfill.random_base import random_sd2_pipeline
 from defectfill.sampling import ddim, inpaint
@@ -26,6 +30,7 @@ TINY_BASE = ROOT / "scripts/tiny_base"
 SD2_MILLIONS = {"unet": 865, "vae": 83, "text_encoder": 340}  # parameters of Stable Diffusion 2 inpainting
 
 
+@pytest.mark.slow
 def test_demo_data_is_a_dataset_with_exact_masks(tmp_path):
     make_demo_data.main(["--output_dir", str(tmp_path), "--size", "64", "--defects", "3", "--good", "2"])
     for part, (_, defects) in make_demo_data.PARTS.items():
@@ -54,6 +59,7 @@ def test_pictures_are_a_function_of_their_seed():
     assert set(np.unique(np.asarray(first[1]))) == {0, 255} and binarise(first[1]).any()
 
 
+@pytest.mark.slow
 def test_a_random_base_is_made_from_the_command_line_and_needs_nothing_of_ours(tmp_path):
     command = [sys.executable, ROOT / "scripts/make_tiny_base.py", "--output_dir", "tiny", "--random_weights"]
     subprocess.run([*command, "--resolution", "64"], cwd=tmp_path, check=True, capture_output=True)
@@ -84,6 +90,7 @@ def make_base(*argv) -> None:
     reset_accelerate()
 
 
+@pytest.mark.slow
 def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     make_base("--output_dir", tmp_path / "whole", *SMALL)
     pid = os.fork()
@@ -131,6 +138,7 @@ def test_the_base_that_ships_fills_a_hole_with_the_parts_own_texture():
     assert (painted - x)[:, inside].square().mean() < 0.25 * x[:, inside].square().mean()
 
 
+@pytest.mark.slow
 def test_a_base_of_ones_own_images(tmp_path):
     for i in range(18):
         write_image(tmp_path / "images/steel_disc" / f"{i}.png", 40)
@@ -183,6 +191,7 @@ def segmenter(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_segmenter_learns_and_is_measured_on_pictures_it_has_not_seen(segmenter):
     figures = json.loads((segmenter / "figures.json").read_text())["iou"]
     assert "nut hole" in figures and "cloth" in figures and all(0 <= x <= 1 for x in figures.values())
@@ -206,6 +215,7 @@ def test_iou_of_masks():
     assert train_segmenter.iou(found, masks).tolist() == pytest.approx([1 / 3, 0, 1])
 
 
+@pytest.mark.slow
 def test_features_see_the_defect_and_not_the_rest(segmenter):
     unet = ablate.UNet2DModel.from_pretrained(segmenter)
     images, masks = train_segmenter.drawn_pairs([("nut", "hole")], 2, 32, 0)
@@ -214,6 +224,7 @@ def test_features_see_the_defect_and_not_the_rest(segmenter):
     assert not torch.allclose(features, ablate.defect_features(unet, images, 1 - masks))
 
 
+@pytest.mark.slow
 def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypatch):
     command = f"""--base {base} --segmenter {segmenter} --output_dir {tmp_path}/out --resolution 32 --steps 1
         --images 2 --train_batch_size 1 --num_inference_steps 2 --variants default --seeds 1""".split()
@@ -232,6 +243,7 @@ def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypat
     assert Image.open(tmp_path / "out/samples.png").height == 4 * 32
 
 
+@pytest.mark.slow
 def test_samplers_are_compared_on_the_same_parts(base, segmenter, trained, tmp_path):
     command = f"""--base {base} --segmenter {segmenter} --lora {trained} --output {tmp_path}/table.md --images 2
         --resolution 32 --guidance_scale 3 --seed 1"""
@@ -258,6 +270,7 @@ def quiet_pipeline():
     return pipe
 
 
+@pytest.mark.slow
 def test_ways_that_only_save_work_paint_the_same(toy_pairs):
     pipe = quiet_pipeline()
     _, *same, fast, half = benchmark.make_ways(6, 4, candidates=2, batch_size=4).values()
@@ -270,6 +283,7 @@ def test_ways_that_only_save_work_paint_the_same(toy_pairs):
     assert (fast.scheduler, fast.steps, half.steps) == ("unipc", 4, 4)
 
 
+@pytest.mark.slow
 def test_the_stock_way_differs_in_the_sampled_latents_and_the_background_alone(toy_pairs, monkeypatch):
     pipe = quiet_pipeline()
     stock, once, *_ = benchmark.make_ways(6, 4, candidates=2, batch_size=4).values()
@@ -283,6 +297,7 @@ def test_the_stock_way_differs_in_the_sampled_latents_and_the_background_alone(t
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["base", "sd2_size"])
 def test_generation_is_measured_in_every_way(base, tmp_path, monkeypatch, model):
     monkeypatch.setattr(benchmark, "random_sd2_pipeline", lambda device, dtype: toy_pipeline().to(device, dtype))

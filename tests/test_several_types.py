@@ -7,9 +7,9 @@ import re
 import datasets
 import numpy as np
 import pytest
-from conftest import read_lines, write_image
+from drawn import write_image
 from PIL import Image
-from test_checks import run
+from runs import check, read_lines
 
 from defectfill_dataset import (
     InputError,
@@ -106,14 +106,15 @@ def test_training_windows_show_one_type(tmp_path, defects):
 
 
 def test_check_data_says_where_types_are_too_close(tmp_path, capsys):
-    assert run(make_boards(tmp_path / "far"), "--resolution", 128) == 0
+    assert check(make_boards(tmp_path / "far"), "--resolution", 128) == 0
     assert "DF157" not in capsys.readouterr().out
-    assert run(make_boards(tmp_path / "near", near=True), "--resolution", 128) == 0
+    assert check(make_boards(tmp_path / "near", near=True), "--resolution", 128) == 0
     told = capsys.readouterr().out
     assert "DF157 images/00.png, images/01.png" in told and "6 of 13 zoom windows show defects of other types" in told
     assert re.search(r"\n  open +6 +6 ", told) and "2 references" in told
 
 
+@pytest.mark.slow
 def test_training_follows_changes_of_the_other_types(tmp_path, train):
     """Their masks decide the crops, so a run does not go on with others."""
     root = make_boards(tmp_path / "pcb")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_mvtec
+from folders import make_mvtec
 from PIL import Image, ImageDraw, ImageFont
 
 from defectfill_dataset import letters, sheets

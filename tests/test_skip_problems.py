@@ -5,10 +5,10 @@ import logging
 
 import numpy as np
 import pytest
-from conftest import make_mvtec, read_lines, write_image
+from drawn import write_image
+from folders import make_coco, make_mvtec, make_yolo, write_json
 from PIL import Image
-from test_checks import run
-from test_formats import make_coco, make_yolo, write_json
+from runs import check, read_lines
 
 from defectfill_dataset import InputError, load_defect_pairs, split_names
 from defectfill_scripts import prepare_data
@@ -39,7 +39,7 @@ def test_without_the_flag_the_refusal_says_what_it_would_do(tmp_path, train, cap
     Image.fromarray(np.zeros((48, 48), np.uint8)).save(tmp_path / "bolt/ground_truth/hole/000_mask.png")
     with pytest.raises(InputError, match="DF109 --skip_problems: leaves out this image and uses the others$"):
         train(data=tmp_path / "bolt")
-    assert run(root) == 2
+    assert check(root) == 2
     assert "With --skip_problems these images are left out" in capsys.readouterr().out
 
 
@@ -63,7 +63,7 @@ def test_what_is_whole_trains_and_the_rest_is_written_down(tmp_path, train, capl
 
 def test_check_and_prepare_leave_the_same_out(tmp_path, capsys):
     root = make_broken(tmp_path / "nut")
-    assert run(root, "--skip_problems", "--output_dir", tmp_path / "report") == 0
+    assert check(root, "--skip_problems", "--output_dir", tmp_path / "report") == 0
     out = capsys.readouterr().out
     assert "Left out:\nDF1" in out and "1 references, 2 held out" in out
     (report,) = json.loads((tmp_path / "report/report.json").read_text())["objects"]
@@ -113,7 +113,7 @@ def test_nothing_left_is_told(tmp_path):
     (root / "test/hole/000.png").write_bytes(b"")
     with pytest.raises(InputError, match="DF163 .*: no defect images, only 3 good ones"):
         load_defect_pairs(root, skip_problems=True)
-    assert run(root, "--skip_problems") == 2
+    assert check(root, "--skip_problems") == 2
 
 
 def test_the_flags_of_a_folder_are_not_for_prepared_data(tmp_path, train):

@@ -6,14 +6,19 @@ import re
 import shutil
 import stat
 
+from offline import ROOT
+
 import numpy as np
 import pytest
 import torch
-from conftest import RESOLUTION, in_clean_process, make_mvtec, make_seed_layout, read_lines, toy_pipeline, write_image
 from diffusers import StableDiffusionPipeline
+from drawn import write_image
+from folders import make_mvtec, make_seed_layout
 from PIL import Image
+from runs import in_clean_process, options, read_lines, reset_accelerate
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from toy_model import RESOLUTION, toy_pipeline
 
 import train_defectfill
 from defectfill.base_model import read_base
@@ -58,7 +63,7 @@ def test_a_run_leaves_lora_card_record_split_and_checkpoint(trained):
 
 
 def test_the_lora_file_is_portable(trained):
-    """Error 15: alpha differs between training and inference because the file does not carry it."""
+    """Alpha differs between training and inference because the file does not carry it."""
     with safe_open(trained / LORA_FILE, "pt") as file:
         names, header = list(file.keys()), file.metadata()
     assert all("lora" in name for name in names)
@@ -100,8 +105,9 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(train, base, tmp_path, monkeypatch):
-    """Errors 15 and 16, bit for bit: alpha other than rank, text encoder included, dropout in training."""
+    """Bit for bit: alpha other than rank, text encoder included, dropout in training."""
     finish, rendered = train_defectfill.finish, {}
 
     def render_then_finish(args, job, accelerator, models, *rest):
@@ -123,7 +129,7 @@ def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(tra
 
 
 def test_checkpoints_hold_no_pickle_and_load_as_a_lora(trained, base):
-    """Error 16: checkpoints are pickles, from which load_lora_weights loads nothing and only logs."""
+    """Checkpoints are pickles, from which load_lora_weights loads nothing and only logs."""
     files = [f for f in trained.rglob("*") if f.is_file() and f.name != ".lock"]
     assert {f.suffix for f in files} == {".safetensors", ".json", ".jsonl", ".md"}
     pipe = toy_pipeline()
@@ -132,6 +138,7 @@ def test_checkpoints_hold_no_pickle_and_load_as_a_lora(trained, base):
     assert all(torch.equal(saved[name], final[name]) for name in saved.keys() | final.keys())
 
 
+@pytest.mark.slow
 def test_loss_weights_change_what_is_trained(train, tmp_path):
     first = load_file(train("--lambda_attn", "0") / LORA_FILE)
     second = load_file(train(output=tmp_path / "other") / LORA_FILE)
@@ -139,7 +146,7 @@ def test_loss_weights_change_what_is_trained(train, tmp_path):
 
 
 def test_learning_rates_warm_up_from_the_first_step(train):
-    """Error 7: a warm-up that multiplies the current rate stays 0 for ever."""
+    """A warm-up that multiplies the current rate stays 0 for ever."""
     out = train(
         "--max_train_steps", "5", "--lr_warmup_steps", "4", "--learning_rate", "0.4", "--text_encoder_lr", "0.04"
     )
@@ -153,11 +160,12 @@ def test_learning_rates_warm_up_from_the_first_step(train):
 
 
 def test_one_image_and_a_batch_of_four_trains(train, tmp_path):
-    """Error 14, in a whole run."""
+    """Fewer images than the batch, in a whole run."""
     out = train("--train_batch_size", "4", data=make_mvtec(tmp_path / "single", {"hole": 1}, good=0))
     assert len(read_lines(out / "losses.jsonl")) == 2
 
 
+@pytest.mark.slow
 def test_several_types_in_one_run(train, tmp_path):
     data = make_seed_layout(tmp_path / "metal_nut", {"hole": 2, "scratch": 2})
     record = read_lora(train(data=data)).record
@@ -237,6 +245,7 @@ def test_mixed_precision_keeps_fp32_lora(train, precision):
     assert all(math.isfinite(line["loss"]) for line in read_lines(out / "losses.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -250,11 +259,21 @@ def test_flags_that_must_not_change_the_result(train, trained_tensors, tmp_path,
     assert all(torch.equal(tensors[k], trained_tensors[k]) for k in tensors)
 
 
-@pytest.fixture
-def trained_tensors(train, tmp_path):
-    return load_file(train(output=tmp_path / "plain") / LORA_FILE)
+@pytest.fixture(scope="module")
+def plain_run(base, tmp_path_factory):
+    """The folder of a run of defaults, on the data that `train` has."""
+    folder = tmp_path_factory.mktemp("plain")
+    reset_accelerate()
+    train_defectfill.main(train_defectfill.parse_args(options(base, make_mvtec(folder / "nut"), folder / "out")))
+    return folder / "out"
 
 
+@pytest.fixture(scope="module")
+def trained_tensors(plain_run):
+    return load_file(plain_run / LORA_FILE)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -330,7 +349,8 @@ def test_fused_adamw_steps_alike(fused):
     assert torch.allclose(model.weight, before * (1 - 0.1 * 0.01) - 0.1, atol=1e-6)  # the first step of Adam is lr
 
 
-def test_channels_last_reaches_the_convolutions_and_trains_alike(train, trained_tensors, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_channels_last_reaches_the_convolutions_and_trains_alike(train, plain_run, tmp_path, monkeypatch):
     original, seen = train_defectfill.training_losses, []
 
     def training_losses(models, *rest):
@@ -341,7 +361,7 @@ def test_channels_last_reaches_the_convolutions_and_trains_alike(train, trained_
     out = train("--channels_last", output=tmp_path / "other")
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in seen)
     assert not any(weight.is_contiguous() for weight in seen)
-    losses = [[line["loss"] for line in read_lines(run / "losses.jsonl")] for run in (out, tmp_path / "plain")]
+    losses = [[line["loss"] for line in read_lines(run / "losses.jsonl")] for run in (out, plain_run)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -379,7 +399,7 @@ def test_the_defaults_are_the_papers():
 
 
 def test_an_image_that_breaks_while_training_stops_the_run_and_is_named(train, monkeypatch):
-    """Error 20: a broad `except: continue` around all of it."""
+    """A broad `except: continue` around all of it."""
     original = train_defectfill.TrainingSamples.resize_and_crop
 
     def broken(self, image, mask, rng):
@@ -412,7 +432,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(train, monkey
 
 
 def test_steps_that_fp16_skips_for_ever_are_an_error(train, monkeypatch):
-    """Error 9: steps silently skipped."""
+    """Steps silently skipped."""
     skipped = property(lambda self: True)
     monkeypatch.setattr(train_defectfill.Accelerator, "optimizer_step_was_skipped", skipped)
     monkeypatch.setattr(train_defectfill, "MAX_SKIPPED_STEPS", 2)
@@ -420,6 +440,7 @@ def test_steps_that_fp16_skips_for_ever_are_an_error(train, monkeypatch):
         train("--max_train_steps", "4")
 
 
+@pytest.mark.slow
 def test_the_written_split_can_be_given_back(train, tmp_path):
     data = make_mvtec(tmp_path / "bolt", {"hole": 3, "scratch": 3})
     out = train("--defect", "hole", data=data)
@@ -604,11 +625,10 @@ def test_an_earlier_run_is_not_overwritten(train, no_models, trained):
     assert (trained / LORA_FILE).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_wrong_input_ends_the_command_with_one_message(base, data, tmp_path):
     import subprocess
     import sys
-
-    from conftest import ROOT, options
 
     empty_mask(data), write_image(data / "test/hole/001.png", size=40)
     argv = options(base, data, tmp_path / "out", "--split", "all")

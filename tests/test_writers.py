@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import RESOLUTION, make_mvtec, make_seed_layout, write_image, write_mask
+from drawn import write_image, write_mask
+from folders import EXAMPLES, make_metadata, make_mvtec, make_seed_layout, write_lines
 from PIL import Image
-from test_formats import EXAMPLES, make_metadata, write_lines
+from toy_model import RESOLUTION
 
 import train_defectfill
 from defectfill.runs.cards import escaped, size_category
@@ -147,6 +148,7 @@ def test_a_dataset_prepared_anew_is_not_the_old_one_of_the_cache(tmp_path, data,
         shutil.rmtree(out)
 
 
+@pytest.mark.slow
 def test_training_from_parquet(tmp_path, base, data, train):
     run(data, tmp_path / "prepared")
     expected = train(output=tmp_path / "direct")

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import RESOLUTION, generate, make_mvtec, read_lines, write_image
+from drawn import write_image
+from folders import make_mvtec
 from PIL import Image
+from runs import generate, read_lines
 from skimage.draw import line
-from test_dataset import make_samples
+from toy_model import RESOLUTION, make_samples
 
 import generate_defectfill
 from defectfill.lora import read_lora
@@ -153,6 +155,7 @@ def test_validation_shows_the_good_image_through_the_reference_window(large):
         assert torch.equal(case["pixel_values"], image_tensor(good["image"].crop(box), RESOLUTION))
 
 
+@pytest.mark.slow
 def test_small_defects_are_zoomed_by_themselves_and_the_lora_says_so(train, large, data, tmp_path):
     lora = read_lora(train(data=large, output=tmp_path / "zoomed"))
     assert lora.record["zoom"] == {"context": 3.0, "min_area": 0.01}
@@ -217,6 +220,7 @@ def test_a_crack_is_painted_tile_by_tile_and_the_rest_of_the_image_is_untouched(
     assert Image.open(tmp_path / "out/contact_sheet.png").height == len(boxes) * row
 
 
+@pytest.mark.slow
 def test_generation_zooms_as_the_lora_was_trained_unless_told(train, large, tiled, tmp_path):
     lora = train("--zoom_context", "2", data=large)
     flags, mask = tiled[0][:-2], tiled[1]

@@ -29,7 +29,7 @@ def repeat_seed(seed: int, repeat: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One good image and the files given for it: its mask (None: from a source), its foreground, its zone.
+    """One good image and the files given for it: its mask (None: from a source), its foreground, its ROI.
 
     Everything random is drawn from the image's name and content, so that no two images share a number, in one run or
     in several; pictures of several defect types on one image do.
@@ -38,7 +38,7 @@ class Case:
     image: Path
     mask: Path | None = None
     foreground: Path | None = None
-    zone: Path | None = None
+    roi: Path | None = None
 
     @property
     def name(self) -> str:
@@ -47,13 +47,14 @@ class Case:
     @property
     def areas(self) -> dict[str, Path]:
         """What is given beside the image, by its flag."""
-        files = {"mask": self.mask, "foreground": self.foreground, "zone": self.zone}
+        files = {"mask": self.mask, "foreground": self.foreground, "roi": self.roi}
         return {flag: file for flag, file in files.items() if file}
 
     @functools.cached_property
     def digests(self) -> dict[str, str | None]:
         """sha256 of its files: what a finished image was made from."""
-        files = {"good_image": self.image, "given_mask": None} | {f"given_{k}": f for k, f in self.areas.items()}
+        files = {"good_image": self.image, "given_mask": None}
+        files |= {"given_zone" if flag == "roi" else f"given_{flag}": file for flag, file in self.areas.items()}
         return {f"{k}_sha256": file_digest(f) if f else None for k, f in files.items()}
 
     def derive_seed(self, seed: int, *parts: int | str) -> int:
@@ -69,20 +70,20 @@ class Case:
         image, areas = self.load()
         if source is None:
             return image, Placed(areas["mask"], [])
-        return image, source(image, self.derive_seed(seed, "mask"), areas.get("foreground"), areas.get("zone"))
+        return image, source(image, self.derive_seed(seed, "mask"), areas.get("foreground"), areas.get("roi"))
 
 
 def find_cases(
-    image: Path, mask: Path | None = None, foreground: Path | None = None, zone: Path | None = None
+    image: Path, mask: Path | None = None, foreground: Path | None = None, roi: Path | None = None
 ) -> list[Case]:
     """The cases of one image or a folder of them, with their masks and areas: a file each, or folders paired by name.
 
-    One foreground or zone file may also serve a folder of images.
+    One foreground or ROI file may also serve a folder of images.
 
     Raises:
         InputError: nothing there (DF160, DF161), or files that do not pair (DF142-DF144).
     """
-    given = {"mask": mask, "foreground": foreground, "zone": zone}
+    given = {"mask": mask, "foreground": foreground, "roi": roi}
     for flag, path in {"image": image, **given}.items():
         if path is not None and not path.exists():
             raise InputError(f"DF160 --{flag} {path}: no such file or folder")

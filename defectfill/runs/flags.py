@@ -34,6 +34,14 @@ def add_base_flags(
     return add
 
 
+def add_hub_flags(add: Callable, pushed: str, id_flag: str) -> None:
+    """The flags of a push to the Hub; `pushed` names what is pushed, `id_flag` takes its repository."""
+    add("--push_to_hub", action="store_true", help=f"Push {pushed}, with the token of HF_TOKEN or a login.")
+    add(id_flag, metavar="ID", help="Repository on the Hub. Default: the output folder's name.")
+    add("--hub_public", action="store_true", help="Make a new repository public; without it, it is private.")
+    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="Seconds after which a push is given up.")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
@@ -185,7 +193,8 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         help="Where the object is. auto segments it from a plain background; a texture that fills the frame is all "
         "object. none places defects anywhere. PATH is a mask, or a folder of masks named like the images.",
     )
-    add("--zone", type=Path, metavar="PATH", help="Mask of the region where defects may go, or a folder of them.")
+    add("--roi", type=Path, metavar="PATH", help="Mask of the region where defects may go, or a folder of them.")
+    add("--zone", dest="roi", type=Path, help=argparse.SUPPRESS)  # its old name
     coverage_help = "Smallest share of a defect's pixels that must lie on the object and in the region."
     add("--coverage", type=float, default=0.99, metavar="X", help=coverage_help)
     add("--masks_per_image", type=int, default=1, metavar="N", help="Number of defects in an image.")
@@ -207,7 +216,7 @@ def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
     users = {"max_rotation": ["references"], "shapes": ["procedural"]}
     of_data = ("object", "split", "layout", "mask_classes", "skip_problems")
     users |= dict.fromkeys(of_data, ["references", "held_out"])
-    users |= dict.fromkeys(("foreground", "zone", "coverage", "masks_per_image"), ["references", "procedural"])
+    users |= dict.fromkeys(("foreground", "roi", "coverage", "masks_per_image"), ["references", "procedural"])
     for flag, sources in users.items():
         if source not in sources and getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag}: only with --mask_source {' or '.join(sources)}")
@@ -285,6 +294,7 @@ def read_request(parser: LineParser, line: dict, args: argparse.Namespace) -> Ge
     """
     flags, words = dict(vars(args)), []
     for flag, value in line.items():
+        flag = "roi" if flag == "zone" else flag
         if value is None:
             flags[flag] = parser.get_default(flag)
         elif isinstance(value, list):
@@ -415,10 +425,7 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--logging_dir", default="logs", metavar="DIR", help="Folder of the tracker, inside the output folder.")
 
     add = group("Hugging Face Hub")
-    add("--push_to_hub", action="store_true", help="Push LoRA and model card, with the token of HF_TOKEN or a login.")
-    add("--hub_model_id", metavar="ID", help="Repository on the Hub. Default: the output folder's name.")
-    add("--hub_public", action="store_true", help="Make a new repository public; without it, it is private.")
-    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="Seconds after which a push is given up.")
+    add_hub_flags(add, "LoRA and model card", "--hub_model_id")
     return parser.parse_args(input_args)
 # fmt: on
 

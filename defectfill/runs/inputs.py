@@ -24,7 +24,7 @@ from .requests import GenerationRequest
 # What decides a mask source.
 MASK_FLAGS = (
     "mask_source", "reference_data", "object", "split", "layout", "mask_classes", "skip_problems", "max_rotation",
-    "shapes", "foreground", "zone", "coverage", "masks_per_image",
+    "shapes", "foreground", "roi", "coverage", "masks_per_image",
 )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def read_inputs(requests: Sequence[GenerationRequest], cache_dir: str | None) ->
     sources: dict[tuple[str | None, ...], tuple[MaskSource | None, dict]] = {}
     inputs = []
     for request in requests:
-        paths = tuple(map(str, (request.image, request.mask, request.foreground, request.zone)))
+        paths = tuple(map(str, (request.image, request.mask, request.foreground, request.roi)))
         if paths not in images:
             images[paths] = read_images(request)
         for path in request.lora:
@@ -66,7 +66,7 @@ def read_images(request: GenerationRequest) -> list[Case]:
 def read_cases(request: GenerationRequest) -> list[Case]:
     """The cases of the flags, every file opened and checked."""
     foreground = Path(request.foreground) if request.foreground not in ("auto", "none") else None
-    cases = find_cases(request.image, request.mask, foreground, request.zone)
+    cases = find_cases(request.image, request.mask, foreground, request.roi)
     check_cases(cases)
     return cases
 
@@ -92,7 +92,7 @@ def read_source(
     foreground = request.foreground if request.foreground in ("auto", "none") else "given"
     settings |= {
         "foreground": foreground,
-        "zone": request.zone is not None,
+        "zone": request.roi is not None,  # its name in earlier plans
         "coverage": request.coverage,
         "masks_per_image": request.masks_per_image,
     }

@@ -38,7 +38,7 @@ class GenerationRequest:
     seed: int
     # placement of masks
     foreground: str  # auto, none or a path
-    zone: Path | None
+    roi: Path | None
     coverage: float  # in (0, 1]
     masks_per_image: int
 

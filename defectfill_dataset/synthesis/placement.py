@@ -58,7 +58,7 @@ class Placed(NamedTuple):
     parts: list[Part]
 
 
-# (image, seed, foreground, zone) -> the mask, None where there is no place for it. The areas are (H, W) bool or None.
+# (image, seed, foreground, roi) -> the mask, None where there is no place for it. The areas are (H, W) bool or None.
 MaskSource = Callable[[Image.Image, int, np.ndarray | None, np.ndarray | None], Placed | None]
 # (rng, (height, width) of the image) -> a shape and its name
 ShapeSource = Callable[[np.random.Generator, tuple[int, int]], tuple[str, np.ndarray]]
@@ -205,12 +205,12 @@ def with_gap(part: Part, gap: float, taken: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PlacedShapes:
-    """A mask source: shapes on the part, inside the zone, none over another.
+    """A mask source: shapes on the part, inside the ROI, none over another.
 
     Args:
         draw: where shapes come from.
         foreground: finds the part, (H, W) bool, in an RGB image for which none is given; None: it fills the image.
-        coverage: least share of each shape's pixels on the part and in the zone, in (0, 1].
+        coverage: least share of each shape's pixels on the part and in the ROI, in (0, 1].
         number: of shapes in an image.
     """
 
@@ -220,13 +220,13 @@ class PlacedShapes:
     number: int = 1
 
     def __call__(
-        self, image: Image.Image, seed: int, foreground: np.ndarray | None, zone: np.ndarray | None
+        self, image: Image.Image, seed: int, foreground: np.ndarray | None, roi: np.ndarray | None
     ) -> Placed | None:
         """The mask of `number` shapes; None if for one of them `TRIES` shapes found no place."""
         if foreground is None and self.foreground:
             foreground = self.foreground(image)
         allowed = np.ones((image.height, image.width), dtype=bool)
-        for area in (foreground, zone):
+        for area in (foreground, roi):
             allowed = allowed & area if area is not None else allowed
         mask, taken, parts = np.zeros_like(allowed), np.zeros_like(allowed), []
         for index in range(self.number):
@@ -254,7 +254,7 @@ class PlacedShapes:
 
 
 def random_source(
-    image: Image.Image, seed: int, foreground: np.ndarray | None = None, zone: np.ndarray | None = None
+    image: Image.Image, seed: int, foreground: np.ndarray | None = None, roi: np.ndarray | None = None
 ) -> Placed:
     """`random_mask` anywhere in the image."""
     return Placed(random_mask(np.random.default_rng(seed), image.height, image.width), [])
@@ -272,7 +272,7 @@ def held_out_source(masks: Sequence[NamedMask]) -> MaskSource:
     )
 
     def source(
-        image: Image.Image, seed: int, foreground: np.ndarray | None = None, zone: np.ndarray | None = None
+        image: Image.Image, seed: int, foreground: np.ndarray | None = None, roi: np.ndarray | None = None
     ) -> Placed | None:
         fitting = [mask for mask in masks if mask.pixels.shape == (image.height, image.width)]
         if not fitting:

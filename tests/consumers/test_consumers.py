@@ -10,8 +10,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from generated import export, marks, read_back
 from PIL import Image
-from test_exports import export, generated, marks, photos, read_back  # noqa: F401
 from torch.nn import functional
 
 

@@ -1,0 +1,44 @@
+"""A small random base model, what training makes of it, and training samples of its size."""
+
+import dataclasses
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import DDPMScheduler
+
+import train_defectfill as t
+from defectfill.lora import lora_parameters
+from defectfill_dataset import TrainingSamples, build_prompts, tokenize_prompts
+from defectfill_scripts.make_tiny_base import WORDS, Sizes, build_pipeline, make_tokenizer
+
+
+RESOLUTION = 32
+TOY = Sizes(
+    resolution=RESOLUTION, vae_channels=(8, 16, 16), unet_channels=(16, 32, 32), attention=(True, True, False),
+    head=16, text_width=32, context=77,
+)  # fmt: skip
+
+
+def toy_pipeline(**changes):
+    """A small random pipeline: 32 px, 8 x 8 latents, decoder attention at 8 and 4."""
+    set_seed(0)
+    return build_pipeline(dataclasses.replace(TOY, **changes))
+
+
+def make_samples(dataset, **options) -> TrainingSamples:
+    prompts = build_prompts(sorted(dataset.unique("defect")), "nut", "{defect}")
+    tokens = tokenize_prompts(make_tokenizer(WORDS), prompts.values())
+    arguments = dict(resolution=RESOLUTION, vae_scale_factor=4, seed=0) | options
+    return TrainingSamples(dataset, prompts, tokens, **arguments), prompts, tokens
+
+
+def make_models(lora: bool = True, **changes) -> t.Models:
+    pipe = toy_pipeline(**changes)
+    tokens = tokenize_prompts(pipe.tokenizer, build_prompts(["hole"], "nut", "{defect} scratch").values())
+    if lora:
+        t.add_lora(pipe.unet, pipe.text_encoder, rank=4, alpha=8, dropout=0.0)
+        for parameter in lora_parameters(pipe.unet, pipe.text_encoder).values():
+            torch.nn.init.normal_(parameter, std=0.1)  # B starts at 0, which would hide half of the gradients
+    store = t.record_attention(pipe.unet)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    return t.Models(pipe.unet, pipe.text_encoder, pipe.vae.requires_grad_(False), scheduler, store, tokens)

@@ -388,7 +388,7 @@ STEPS: dict[str, Step] = {
     "generate-channels-last": Step(generate, "--channels_last"),
     "generate-b16": Step(generate, "--batch_size 16"),
     "generate-b4": Step(generate, "--batch_size 4"),
-    "generate-compile": Step(generate, "--torch_compile", 240),
+    "generate-compile": Step(generate, "--fuse_lora --torch_compile", 240),
     "train-xformers-b1": Step(train, f"{BF16} 1 --enable_xformers_memory_efficient_attention"),
     "generate-half-guidance": Step(generate, "--guidance_interval 0 0.5"),
 }

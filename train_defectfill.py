@@ -2,8 +2,8 @@
 
     accelerate launch train_defectfill.py --train_data_dir mvtec/hazelnut --defect hole --output_dir lora-hazelnut-hole
 
-Reads top to bottom: the method's equations, attention maps, LoRA and precision, one training step, measures and
-validation images, the loop, the command. Its flags are in `defectfill/runs/flags.py`.
+Reads top to bottom: the method's equations, attention maps, one training step, measures and validation images, the
+loop, the command. Its flags are in `defectfill/runs/flags.py`.
 
 Shapes: B samples, L prompt tokens, Q queries of an attention layer, h x w the latent grid.
 Masks are 1 inside the defect; images are in [-1, 1].
@@ -34,16 +34,13 @@ from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from defectfill.base_model import BaseModel, check_resolution, load_models, load_tokenizer, read_base
 from defectfill.colour_stats import statistics_by_defect
-from defectfill.lora import ADAPTER, LORA_FILE, lora_parameters, read_lora, reload_and_compare, save_lora
+from defectfill.lora import LORA_FILE, add_lora, lora_parameters, read_lora, reload_and_compare, save_lora
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.cards import write_model_card
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
@@ -244,25 +241,6 @@ def attention_overlap(attention: torch.Tensor, mask: torch.Tensor) -> tuple[floa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# LoRA and precision
-
-
-def add_lora(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, rank: int, alpha: float, dropout: float) -> None:
-    """Adds LoRA to the attention layers of both models, in fp32 whatever their own precision; the rest is frozen."""
-    options = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "init_lora_weights": "gaussian"}
-    targets = {unet: ["to_k", "to_q", "to_v", "to_out.0"], text_encoder: ["q_proj", "k_proj", "v_proj", "out_proj"]}
-    for model, modules in targets.items():
-        model.requires_grad_(False)
-        model.add_adapter(LoraConfig(target_modules=modules, **options), adapter_name=ADAPTER)
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                # Autocast brings the fp32 adapters down to the activations' precision; peft would bring the
-                # activations up first, for the same result and 20-30 % more activation memory.
-                module.cast_input_dtype_enabled = False
-        cast_training_params(model, dtype=torch.float32)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # One training step
 
 
@@ -459,7 +437,7 @@ def make_models(
     """The base's models on `device` with fresh LoRA and recording processors."""
     unet, text_encoder, vae, noise_scheduler = load_models(prepared.base, args.variant, args.cache_dir, dtype)
     set_seed(args.seed)
-    add_lora(unet, text_encoder, args.rank, args.lora_alpha, args.lora_dropout)
+    add_lora(unet, text_encoder, args.rank, args.lora_alpha, args.lora_dropout, args.lora_targets, args.conv_rank)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         text_encoder.activation_checkpointing_enable()
@@ -700,9 +678,9 @@ def finish(
 # Options that must not change when a run resumes; they are also all that a tracker is told.
 IDENTITY = (
     "resolution", "max_resize_scale", "center_crop", *LossOptions._fields, "num_random_boxes", "rank", "lora_alpha",
-    "lora_dropout", "seed", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "text_encoder_lr",
-    "lr_scheduler", "lr_warmup_steps", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay",
-    "adam_epsilon", "max_grad_norm", "allow_tf32",
+    "lora_targets", "conv_rank", "lora_dropout", "seed", "train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "use_8bit_adam", "adam_beta1",
+    "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "allow_tf32",
 )  # fmt: skip
 
 
@@ -775,7 +753,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
     )  # fmt: skip
     record = lora_record(
         base, object_words, prompts, args.push_to_hub, appearance=statistics_by_defect(samples),
-        resolution=args.resolution, zoom=identity["zoom"], rank=args.rank, alpha=args.lora_alpha, seed=args.seed,
+        resolution=args.resolution, zoom=identity["zoom"], rank=args.rank, alpha=args.lora_alpha,
+        lora_targets=args.lora_targets, conv_rank=args.conv_rank, seed=args.seed,
     )  # fmt: skip
     split = split_names(every_type)
     return PreparedTraining(base, data, prompts, tokenizer, tokens, samples, zoom, record, split, identity, checkpoint)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import train_defectfill
 from defectfill.base_model import read_base
-from defectfill.lora import LORA_FILE, load_lora, read_lora
+from defectfill.lora import LORA_FILE, check_fits, load_lora, read_lora
 from defectfill.runs import flags as option_checks
 from defectfill_dataset import InputError
 
@@ -99,7 +99,10 @@ if __name__ == "__main__":
 """
 
 
-def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(train, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("layers", [(), ("--lora_targets", "all", "--conv_rank", "3")], ids=["attention", "all"])
+def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(
+    train, base, tmp_path, monkeypatch, layers
+):
     """Errors 15 and 16, bit for bit: alpha other than rank, text encoder included, dropout in training."""
     finish, rendered = train_defectfill.finish, {}
 
@@ -112,8 +115,10 @@ def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(tra
         finish(args, job, accelerator, models, *rest)
 
     monkeypatch.setattr(train_defectfill, "finish", render_then_finish)
-    rates = ("--learning_rate", "0.05", "--text_encoder_lr", "0.05")
-    out = train("--rank", "4", "--lora_alpha", "12", "--lora_dropout", "0.1", "--max_train_steps", "4", *rates)
+    flags = (
+        "--learning_rate 0.05 --text_encoder_lr 0.05 --rank 4 --lora_alpha 12 --lora_dropout 0.1 --max_train_steps 4"
+    )
+    out = train(*flags.split(), *layers)
     for name, lora in (("with", out), ("without", "none")):
         in_clean_process(RENDER, base, lora, tmp_path / f"{name}.npy", cwd=tmp_path)
         rendered[name] = np.load(tmp_path / f"{name}.npy")
@@ -280,12 +285,29 @@ def trained_tensors(train, tmp_path):
         ("--lora_dropout", "0.5"),
         ("--adam_weight_decay", "0.9"),
         ("--max_grad_norm", "0.0001"),
+        ("--lora_targets", "attention+ff"),
+        ("--lora_targets", "all"),
+        ("--lora_targets", "all", "--conv_rank", "2"),
     ],
     ids=lambda flags: flags[0],
 )
 def test_flags_that_must_change_the_result(train, trained_tensors, tmp_path, flags):
     tensors = load_file(train(*flags, output=tmp_path / "other") / LORA_FILE)
-    assert any(not torch.equal(tensors[k], trained_tensors[k]) for k in tensors)
+    assert any(not torch.equal(tensors[k], trained_tensors[k]) for k in trained_tensors)
+
+
+def test_the_lora_of_all_layers_says_its_ranks_and_fits_its_base_alone(train, base, tmp_path):
+    out = train("--lora_targets", "all", "--conv_rank", "2")
+    lora = read_lora(out)
+    assert (lora.record["lora_targets"], lora.record["conv_rank"]) == ("all", 2)
+    with safe_open(out / LORA_FILE, "pt") as file:
+        adapter = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert adapter["unet.rank_pattern"]["conv1"] == 2 and adapter["unet.alpha_pattern"]["conv1"] == 4
+    assert lora.tensors["unet.mid_block.resnets.0.conv1.lora_A.weight"].shape[0] == 2
+    assert "rank 4 (2 for convolutions), alpha 8.0, layers: all" in " ".join((out / "README.md").read_text().split())
+    check_fits(lora, read_base(str(base)))
+    toy_pipeline(unet_channels=(32, 32, 32)).save_pretrained(tmp_path / "wider")
+    assert refused(check_fits, lora, read_base(str(tmp_path / "wider"))).startswith("DF410")
 
 
 def test_tf32_is_switched_on(train):
@@ -310,7 +332,8 @@ def test_the_defaults_are_the_papers():
         train_batch_size=4,
         lr_warmup_steps=100, lr_scheduler="constant_with_warmup", resolution=512, max_resize_scale=1.125,
         center_crop=False,
-        loss_reduction="mean", attention_pass="object", attention_map_scale="raw",
+        loss_reduction="mean", attention_pass="object", attention_map_scale="raw", lora_targets="attention",
+        conv_rank=None,
     )  # fmt: skip
     assert {k: getattr(args, k) for k in expected} == expected
     assert train_defectfill.LossOptions(*(getattr(args, f) for f in train_defectfill.LossOptions._fields)) == (
@@ -468,6 +491,8 @@ def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
         (("--seed", str(2**32)), "DF187", "below 4294967296"),
         (("--max_grad_norm", "0"), "DF187", "above 0"),
         (("--lora_alpha", "0"), "DF187", "above 0"),
+        (("--lora_targets", "all", "--conv_rank", "0"), "DF187", "at least 1"),
+        (("--conv_rank", "4"), "DF188", "--lora_targets all"),
         (("--phrase", " "), "DF187", "empty"),
         (("--report_to", "nosuch"), "DF189", "tensorboard"),
         (("--mixed_precision", "fp16", "--num_validation_images", "3"), "DF189", "needs a GPU"),

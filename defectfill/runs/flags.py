@@ -17,6 +17,7 @@ from defectfill_dataset.commands import HelpFormatter, Parser, add_reading_flags
 from defectfill_dataset.synthesis.shapes import SHAPES
 
 from ..base_model import SD2_MIRROR
+from ..lora import LORA_TARGETS
 from ..sampling import SCHEDULERS
 from ..selection import LPIPS_FILES
 from .requests import GenerationCommand, GenerationRequest
@@ -351,6 +352,11 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add = group("LoRA")
     add("--rank", type=int, default=8, metavar="N", help="Rank of every LoRA layer.")
     add("--lora_alpha", type=float, default=16, metavar="X", help="LoRA layers are scaled by alpha / rank.")
+    add("--lora_targets", choices=list(LORA_TARGETS), default="attention",
+        help="Layers that get LoRA. attention is the paper's. attention+ff adds the feed-forward layers. all adds, in "
+             "the UNet, the projections and the convolutions of its resnets, downsamplers and upsamplers.")
+    add("--conv_rank", type=int, metavar="N",
+        help="Rank of convolutions, with --lora_targets all; they are scaled by alpha / rank too. Default: --rank.")
     add("--lora_dropout", type=float, default=0.1, metavar="P", help="Dropout before LoRA layers, in training only.")
 
     add = group("optimisation")
@@ -407,7 +413,7 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
 def check_training_args(args: argparse.Namespace) -> None:
     """Raises InputError (DF187-DF189) for values and combinations that cannot work."""
     at_least = {
-        1: """resolution max_resize_scale zoom_context num_random_boxes rank max_train_steps train_batch_size
+        1: """resolution max_resize_scale zoom_context num_random_boxes rank conv_rank max_train_steps train_batch_size
             checkpointing_steps gradient_accumulation_steps num_validation_images validation_inference_steps
             checkpoints_total_limit""",
         0: """seed lambda_def lambda_obj lambda_attn background_alpha lora_dropout learning_rate text_encoder_lr
@@ -440,6 +446,8 @@ def check_training_args(args: argparse.Namespace) -> None:
         problems.append(f"DF188 --{name}: is of --train_data_dir; leave it out with --dataset_name")
     if (args.train_data_dir is None) == (args.dataset_name is None):
         problems.append("DF188 give either --train_data_dir or --dataset_name")
+    if args.conv_rank is not None and args.lora_targets != "all":
+        problems.append("DF188 --conv_rank: only --lora_targets all trains convolutions; add it, or leave this out")
     if args.use_8bit_adam and not is_bitsandbytes_available():
         problems.append("DF189 --use_8bit_adam: bitsandbytes is not installed; run 'pip install bitsandbytes'")
     if args.enable_xformers_memory_efficient_attention:

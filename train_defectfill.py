@@ -41,6 +41,14 @@ from transformers import CLIPTokenizer
 from defectfill.base_model import BaseModel, check_resolution, load_models, load_tokenizer, read_base
 from defectfill.colour_stats import statistics_by_defect
 from defectfill.lora import LORA_FILE, add_lora, lora_parameters, read_lora, reload_and_compare, save_lora
+from defectfill.noise_levels import (
+    PLAIN_NOISE,
+    NoiseOptions,
+    draw_timestep,
+    error_weights,
+    offset_noise,
+    predicted_x_0,
+)
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.cards import write_model_card
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
@@ -94,6 +102,8 @@ class LossOptions(NamedTuple):
     loss_reduction: str = "mean"  # or "mask"
     attention_pass: str = "object"  # or "defect"
     attention_map_scale: str = "raw"  # or "minmax"
+    snr_gamma: float | None = None  # weights of the noise levels, not the paper's
+    high_noise_power: float = 0.0
 
 
 def unet_input(noisy_latents: torch.Tensor, mask: torch.Tensor, masked_latents: torch.Tensor) -> torch.Tensor:
@@ -263,15 +273,15 @@ class NoiseSample(NamedTuple):
     posterior: torch.Tensor  # (B, C, h, w)
 
 
-def sample_noise(models: Models, batch: dict) -> NoiseSample:
+def sample_noise(models: Models, batch: dict, options: NoiseOptions = PLAIN_NOISE) -> NoiseSample:
     """Samples each item's numbers from its own seed, on the CPU, so that they are the same on every machine."""
     shape = (2, models.vae.config.latent_channels, *batch["mask"].shape[-2:])
     samples = []
     for seed in batch["seed"].tolist():
         generator = torch.Generator().manual_seed(seed)
         noise, posterior = torch.randn(shape, generator=generator)
-        t = torch.randint(0, models.noise_scheduler.config.num_train_timesteps, (), generator=generator)
-        samples.append((noise, t, posterior))
+        t = draw_timestep(options, models.noise_scheduler.config.num_train_timesteps, generator)
+        samples.append((offset_noise(options, noise, generator), t, posterior))
     return NoiseSample(*(torch.stack(column).to(batch["mask"].device) for column in zip(*samples)))
 
 
@@ -327,6 +337,9 @@ def training_losses(models: Models, batch: dict, sample: NoiseSample, options: L
     ).sample.float()
     attention = attention_map(store.pop(), mask.shape[-2:], options.attention_map_scale)
 
+    weights = error_weights(scheduler, sample.timesteps, options.snr_gamma, options.high_noise_power)
+    if weights is not None:  # inside the square, as its root
+        target, noise_pred = weights.sqrt() * target, weights.sqrt().repeat(2, 1, 1, 1) * noise_pred
     pred_def, pred_obj = noise_pred.chunk(2)
     l_def = defect_loss(target, pred_def, mask, options.loss_reduction)
     l_obj = object_loss(target, pred_obj, mask, options.background_alpha, options.loss_reduction)
@@ -336,6 +349,7 @@ def training_losses(models: Models, batch: dict, sample: NoiseSample, options: L
 
 
 LOSSES = ("loss", "l_def", "l_obj", "l_attn")
+PASSES = ("defect", "object")
 MAX_SKIPPED_STEPS = 30  # in a row; a loss scale of 65536 is down to nothing by then
 
 
@@ -351,11 +365,13 @@ def collate(items: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
 def measure(models: Models, items: Iterable[dict], options: LossOptions, device: torch.device) -> dict[str, float]:
     """Losses and attention overlap over whole items at four fixed timesteps with fixed noise, to compare runs.
 
+    Every noise level weighs the same here.
+
     Returns:
         the mean of each loss, of the map's IoU with the mask and of its share inside the mask; and `mask_area`, the
         share that a map without a preference would have.
     """
-    rows = []
+    rows, options = [], options._replace(snr_gamma=None, high_noise_power=0.0)
     for item in items:
         batch = collate([item], device)
         sample = sample_noise(models, batch)
@@ -367,6 +383,42 @@ def measure(models: Models, items: Iterable[dict], options: LossOptions, device:
     models.store.stop()
     names = (*LOSSES, "attention_iou", "attention_inside", "mask_area")
     return {name: round(float(x), 6) for name, x in zip(names, np.mean(rows, axis=0))}
+
+
+X0_TIMESTEPS = (999, 900, 800, 600, 400)
+
+
+@torch.no_grad()
+def x0_error(models: Models, items: Iterable[dict], device: torch.device) -> dict[str, dict[str, float] | float]:
+    """How well x_0 is predicted inside the mask, by timestep: it decides if a defect appears, and the losses hide it.
+
+    Returns:
+        the mean over the mask's cells of (x_0 - x_0_pred)^2 at `X0_TIMESTEPS`, with fixed noise and with the defect's
+        own mask, under `defect` with the defect prompt and under `object` with the object prompt; and `x0_variance`,
+        that of x_0 there.
+    """
+    scheduler, rows, cells = models.noise_scheduler, [], []
+    models.store.stop()
+    for item in items:
+        batch = collate([item], device)
+        sample, mask = sample_noise(models, batch), batch["mask"]
+        x_0, masked = encode_images(models.vae, batch["pixel_values"], [mask], sample.posterior)
+        inside = mask[0, 0] > 0.5
+        cells.append(x_0[0][:, inside])  # (C, cells)
+        prompts = torch.cat([batch["defect_prompt"], batch["object_prompt"]])
+        embeddings = encode_prompts(models.text_encoder, models.tokens, prompts)
+        errors = []
+        for t in X0_TIMESTEPS:
+            timesteps = torch.full_like(sample.timesteps, t)
+            x_t = scheduler.add_noise(x_0, sample.noise, timesteps)
+            model_input = unet_input(x_t, mask, masked).repeat(2, 1, 1, 1)  # a row for each prompt
+            prediction = models.unet(model_input, timesteps.repeat(2), encoder_hidden_states=embeddings).sample.float()
+            error = (predicted_x_0(scheduler, x_t, prediction, timesteps) - x_0).square()
+            errors.append(error[:, :, inside].mean(dim=(1, 2)).tolist())
+        rows.append(errors)
+    means = np.mean(rows, axis=0).T  # (2, timesteps)
+    found = {k: {str(t): round(float(x), 4) for t, x in zip(X0_TIMESTEPS, row)} for k, row in zip(PASSES, means)}
+    return found | {"x0_variance": round(torch.cat(cells, dim=1).var(dim=1, correction=0).mean().item(), 4)}
 
 
 @torch.no_grad()
@@ -492,17 +544,18 @@ def evaluating(models: Models, accelerator: Accelerator) -> Iterator[None]:
 def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Accelerator, stop: StopSignal) -> None:
     """Trains, and leaves the LoRA, its card and the run record in `args.output_dir`."""
     began, device = time.time(), accelerator.device
-    options = LossOptions(*(getattr(args, field) for field in LossOptions._fields))
+    options, noise_options = (kind(*(getattr(args, f) for f in kind._fields)) for kind in (LossOptions, NoiseOptions))
     training = start_training(args, prepared, accelerator)
     models, bare_models, parameters, optimizer, lr_scheduler = training
     samples = prepared.samples
     if prepared.zoom:
         logger.info(f"Zoom: {len(samples)} crops around the defects of {len(prepared.data['train'])} images")
 
-    def measure_references() -> dict[str, float] | None:
+    def measure_references() -> dict | None:
         if accelerator.is_main_process:
             with evaluating(bare_models, accelerator):
-                return measure(bare_models, samples.references(), options, device)
+                losses = measure(bare_models, samples.references(), options, device)
+                return losses | {"x0_error": x0_error(bare_models, samples.references(), device)}
 
     if prepared.checkpoint:
         weights = read_lora(prepared.checkpoint).tensors
@@ -530,7 +583,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     for keys, batch in zip(schedule, loader):
         batch = {k: v.to(device) for k, v in batch.items()}
         torch.manual_seed(derive_seed(args.seed, "dropout", *keys[0][:2]))
-        sample = sample_noise(models, batch)
+        sample = sample_noise(models, batch, noise_options)
         with accelerator.accumulate(models.unet, models.text_encoder):
             losses = training_losses(models, batch, sample, options)
             accelerator.backward(losses["loss"])
@@ -666,6 +719,8 @@ def finish(
     write_json(args.output_dir / "run_record.json", results)
     changes = (f"{k} {measures['before'][k]:.4f} -> {measures['after'][k]:.4f}" for k in ("loss", "attention_iou"))
     logger.info(f"Over the references: {', '.join(changes)}")
+    errors = (f"{k} {' '.join(f'{x:.2f}' for x in measures['after']['x0_error'][k].values())}" for k in PASSES)
+    logger.info(f"Error of x_0 inside the mask at t = {' '.join(map(str, X0_TIMESTEPS))}: {', '.join(errors)} prompt")
     logger.info(f"LoRA saved in {args.output_dir}, reloaded and compared")
     if args.push_to_hub:
         push(args.output_dir, args.hub_model_id, args.push_timeout)
@@ -677,10 +732,10 @@ def finish(
 
 # Options that must not change when a run resumes; they are also all that a tracker is told.
 IDENTITY = (
-    "resolution", "max_resize_scale", "center_crop", *LossOptions._fields, "num_random_boxes", "rank", "lora_alpha",
-    "lora_targets", "conv_rank", "lora_dropout", "seed", "train_batch_size", "gradient_accumulation_steps",
-    "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "use_8bit_adam", "adam_beta1",
-    "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "allow_tf32",
+    "resolution", "max_resize_scale", "center_crop", *LossOptions._fields, *NoiseOptions._fields, "num_random_boxes",
+    "rank", "lora_alpha", "lora_targets", "conv_rank", "lora_dropout", "seed", "train_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps",
+    "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "allow_tf32",
 )  # fmt: skip
 
 

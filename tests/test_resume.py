@@ -204,6 +204,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(two_checkpoints, tmp_path
 
 CHANGED = [
     ("--rank", "8"), ("--learning_rate", "0.1"), ("--seed", "3"), ("--phrase", "hole"), ("--lora_targets", "all"),
+    ("--snr_gamma", "5"), ("--noise_offset", "0.1"),
 ]  # fmt: skip
 
 

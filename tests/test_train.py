@@ -48,6 +48,9 @@ def test_a_run_leaves_lora_card_record_split_and_checkpoint(trained):
             "attention_inside",
             "mask_area",
         }
+        errors = record[moment]["x0_error"]
+        assert list(errors["defect"]) == list(errors["object"]) == ["999", "900", "800", "600", "400"]
+        assert errors["x0_variance"] > 0
     lines = read_lines(trained / "losses.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["loss"] == pytest.approx(
@@ -115,10 +118,8 @@ def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(
         finish(args, job, accelerator, models, *rest)
 
     monkeypatch.setattr(train_defectfill, "finish", render_then_finish)
-    flags = (
-        "--learning_rate 0.05 --text_encoder_lr 0.05 --rank 4 --lora_alpha 12 --lora_dropout 0.1 --max_train_steps 4"
-    )
-    out = train(*flags.split(), *layers)
+    flags = "--learning_rate 0.05 --text_encoder_lr 0.05 --rank 4 --lora_alpha 12 --lora_dropout 0.1"
+    out = train(*flags.split(), "--max_train_steps", "4", *layers)
     for name, lora in (("with", out), ("without", "none")):
         in_clean_process(RENDER, base, lora, tmp_path / f"{name}.npy", cwd=tmp_path)
         rendered[name] = np.load(tmp_path / f"{name}.npy")
@@ -285,6 +286,10 @@ def trained_tensors(train, tmp_path):
         ("--lora_dropout", "0.5"),
         ("--adam_weight_decay", "0.9"),
         ("--max_grad_norm", "0.0001"),
+        ("--snr_gamma", "0.01"),
+        ("--high_noise_power", "0.5"),
+        ("--noise_offset", "0.1"),
+        ("--timestep_bias_strategy", "later", "--timestep_bias_multiplier", "9"),
         ("--lora_targets", "attention+ff"),
         ("--lora_targets", "all"),
         ("--lora_targets", "all", "--conv_rank", "2"),
@@ -333,7 +338,7 @@ def test_the_defaults_are_the_papers():
         lr_warmup_steps=100, lr_scheduler="constant_with_warmup", resolution=512, max_resize_scale=1.125,
         center_crop=False,
         loss_reduction="mean", attention_pass="object", attention_map_scale="raw", lora_targets="attention",
-        conv_rank=None,
+        conv_rank=None, snr_gamma=None, high_noise_power=0, noise_offset=0, timestep_bias_strategy="none",
     )  # fmt: skip
     assert {k: getattr(args, k) for k in expected} == expected
     assert train_defectfill.LossOptions(*(getattr(args, f) for f in train_defectfill.LossOptions._fields)) == (
@@ -493,6 +498,16 @@ def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
         (("--lora_alpha", "0"), "DF187", "above 0"),
         (("--lora_targets", "all", "--conv_rank", "0"), "DF187", "at least 1"),
         (("--conv_rank", "4"), "DF188", "--lora_targets all"),
+        (("--snr_gamma", "0"), "DF187", "above 0"),
+        (("--high_noise_power", "-1"), "DF187", "at least 0"),
+        (("--noise_offset", "nan"), "DF187", "at least 0"),
+        (("--snr_gamma", "5", "--high_noise_power", "1"), "DF188", "give one of them"),
+        (("--timestep_bias_strategy", "later"), "DF188", "together"),
+        (("--timestep_bias_multiplier", "2"), "DF188", "together"),
+        (("--timestep_bias_portion", "0.5"), "DF188", "earlier or later"),
+        (("--timestep_bias_portion", "0"), "DF187", "at most 1"),
+        (("--timestep_bias_begin", "1000"), "DF187", "above --timestep_bias_begin 1000"),
+        (("--timestep_bias_end", "1001"), "DF187", "at most 1000"),
         (("--phrase", " "), "DF187", "empty"),
         (("--report_to", "nosuch"), "DF189", "tensorboard"),
         (("--mixed_precision", "fp16", "--num_validation_images", "3"), "DF189", "needs a GPU"),

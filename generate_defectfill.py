@@ -6,7 +6,8 @@ The road of an image: the flags or a line of `--cases` become a request; request
 plan; each planned image is inpainted crop by crop (candidates, measures, quality filter, selection, composite) and
 written. Reads top to bottom: one image, one pass over the plan, the command.
 
-Shapes: P images, N candidates of each, S side of the square the model works on, H x W an image's own size.
+Shapes: P images, N candidates of each, S side of the square the model works on, G of its latent grid, H x W an image's
+own size.
 Masks are 1 inside the defect.
 """
 
@@ -15,7 +16,8 @@ import datetime
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +33,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from defectfill.base_model import BaseModel, check_prompt, check_resolution, load_tokenizer, read_base
-from defectfill.lora import check_fits, load_lora
+from defectfill.lora import LoraFile, check_fits, fuse_lora, load_lora
 from defectfill.runs.checkpoint import check_identity
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
 from defectfill.runs.flags import parse_generation_args
@@ -50,7 +52,8 @@ from defectfill.runs.manifest import (
 from defectfill.runs.plan import PlannedImage, Recipe, batch_plan, check_plan, make_plan
 from defectfill.runs.report import contact_row, stack, thumbnail, write_report
 from defectfill.runs.requests import GenerationCommand
-from defectfill.sampling import composite, inpaint, load_pipeline, reconstruct
+from defectfill.runs.speed import SPEED, Speed, summarise
+from defectfill.sampling import compile_unet, composite, inpaint, load_pipeline, reconstruct
 from defectfill.selection import REJECTIONS, Measures, QualityFilter, Scorer, make_scorer, measure, select_accepted
 from defectfill_dataset import (
     Box,
@@ -60,6 +63,7 @@ from defectfill_dataset import (
     image_tensor,
     open_image,
     piece_boxes,
+    tensor_image,
     to_grid,
     upright_exif,
     zoom_boxes,
@@ -68,6 +72,7 @@ from defectfill_dataset.commands import exit_on_input_error
 
 
 SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image
+WRITERS = 4  # threads
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,11 +80,21 @@ SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image
 
 
 class Crop(NamedTuple):
-    """A square of an image that is inpainted at once."""
+    """A square of an image that is inpainted at once, and what the model sees of it."""
 
     box: Box
-    image: Image.Image
     mask: np.ndarray  # (h, w) bool, a view of the canvas's `mask_left`
+    source: torch.Tensor  # (3, S, S) in [-1, 1]
+    pixel_mask: torch.Tensor  # (1, S, S)
+    latent_mask: torch.Tensor  # (1, G, G)
+
+
+class Painted(NamedTuple):
+    """A finished crop that is not yet in the image."""
+
+    crop: Crop
+    candidates: torch.Tensor  # (N, 3, S, S) in [0, 1], on the CPU
+    line: dict
 
 
 @dataclasses.dataclass
@@ -87,13 +102,15 @@ class Canvas:
     """A planned image while it is made: the crops finished so far, and what is left.
 
     Args:
-        image: RGB, with the finished crops pasted in.
+        image: RGB, with the finished crops pasted in, but for `painted`.
         grey: whether the source file is grey, and so the image that is written.
         placed: its mask; None if there is no place for one.
-        mask_left: (H, W) bool, the pixels of the mask that no finished crop has inpainted.
+        mask_left: (H, W) bool, the pixels of the mask that no pasted crop has inpainted.
         boxes: of all crops, in their order.
+        crop: the next to inpaint, once it is cut out.
+        painted: the crop finished last, until it is pasted.
         lines: the manifest's entry of each finished crop.
-        contact_rows: of the finished crops.
+        contact_rows: of the pasted crops.
         attempt: at the next crop, from 1.
         rejected: how many candidates of the next crop were rejected, by reason.
         problem: why the image cannot be made.
@@ -105,6 +122,8 @@ class Canvas:
     placed: Placed | None = None
     mask_left: np.ndarray | None = None
     boxes: list[Box] = dataclasses.field(default_factory=list)
+    crop: Crop | None = None
+    painted: Painted | None = None
     lines: list[dict] = dataclasses.field(default_factory=list)
     contact_rows: list[Image.Image] = dataclasses.field(default_factory=list)
     attempt: int = 1
@@ -112,14 +131,16 @@ class Canvas:
     problem: str | None = None
 
 
-def start_canvas(planned: PlannedImage, resolution: int) -> Canvas:
-    """The source image with its mask, nothing inpainted yet."""
+def start_canvas(planned: PlannedImage, resolution: int, scale_factor: int) -> Canvas:
+    """The source image with its mask and its first crop, nothing inpainted yet."""
     image, placed = planned.case.draw(planned.seed, planned.recipe.mask_source)
     grey = open_image(planned.case.image).mode in ("1", "L")
     if placed is None:
         return Canvas(planned, image, grey, problem=f"DF340 {planned.case.image.name}: no place for its mask")
     boxes = zoom_boxes(placed.mask, resolution, planned.recipe.zoom)
-    return Canvas(planned, image, grey, placed, placed.mask.copy(), boxes)
+    canvas = Canvas(planned, image, grey, placed, placed.mask.copy(), boxes)
+    next_crop(canvas, resolution, scale_factor)
+    return canvas
 
 
 def is_unfinished(canvas: Canvas) -> bool:
@@ -127,10 +148,14 @@ def is_unfinished(canvas: Canvas) -> bool:
     return not canvas.problem and len(canvas.lines) < len(canvas.boxes)
 
 
-def next_crop(canvas: Canvas) -> Crop:
-    """The first unfinished crop, as the crops before it left the image."""
-    box = canvas.boxes[len(canvas.lines)]
-    return Crop(box, canvas.image.crop(box), cut(canvas.mask_left, box))
+def next_crop(canvas: Canvas, resolution: int, scale_factor: int) -> Crop:
+    """The first unfinished crop, as the crops before it left the image; cut out once, whatever the attempts at it."""
+    if canvas.crop is None:
+        paste_painted(canvas)
+        box = canvas.boxes[len(canvas.lines)]
+        mask, source = cut(canvas.mask_left, box), image_tensor(canvas.image.crop(box), resolution)
+        canvas.crop = Crop(box, mask, source, to_grid(mask, resolution), to_grid(mask, resolution // scale_factor))
+    return canvas.crop
 
 
 def candidate_seeds(canvas: Canvas, number: int) -> list[int]:
@@ -153,12 +178,10 @@ def retry_crop(canvas: Canvas, max_attempts: int) -> None:
     canvas.problem = f"DF342 {canvas.planned.case.image.name}: {rejected}; {advice}"
 
 
-def finish_crop(
-    canvas: Canvas, crop: Crop, candidates: torch.Tensor, seeds: list[int], measures: Measures, chosen: int
-) -> None:
-    """Pastes the chosen one of (N, 3, S, S) candidates in [0, 1] into the image; adds its line and contact row."""
+def finish_crop(canvas: Canvas, candidates: torch.Tensor, seeds: list[int], measures: Measures, chosen: int) -> None:
+    """Keeps (N, 3, S, S) candidates in [0, 1] of the crop until it is pasted; adds its line."""
     line = {
-        "box": crop.box,
+        "box": canvas.crop.box,
         "candidate_seeds": seeds,
         "scores": finite(measures.scores) if measures.scored else [None] * len(seeds),
         "changes": finite(measures.changes),
@@ -167,15 +190,25 @@ def finish_crop(
         "attempts": canvas.attempt,
         "refused": canvas.rejected,
     }
-    if len(canvas.contact_rows) < SHEET_CROPS:
-        results = (composite(crop.image, candidate, crop.mask) for candidate in candidates)
-        cells = [thumbnail(in_source_mode(canvas, result)) for result in results]
-        good, mask = thumbnail(crop.image), thumbnail(Image.fromarray(crop.mask))
-        canvas.contact_rows.append(contact_row(good, mask, cells, line["scores"], chosen))
-    canvas.image.paste(composite(crop.image, candidates[chosen], crop.mask), crop.box[:2])
-    crop.mask[:] = False
     canvas.lines.append(line)
+    canvas.crop, canvas.painted = None, Painted(canvas.crop, candidates.cpu(), line)
     canvas.attempt, canvas.rejected = 1, dict.fromkeys(REJECTIONS, 0)
+
+
+def paste_painted(canvas: Canvas) -> None:
+    """Pastes the chosen candidate of the crop finished last, if there is one, into the image; adds its contact row."""
+    if canvas.painted is None:
+        return
+    crop, candidates, line = canvas.painted
+    if len(canvas.contact_rows) < SHEET_CROPS:
+        results = torch.where(crop.pixel_mask > 0.5, candidates * 2 - 1, crop.source)
+        cells = [thumbnail(in_source_mode(canvas, tensor_image(result))) for result in results]
+        good, mask = (thumbnail(tensor_image(x)) for x in (crop.source, crop.pixel_mask.expand(3, -1, -1) * 2 - 1))
+        canvas.contact_rows.append(contact_row(good, mask, cells, line["scores"], line["chosen"]))
+    result = composite(canvas.image.crop(crop.box), candidates[line["chosen"]], crop.mask)
+    canvas.image.paste(result, crop.box[:2])
+    crop.mask[:] = False
+    canvas.painted = None
 
 
 def finite(values: Sequence[float | None]) -> list[float | None]:
@@ -190,6 +223,7 @@ def in_source_mode(canvas: Canvas, image: Image.Image) -> Image.Image:
 
 def write_image(canvas: Canvas, folder: Path, keep_metadata: bool) -> dict:
     """Writes image, mask and contact rows of a finished canvas; returns the line of the manifest."""
+    paste_painted(canvas)
     planned, mask, parts = canvas.planned, canvas.placed.mask, canvas.placed.parts
     files = {kind: f"{kind}/{planned.name}.png" for kind in KINDS}
     exif = upright_exif(planned.case.image) if keep_metadata else b""
@@ -219,44 +253,92 @@ class PreparedGeneration(NamedTuple):
     settings: dict  # what decides a pixel besides the plan; it must be the same when the run goes on
 
 
-def generate_share(run: PreparedGeneration, done: set[str], state: PartialState) -> dict[str, str]:
+def generate_share(run: PreparedGeneration, done: set[str], state: PartialState) -> tuple[dict[str, str], Speed]:
     """Makes this process's share of the images that are not done; returns the problem of each that cannot be made.
 
     A batch with an image to make is made whole, so that no pixel depends on what was done before. A batch without a
-    place for one of those is not made, and no weight is loaded for it.
+    place for one of those is not made, and no weight is loaded for it. While the device paints one batch, threads
+    prepare the next and write the one before.
     """
-    command, settings = run.command, run.settings
+    command = run.command
     batches = batch_plan(run.plan, max(1, (command.batch_size or 1) // command.num_candidates))
     todo = [batch for batch in batches if {planned.name for planned in batch} - done]
     mine = todo[state.process_index :: state.num_processes]
     problems: dict[str, str] = {}
+    model, speed = LazyModel(run, state.device), Speed(state.device)
     if not mine:
-        return problems
-    pipe, loaded = None, None
+        return problems, speed
+    writing: list[Future] = []  # of the batch before
     bar = tqdm(total=sum(map(len, mine)), desc="Images", disable=not state.is_local_main_process)
-    with open_part(command.output_dir, state.process_index) as add_line:
-        for batch in mine:
-            canvases = [start_canvas(planned, settings["resolution"]) for planned in batch]
+    with open_part(command.output_dir, state.process_index) as add_line, ThreadPoolExecutor(WRITERS) as writers:
+
+        def write(canvas: Canvas, seconds: float) -> None:
+            add_line(write_image(canvas, command.output_dir, command.keep_metadata) | {"seconds": seconds})
+
+        for canvases in ahead(lambda batch: start_batch(batch, run), mine):
+            seconds = 0.0
             if any(not canvas.problem and canvas.planned.name not in done for canvas in canvases):
-                pipe = pipe or load_pipeline(
-                    run.base, command.variant, command.cache_dir, settings["mixed_precision"], state.device,
-                    command.scheduler,
-                )  # fmt: skip
-                lora = batch[0].recipe.lora
-                if lora.path != loaded:
-                    pipe.unload_lora_weights()
-                    load_lora(pipe, lora)
-                    loaded = lora.path
+                with speed.loading():
+                    pipe = model.load(canvases[0].planned.recipe.lora)
                 began = time.monotonic()
                 generate_batch(pipe, canvases, run)
-                seconds = round((time.monotonic() - began) / len(batch), 3)
-            for canvas in canvases:
-                if canvas.problem:
-                    problems[canvas.planned.name] = canvas.problem
-                elif canvas.planned.name not in done:
-                    add_line(write_image(canvas, command.output_dir, command.keep_metadata) | {"seconds": seconds})
-            bar.update(len(batch))
-    return problems
+                seconds = round((time.monotonic() - began) / len(canvases), 3)
+            for written in writing:
+                written.result()
+            problems |= {canvas.planned.name: canvas.problem for canvas in canvases if canvas.problem}
+            made = [canvas for canvas in canvases if not canvas.problem and canvas.planned.name not in done]
+            writing = [writers.submit(write, canvas, seconds) for canvas in made]
+            speed.add_batch(len(made))
+            bar.update(len(canvases))
+        for written in writing:
+            written.result()
+    speed.finish()
+    return problems, speed
+
+
+@dataclasses.dataclass
+class LazyModel:
+    """The base's pipeline with one LoRA at a time, loaded when it is first needed."""
+
+    run: PreparedGeneration
+    device: torch.device
+    pipe: StableDiffusionInpaintPipeline | None = None
+    lora: Path | None = None
+    unfuse: Callable[[], None] | None = None
+
+    def load(self, lora: LoraFile) -> StableDiffusionInpaintPipeline:
+        """The pipeline with this LoRA, as the command's flags want it."""
+        command = self.run.command
+        if self.pipe is None:
+            self.pipe = load_pipeline(
+                self.run.base, command.variant, command.cache_dir, self.run.settings["mixed_precision"], self.device,
+                command.scheduler, command.channels_last,
+            )  # fmt: skip
+            if command.torch_compile:
+                compile_unet(self.pipe, command.torch_compile)
+        if lora.path != self.lora:
+            if self.unfuse:
+                self.unfuse()
+            self.pipe.unload_lora_weights()
+            load_lora(self.pipe, lora)
+            self.unfuse = fuse_lora(self.pipe) if command.fuse_lora else None
+            self.lora = lora.path
+        return self.pipe
+
+
+def ahead(work: Callable, items: Sequence) -> Iterator:
+    """The results of `work` on each of the items, which are at least one; a thread does the next while one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(work, items[0])
+        for item in items[1:]:
+            result, upcoming = upcoming.result(), thread.submit(work, item)
+            yield result
+        yield upcoming.result()
+
+
+def start_batch(batch: Sequence[PlannedImage], run: PreparedGeneration) -> list[Canvas]:
+    """A canvas for each image of a batch."""
+    return [start_canvas(planned, run.settings["resolution"], run.base.vae_scale_factor) for planned in batch]
 
 
 def generate_batch(pipe: StableDiffusionInpaintPipeline, canvases: Sequence[Canvas], run: PreparedGeneration) -> None:
@@ -268,17 +350,20 @@ def generate_batch(pipe: StableDiffusionInpaintPipeline, canvases: Sequence[Canv
     command, recipe, size = run.command, canvases[0].planned.recipe, run.settings["resolution"]
     quality_filter = QualityFilter(command.min_change, command.max_deviation)
     while unfinished := [canvas for canvas in canvases if is_unfinished(canvas)]:
-        crops = [next_crop(canvas) for canvas in unfinished]
+        crops = [next_crop(canvas, size, run.base.vae_scale_factor) for canvas in unfinished]
         seeds = [candidate_seeds(canvas, command.num_candidates) for canvas in unfinished]
-        images = torch.stack([image_tensor(crop.image, size) for crop in crops])  # (P, 3, S, S)
-        latent_masks = torch.stack([to_grid(crop.mask, size // pipe.vae_scale_factor) for crop in crops])
+        images, masks, latent_masks = (
+            torch.stack([getattr(crop, name) for crop in crops]) for name in ("source", "pixel_mask", "latent_mask")
+        )
         candidates = inpaint(
             pipe, images, latent_masks, seeds=seeds, batch_size=command.batch_size, **recipe.sampling
         )  # (P, N, 3, S, S)
         reconstructions = reconstruct(pipe, images)
-        for i, (canvas, crop) in enumerate(zip(unfinished, crops)):
-            source, mask = (x.to(candidates.device) for x in (images[i] / 2 + 0.5, to_grid(crop.mask, size)))
-            measures = measure(candidates[i], source, reconstructions[i], mask, run.scorer, recipe.reference_colours)
+        sources, masks = (x.to(candidates.device) for x in (images / 2 + 0.5, masks))
+        for i, canvas in enumerate(unfinished):
+            measures = measure(
+                candidates[i], sources[i], reconstructions[i], masks[i], run.scorer, recipe.reference_colours
+            )
             rejections = quality_filter.rejections(measures)
             for reason in filter(None, rejections):
                 canvas.rejected[reason] += 1
@@ -286,7 +371,7 @@ def generate_batch(pipe: StableDiffusionInpaintPipeline, canvases: Sequence[Canv
             if chosen is None:
                 retry_crop(canvas, command.max_attempts)
             else:
-                finish_crop(canvas, crop, candidates[i], seeds[i], measures, chosen)
+                finish_crop(canvas, candidates[i], seeds[i], measures, chosen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,6 +401,9 @@ def prepare(command: GenerationCommand, device: torch.device) -> PreparedGenerat
         "variant": command.variant,
         "resolution": resolution,
         "scheduler": command.scheduler,
+        "fuse_lora": command.fuse_lora,
+        "channels_last": command.channels_last,
+        "torch_compile": command.torch_compile,
         "num_candidates": command.num_candidates,
         "batch_size": command.batch_size,
         "selection": command.selection if command.selection != "lpips" else f"lpips-{command.lpips_net}",
@@ -378,13 +466,16 @@ def start_run(run: PreparedGeneration) -> list[str]:
     return [line["name"] for line in merge_parts(folder)]
 
 
-def finish_run(folder: Path, problems: dict[str, str]) -> None:
+def finish_run(folder: Path, problems: dict[str, str], speeds: Sequence[Speed]) -> None:
     """Writes manifest, report and contact sheet; ends with exit status 1 if an image could not be made."""
     lines = merge_parts(folder)
+    if any(speed.images for speed in speeds) or not (folder / SPEED).exists():
+        write_json(folder / SPEED, summarise(speeds))
     if lines:
         write_table(folder / "manifest.parquet", lines)
         with atomic_write(folder / "summary.html") as temporary:
-            write_report(temporary, read_lines(folder / PLAN), lines, problems.values())
+            speed = json.loads((folder / SPEED).read_text())
+            write_report(temporary, read_lines(folder / PLAN), lines, problems.values(), speed)
         rows = [Image.open(folder / "contact" / f"{line['name']}.png") for line in lines[:SHEET_IMAGES]]
         save_image(stack(rows), folder / "contact_sheet.png")
     print(f"{len(lines)} images in {folder}: images/, masks/, {MANIFEST}, contact_sheet.png, summary.html")
@@ -407,9 +498,10 @@ def main(command: GenerationCommand) -> None:
         [done] = broadcast_object_list([done])
         if done is None:
             raise problem or SystemExit(2)  # the main process reports the problem
-        problems = gather_object([generate_share(run, set(done), state)])
+        shares = gather_object([generate_share(run, set(done), state)])
         if state.is_main_process:
-            finish_run(command.output_dir, {name: why for of_process in problems for name, why in of_process.items()})
+            problems = {name: why for of_process, _ in shares for name, why in of_process.items()}
+            finish_run(command.output_dir, problems, [speed for _, speed in shares])
 
 
 def command() -> None:

@@ -13,6 +13,7 @@ Source: Song et al., DefectFill, CVPR 2025, arXiv 2503.13985; equation numbers a
 
 import argparse
 import datetime
+import functools
 import logging
 import math
 import time
@@ -40,6 +41,7 @@ from transformers import CLIPTokenizer
 
 from defectfill.base_model import BaseModel, check_resolution, load_models, load_tokenizer, read_base
 from defectfill.colour_stats import statistics_by_defect
+from defectfill.latents import LatentCache, encode_images, to_device
 from defectfill.lora import LORA_FILE, add_lora, lora_parameters, read_lora, reload_and_compare, save_lora
 from defectfill.noise_levels import (
     PLAIN_NOISE,
@@ -54,7 +56,7 @@ from defectfill.runs.cards import write_model_card
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
 from defectfill.runs.flags import check_training_args, parse_training_args
 from defectfill.runs.hub import check_hub, push
-from defectfill.runs.record import LossLog, log_image, lora_record, run_record
+from defectfill.runs.record import LossLog, StepClock, log_image, lora_record, run_record
 from defectfill.runs.signals import StopSignal
 from defectfill.sampling import composite, ddim, inpaint
 from defectfill_dataset import (
@@ -282,54 +284,42 @@ def sample_noise(models: Models, batch: dict, options: NoiseOptions = PLAIN_NOIS
         noise, posterior = torch.randn(shape, generator=generator)
         t = draw_timestep(options, models.noise_scheduler.config.num_train_timesteps, generator)
         samples.append((offset_noise(options, noise, generator), t, posterior))
-    return NoiseSample(*(torch.stack(column).to(batch["mask"].device) for column in zip(*samples)))
+    return NoiseSample(*(to_device(torch.stack(column), batch["mask"].device) for column in zip(*samples)))
 
 
-def encode_images(
-    vae: AutoencoderKL, pixel_values: torch.Tensor, masks: list[torch.Tensor], posterior: torch.Tensor
-) -> list[torch.Tensor]:
-    """[x_0, b of each mask], (B, C, h, w) each: the clean image and the clean image with each mask cut out.
-
-    One VAE call. x_0 is a sample of the posterior, as in diffusers; each b is its mode, as in generation.
-
-    Args:
-        pixel_values: (B, 3, H, W) in [-1, 1]; what is cut out becomes 0, grey.
-        masks: (B, 1, h, w) each; the pixels cut out are those their cells cover.
-    """
-    factor = pixel_values.shape[-1] // masks[0].shape[-1]
-    images = torch.cat([pixel_values, *(pixel_values * (1 - cover(mask, factor)) for mask in masks)])
-    latents = vae.encode(images.to(vae.dtype)).latent_dist
-    means = latents.mean.float().chunk(1 + len(masks))
-    std = latents.std[: len(pixel_values)].float()
-    return [x * vae.config.scaling_factor for x in (means[0] + std * posterior, *means[1:])]
+def on_device(batch: dict, device: torch.device) -> dict:
+    """The batch's images and masks on `device`; numbers stay on the CPU, where they are used."""
+    return {k: to_device(v, device) if v.is_floating_point() else v for k, v in batch.items()}
 
 
 def encode_prompts(text_encoder: torch.nn.Module, tokens: TokenizedPrompts, rows: torch.Tensor) -> torch.Tensor:
-    """(len(rows), L, D) text embeddings with gradient, each distinct prompt encoded once."""
+    """(len(rows), L, D) text embeddings with gradient, each distinct prompt encoded once; `rows` on the CPU."""
     distinct, place = rows.unique(return_inverse=True)
-    return text_encoder(tokens.input_ids[distinct.cpu()].to(rows.device))[0][place]
+    device = next(text_encoder.parameters()).device
+    return text_encoder(to_device(tokens.input_ids[distinct], device))[0][to_device(place, device)]
 
 
 def training_losses(models: Models, batch: dict, sample: NoiseSample, options: LossOptions) -> dict[str, torch.Tensor]:
     """The three losses and their total for one batch: both passes in one UNet call, on the same eps, t and x_t.
 
     Args:
-        batch: collated items of `TrainingSamples`.
+        batch: collated items of `TrainingSamples`, their latents cached or not; images and masks on the device.
 
     Returns:
         loss, l_def, l_obj, l_attn, and attention_map (B, h, w).
     """
     unet, text_encoder, vae, scheduler, store, tokens = models
     mask, random_mask = batch["mask"], batch["random_mask"]  # (B, 1, h, w)
-    x_0, b_def, b_obj = encode_images(vae, batch["pixel_values"], [mask, random_mask], sample.posterior)
+    latents = batch.get("latents") or encode_images(vae, batch["pixel_values"], [mask, random_mask])
+    x_0, b_def, b_obj = latents.sample(sample.posterior, vae.config.scaling_factor)
     x_t = scheduler.add_noise(x_0, sample.noise, sample.timesteps)
     v_prediction = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(x_0, sample.noise, sample.timesteps) if v_prediction else sample.noise
 
     n = len(mask)
-    prompts = torch.cat([batch["defect_prompt"], batch["object_prompt"]])  # (2B,)
+    prompts = torch.cat([batch["defect_prompt"], batch["object_prompt"]])  # (2B,), on the CPU
     recorded = slice(n, 2 * n) if options.attention_pass == "object" else slice(0, n)
-    store.record(recorded, tokens.phrase_weights[prompts[recorded].cpu()].to(prompts.device))
+    store.record(recorded, to_device(tokens.phrase_weights[prompts[recorded]], mask.device))
     noise_pred = unet(
         torch.cat([unet_input(x_t, mask, b_def), unet_input(x_t, random_mask, b_obj)]),  # (2B, 9, h, w)
         sample.timesteps.repeat(2),
@@ -358,7 +348,7 @@ MAX_SKIPPED_STEPS = 30  # in a row; a loss scale of 65536 is down to nothing by 
 
 
 def collate(items: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
-    return {k: v.to(device) for k, v in torch.utils.data.default_collate(items).items()}
+    return on_device(torch.utils.data.default_collate(items), device)
 
 
 @torch.no_grad()
@@ -374,6 +364,7 @@ def measure(models: Models, items: Iterable[dict], options: LossOptions, device:
     rows, options = [], options._replace(snr_gamma=None, high_noise_power=0.0)
     for item in items:
         batch = collate([item], device)
+        batch["latents"] = encode_images(models.vae, batch["pixel_values"], [batch["mask"], batch["random_mask"]])
         sample = sample_noise(models, batch)
         for fifth in range(1, 5):
             t = torch.full_like(sample.timesteps, fifth * models.noise_scheduler.config.num_train_timesteps // 5)
@@ -402,7 +393,8 @@ def x0_error(models: Models, items: Iterable[dict], device: torch.device) -> dic
     for item in items:
         batch = collate([item], device)
         sample, mask = sample_noise(models, batch), batch["mask"]
-        x_0, masked = encode_images(models.vae, batch["pixel_values"], [mask], sample.posterior)
+        latents = encode_images(models.vae, batch["pixel_values"], [mask])
+        x_0, masked = latents.sample(sample.posterior, models.vae.config.scaling_factor)
         inside = mask[0, 0] > 0.5
         cells.append(x_0[0][:, inside])  # (C, cells)
         prompts = torch.cat([batch["defect_prompt"], batch["object_prompt"]])
@@ -496,17 +488,24 @@ def make_models(
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     store = record_attention(unet)  # last: xformers replaces every processor
+    vae.enable_slicing()  # one image at a time: encoding needs little memory, and a latent depends on no other image
+    if args.channels_last:
+        unet.to(memory_format=torch.channels_last), vae.to(memory_format=torch.channels_last)
     for model in (unet, text_encoder, vae):
         model.to(device)
     return Models(unet, text_encoder, vae, noise_scheduler, store, prepared.tokens)
 
 
-def make_optimizer(unet, text_encoder, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit one, over the LoRA parameters, a learning rate for each model."""
+def make_optimizer(unet, text_encoder, args: argparse.Namespace, fused: bool) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit one, over the LoRA parameters, a learning rate for each model.
+
+    Args:
+        fused: AdamW in one kernel.
+    """
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     else:
-        optimizer_class = torch.optim.AdamW
+        optimizer_class = functools.partial(torch.optim.AdamW, fused=fused)
     rates = {unet: args.learning_rate, text_encoder: args.text_encoder_lr}
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr} for model, lr in rates.items()]
     return optimizer_class(
@@ -520,7 +519,9 @@ def start_training(args: argparse.Namespace, prepared: PreparedTraining, acceler
     bare_models = make_models(args, prepared, weight_dtype, accelerator.device)
     unet, text_encoder = bare_models.unet, bare_models.text_encoder
     parameters = lora_parameters(unet, text_encoder)
-    optimizer = make_optimizer(unet, text_encoder, args)
+    # With fp16, a fused optimizer would not tell accelerate that a step was skipped.
+    fused = accelerator.device.type == "cuda" and accelerator.scaler is None
+    optimizer = make_optimizer(unet, text_encoder, args, fused)
     unet, text_encoder, optimizer = accelerator.prepare(unet, text_encoder, optimizer)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer.optimizer,
@@ -532,13 +533,16 @@ def start_training(args: argparse.Namespace, prepared: PreparedTraining, acceler
 
 @contextmanager
 def evaluating(models: Models, accelerator: Accelerator) -> Iterator[None]:
-    """The trained models in eval mode (no LoRA dropout) with autocast, and back in train mode after."""
+    """The trained models in eval mode (no LoRA dropout) with autocast, the VAE on the device; all as before after."""
     models.unet.eval(), models.text_encoder.eval()
+    vae_device = models.vae.device
+    models.vae.to(accelerator.device)
     try:
         with accelerator.autocast():
             yield
     finally:
         models.unet.train(), models.text_encoder.train()
+        models.vae.to(vae_device)
 
 
 def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Accelerator, stop: StopSignal) -> None:
@@ -573,15 +577,16 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     loader = torch.utils.data.DataLoader(samples, batch_sampler=schedule, num_workers=args.dataloader_num_workers)
     log = LossLog(args.output_dir / "losses.jsonl", step) if accelerator.is_main_process else None
     validate = make_validation(args, prepared, bare_models, options, accelerator)
+    cache = LatentCache(samples, bare_models.vae, device) if args.cache_latents else None
 
     # The loop: one micro-batch an iteration; `step` counts optimizer steps.
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     )
-    sums, skipped = torch.zeros(len(LOSSES), device=device), 0
+    sums, skipped, clock = torch.zeros(len(LOSSES), device=device), 0, StepClock()
     models.unet.train(), models.text_encoder.train()
     for keys, batch in zip(schedule, loader):
-        batch = {k: v.to(device) for k, v in batch.items()}
+        batch = cache.load(batch) if cache else on_device(batch, device)
         torch.manual_seed(derive_seed(args.seed, "dropout", *keys[0][:2]))
         sample = sample_noise(models, batch, noise_options)
         with accelerator.accumulate(models.unet, models.text_encoder):
@@ -590,8 +595,11 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
             models.store.pop()  # what gradient checkpointing recorded again
             sums += torch.stack([losses[k].detach() for k in LOSSES]) / accumulation
             if accelerator.sync_gradients:
-                terms = dict(zip(LOSSES, accelerator.reduce(sums, "mean").tolist()))
                 norm = accelerator.clip_grad_norm_(parameters.values(), args.max_grad_norm)
+                numbers = torch.cat([accelerator.reduce(sums, "mean"), norm[None]])
+                *means, norm = numbers.tolist()  # the one wait for the GPU in a step
+                terms = dict(zip(LOSSES, means))
+                clock.tick()
                 stop_if_not_finite(terms, norm, step, samples, batch, scaled=accelerator.scaler is not None)
             optimizer.step()
             optimizer.zero_grad()
@@ -601,7 +609,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         sums.zero_()
         progress.update()
         progress.set_postfix({k: f"{v:.4f}" for k, v in terms.items()})
-        terms |= {"grad_norm": float(norm), **dict(zip(("lr", "text_encoder_lr"), lr_scheduler.get_last_lr()))}
+        terms |= {"grad_norm": norm, **dict(zip(("lr", "text_encoder_lr"), lr_scheduler.get_last_lr()))}
         if accelerator.optimizer_step_was_skipped:  # fp16: the gradient overflowed, and the loss scale was halved
             skipped += 1
             if skipped == MAX_SKIPPED_STEPS:
@@ -616,6 +624,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         stopping = stop.requested(accelerator)
         if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             written = save(args, prepared, training, accelerator, {"step": step, "before": before}, log)
+            clock.interrupt()
         if stopping and step < args.max_train_steps:
             kept = "resume with --resume_from_checkpoint latest" if written else "its checkpoint could not be written"
             logger.info(f"Stopped at step {step}; {kept}")
@@ -623,12 +632,13 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
             raise SystemExit(stop.exit_status)
         if args.validation_steps and step % args.validation_steps == 0:
             validate(step)
+            clock.interrupt()
     progress.close()
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         log.flush()
-        measures = {"before": before, "after": measure_references(), **log.summary()}
+        measures = {"before": before, "after": measure_references(), **log.summary(), "speed": clock.summary(device)}
         finish(args, prepared, accelerator, bare_models, measures, time.time() - began)
     accelerator.end_training()
 
@@ -657,14 +667,14 @@ def write_lora(path: Path, models: Models, record: dict) -> None:
         save_lora(temporary, models.unet, models.text_encoder, record)
 
 
-def stop_if_not_finite(terms: dict, norm: torch.Tensor, step: int, samples, batch: dict, scaled: bool) -> None:
+def stop_if_not_finite(terms: dict, norm: float, step: int, samples, batch: dict, scaled: bool) -> None:
     """Raises FloatingPointError, before the weights change, if a loss or an unscaled gradient is not finite."""
-    if all(map(math.isfinite, terms.values())) and (scaled or norm.isfinite()):
+    if all(map(math.isfinite, terms.values())) and (scaled or math.isfinite(norm)):
         return
     names = ", ".join(samples.windows[i].source_file for i in batch["index"].tolist())
     shown = ", ".join(f"{k} {v:g}" for k, v in terms.items())
     raise FloatingPointError(
-        f"Step {step + 1}: {shown}, gradient norm {float(norm):g}, last images {names}. The weights were not changed "
+        f"Step {step + 1}: {shown}, gradient norm {norm:g}, last images {names}. The weights were not changed "
         "and the last checkpoint is good. Lower --learning_rate, or use bf16 in place of fp16"
     )
 
@@ -732,10 +742,11 @@ def finish(
 
 # Options that must not change when a run resumes; they are also all that a tracker is told.
 IDENTITY = (
-    "resolution", "max_resize_scale", "center_crop", *LossOptions._fields, *NoiseOptions._fields, "num_random_boxes",
-    "rank", "lora_alpha", "lora_targets", "conv_rank", "lora_dropout", "seed", "train_batch_size",
+    "resolution", "max_resize_scale", "center_crop", "cache_latents", *LossOptions._fields, *NoiseOptions._fields,
+    "num_random_boxes", "rank", "lora_alpha", "lora_targets", "conv_rank", "lora_dropout", "seed", "train_batch_size",
     "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps",
     "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "allow_tf32",
+    "channels_last",
 )  # fmt: skip
 
 
@@ -804,7 +815,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
         args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, args.output_dir.resolve().name)
     samples = TrainingSamples(
         data["train"], prompts, tokens, args.resolution, base.vae_scale_factor, args.seed,
-        args.max_resize_scale, args.center_crop, args.num_random_boxes, zoom, others,
+        args.max_resize_scale, args.center_crop, args.num_random_boxes, zoom, others, args.cache_latents,
     )  # fmt: skip
     record = lora_record(
         base, object_words, prompts, args.push_to_hub, appearance=statistics_by_defect(samples),

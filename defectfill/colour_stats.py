@@ -28,17 +28,17 @@ def defect_colours(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     wider = F.max_pool2d(mask, (2 * reach + 1, 1), stride=1, padding=(reach, 0))  # one axis at a time is far quicker
     around = (F.max_pool2d(wider, (1, 2 * reach + 1), stride=1, padding=(0, reach)) > mask)[0]
     surroundings = images[..., around] if around.any() else images.flatten(-2)
-    return (images[..., mask[0] > 0.5] - surroundings.mean(dim=-1, keepdim=True)).mT.cpu().double()
+    return (images[..., mask[0] > 0.5] - surroundings.mean(dim=-1, keepdim=True)).mT.double()
 
 
-def mahalanobis_distance(colours: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> float:
-    """The 95 % quantile of the Mahalanobis distances of (n, 3) colours from a distribution of colours.
+def mahalanobis_distance(colours: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """The 95 % quantile, a scalar, of the Mahalanobis distances of (n, 3) colours from a distribution of colours.
 
     Source: Reed and Yu's anomaly detector, IEEE Transactions on ASSP 38 (1990).
     """
     apart = colours - mean
     squared = (apart @ torch.linalg.inv(covariance + COLOUR_NOISE**2 * torch.eye(3).to(covariance)) * apart).sum(dim=1)
-    return squared.sqrt().quantile(0.95).item()
+    return squared.sqrt().quantile(0.95)
 
 
 def reference_statistics(references: Sequence[torch.Tensor]) -> dict:
@@ -57,7 +57,7 @@ def reference_statistics(references: Sequence[torch.Tensor]) -> dict:
     moments = torch.stack([rows.T @ rows for rows in with_ones])  # number, sums and sums of products of each
     total = moments.sum(dim=0)
     others = total - moments if len(references) > 1 else ()
-    distances = [mahalanobis_distance(colours, *distribution(rest)) for colours, rest in zip(references, others)]
+    distances = [mahalanobis_distance(a, *distribution(rest)).item() for a, rest in zip(references, others)]
     mean, covariance = distribution(total)
     return {"mean": mean.tolist(), "covariance": covariance.tolist(), "strangest": max(distances, default=None)}
 
@@ -74,6 +74,7 @@ def statistics_by_defect(samples: TrainingSamples) -> dict[str, dict]:
 
 def colour_distances(candidates: torch.Tensor, mask: torch.Tensor, statistics: dict) -> list[float]:
     """The colour distance of (N, 3, S, S) candidates from the training defects, over that of the most unusual one."""
-    mean, covariance = (torch.tensor(statistics[name], dtype=torch.float64) for name in ("mean", "covariance"))
-    distances = [mahalanobis_distance(colours, mean, covariance) for colours in defect_colours(candidates, mask)]
-    return [distance / statistics["strangest"] for distance in distances]
+    colours = defect_colours(candidates, mask)  # (N, n, 3)
+    mean, covariance = (colours.new_tensor(statistics[name]) for name in ("mean", "covariance"))
+    distances = torch.stack([mahalanobis_distance(of_one, mean, covariance) for of_one in colours])
+    return (distances / statistics["strangest"]).tolist()

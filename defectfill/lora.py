@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -208,6 +209,27 @@ def load_lora(pipe, lora: LoraFile) -> None:
     """
     pipe.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=ADAPTER)
     compare_lora(lora, pipe.unet, pipe.text_encoder)
+
+
+@torch.no_grad()
+def fuse_lora(pipe) -> Callable[[], None]:
+    """Fuses the loaded LoRA into the weights of `pipe`; returns the function that takes it out again, bit for bit.
+
+    The original weights are kept on the CPU: subtracting the LoRA, as diffusers' `unfuse_lora` does, would leave
+    rounding errors in the pictures of the next one.
+    """
+    modules = (module for model in (pipe.unet, pipe.text_encoder) for module in model.modules())
+    fused = [module.get_base_layer().weight for module in modules if isinstance(module, BaseTunerLayer)]
+    kept = [weight.detach().to("cpu", copy=True) for weight in fused]
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+
+    @torch.no_grad()
+    def unfuse() -> None:
+        for weight, before in zip(fused, kept):
+            weight.copy_(before)
+
+    return unfuse
 
 
 def compare_lora(lora: LoraFile, unet: torch.nn.Module, text_encoder: torch.nn.Module) -> None:

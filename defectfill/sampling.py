@@ -109,18 +109,21 @@ def inpaint_batch(
     texts = positive if negative is None else torch.cat([negative, positive])
     noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds])
     noise = noise.to(clean.device, clean.dtype)
+    given = {  # to the UNet beside the latents, unguided and guided
+        copies: {
+            "prompt_embeds": texts[-copies:].repeat_interleave(len(seeds), 0),
+            "mask": latent_masks.repeat(copies, 1, 1, 1),
+            "masked_image_latents": masked.repeat(copies, 1, 1, 1),
+        }
+        for copies in (1, 2)
+    }
 
     def keep_background(pipe, step, timestep, tensors):
         following = pipe.scheduler.timesteps[step + 1 : step + 2]
         background = pipe.scheduler.add_noise(clean, noise, following) if len(following) else clean
         pipe._guidance_scale = guidance_scales[step + 1]
-        copies = 1 + pipe.do_classifier_free_guidance  # the pipeline asks this anew at every step
-        return {
-            "latents": torch.where(latent_masks > 0.5, tensors["latents"], background),
-            "prompt_embeds": texts[-copies:].repeat_interleave(len(seeds), 0),
-            "mask": latent_masks.repeat(copies, 1, 1, 1),
-            "masked_image_latents": masked.repeat(copies, 1, 1, 1),
-        }
+        latents = torch.where(latent_masks > 0.5, tensors["latents"], background)
+        return {"latents": latents, **given[1 + pipe.do_classifier_free_guidance]}  # asked anew at every step
 
     return pipe(
         prompt_embeds=positive.expand(len(seeds), -1, -1),
@@ -155,9 +158,23 @@ def composite(image: Image.Image, candidate: torch.Tensor, mask: np.ndarray) -> 
 # Pipeline and schedulers
 
 
-def ddim(scheduler) -> DDIMScheduler:
+class DDIM(DDIMScheduler):
+    """DDIM whose steps, taken in their order, never wait for the device.
+
+    Given a timestep that is on the device, `DDIMScheduler` fetches its number three times a step.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        super().set_timesteps(num_inference_steps, device)
+        self._timesteps_left = self.timesteps.tolist()
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, return_dict: bool = True):
+        return super().step(model_output, self._timesteps_left.pop(0), sample, return_dict=return_dict)
+
+
+def ddim(scheduler) -> DDIM:
     """DDIM with the noise schedule of `scheduler`; latents have no fixed range, so nothing is clipped."""
-    return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    return DDIM.from_config(scheduler.config, clip_sample=False)
 
 
 # Each makes a scheduler with the noise schedule of another.
@@ -175,11 +192,13 @@ def load_pipeline(
     precision: str,
     device: torch.device,
     scheduler: str = "ddim",
+    channels_last: bool = False,
 ) -> StableDiffusionInpaintPipeline:
     """The base's pipeline with one of `SCHEDULERS`, without a safety checker, which blackens what it takes for wounds.
 
     Args:
         precision: "no", "fp16" or "bf16", of the whole model.
+        channels_last: the memory layout of UNet and VAE.
 
     Raises:
         InputError: the weights cannot be loaded (DF182).
@@ -199,6 +218,21 @@ def load_pipeline(
     except (OSError, ValueError) as error:
         raise InputError(f"DF182 {base.name}: its safetensors weights cannot be loaded: {error}") from error
     pipe.scheduler = SCHEDULERS[scheduler](pipe.scheduler)
+    if channels_last:
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+# What `compile_unet` may compile.
+COMPILED = ("blocks", "unet")
+
+
+def compile_unet(pipe: StableDiffusionInpaintPipeline, part: str, backend: str = "inductor") -> None:
+    """Compiles the UNet in place, when it is first called: its transformer `blocks`, or the whole `unet`."""
+    if part == "blocks":
+        pipe.unet.compile_repeated_blocks(backend=backend)
+    else:
+        pipe.unet.compile(backend=backend)

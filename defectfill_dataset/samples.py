@@ -18,6 +18,7 @@ from .seeds import derive_seed
 
 
 CROP_TRIES = 10
+BOXES_PER_VARIANT = 4  # M_rand of a cached variant are drawn from so many
 
 
 def sampling_schedule(start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1) -> list[list[tuple]]:
@@ -70,6 +71,11 @@ class TrainingSamples(torch.utils.data.Dataset):
         random_mask   (1, G, G), M_rand of the object pass
         defect_prompt, object_prompt   rows of the tokenized prompts
         seed          seed of everything the training step itself draws for this sample
+        index         of its window
+
+    With `variants` above 0 a sample is one of so many augmented variants of its window, with one of
+    `BOXES_PER_VARIANT` random masks. Its item then holds `variant` and `boxes`, their numbers, in place of pixels and
+    masks, which `variant` makes.
 
     Args:
         dataset: rows with image, mask and defect; decoded once, and their windows kept in memory.
@@ -78,6 +84,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         number_of_boxes: boxes in M_rand.
         zoom: how windows are laid around a defect; None for whole images.
         others: rows of further defect types in the same images: windows leave other types out if they can.
+        variants: of each window; 0 augments every sample afresh.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         number_of_boxes: int = 30,
         zoom: Zoom | None = None,
         others: Dataset | None = None,
+        variants: int = 0,
     ):
         self.windows: list[Window] = []
         all_types = AllTypes(dataset, *([others] if others else []))
@@ -112,6 +120,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         self.max_scale = max_scale
         self.center_crop = center_crop
         self.number_of_boxes = number_of_boxes
+        self.variants = variants
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -125,8 +134,19 @@ class TrainingSamples(torch.utils.data.Dataset):
         step, sample, total = key
         index = self.window_index(step * total + sample)
         rng = np.random.default_rng(derive_seed(self.seed, "augment", step, sample))
+        seed = derive_seed(self.seed, "draws", step, sample)
+        if self.variants:
+            numbers = {"variant": int(rng.integers(self.variants)), "boxes": int(rng.integers(BOXES_PER_VARIANT))}
+            return self._numbers(index, seed) | numbers
         image, mask = self.resize_and_crop(self.windows[index].image, self.windows[index].mask, rng)
-        return self._item(index, image, mask, rng, derive_seed(self.seed, "draws", step, sample))
+        return self._item(index, image, mask, rng, seed)
+
+    def variant(self, index: int, variant: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pixels (3, resolution, resolution), mask (1, G, G) and random masks (BOXES_PER_VARIANT, 1, G, G)."""
+        window, seed = self.windows[index], derive_seed(self.seed, "variant", index, variant)
+        image, mask = self.resize_and_crop(window.image, window.mask, np.random.default_rng(seed))
+        seeds = [derive_seed(seed, "boxes", boxes) for boxes in range(BOXES_PER_VARIANT)]
+        return image, mask, torch.stack([self._random_mask(np.random.default_rng(seed)) for seed in seeds])
 
     def references(self) -> Iterator[dict]:
         """Every window once, whole and not augmented, its boxes and seed fixed: for figures that can be compared."""
@@ -155,17 +175,15 @@ class TrainingSamples(torch.utils.data.Dataset):
         return cases
 
     def _item(self, index: int, image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator, seed: int) -> dict:
-        boxes = boxes_mask(random_boxes(rng, self.number_of_boxes), self.resolution)
+        images = {"pixel_values": image, "mask": mask, "random_mask": self._random_mask(rng)}
+        return images | self._numbers(index, seed)
+
+    def _numbers(self, index: int, seed: int) -> dict:
         defect_prompt, object_prompt = self.prompt_rows[index]
-        return {
-            "pixel_values": image,
-            "mask": mask,
-            "random_mask": to_grid(boxes, self.grid_size),
-            "defect_prompt": defect_prompt,
-            "object_prompt": object_prompt,
-            "seed": seed,
-            "index": index,
-        }
+        return {"defect_prompt": defect_prompt, "object_prompt": object_prompt, "seed": seed, "index": index}
+
+    def _random_mask(self, rng: np.random.Generator) -> torch.Tensor:
+        return to_grid(boxes_mask(random_boxes(rng, self.number_of_boxes), self.resolution), self.grid_size)
 
     def resize_and_crop(
         self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator

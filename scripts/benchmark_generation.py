@@ -22,16 +22,15 @@ from typing import NamedTuple
 import defectfill.quiet  # noqa: F401
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import StableDiffusionInpaintPipeline
 
 from defectfill.base_model import read_base
+from defectfill.random_base import random_sd2_pipeline
 from defectfill.runs.files import atomic_write
 from defectfill.sampling import SCHEDULERS, inpaint, load_pipeline
 from defectfill.selection import rmse_score
 from defectfill_dataset import cover, derive_seed, to_grid
 from defectfill_dataset.commands import exit_on_input_error
-from defectfill_scripts.make_tiny_base import WORDS, make_tokenizer
 from defectfill_scripts.train_segmenter import drawn_pairs
 
 
@@ -120,31 +119,12 @@ def seconds_of(device: torch.device, work: Callable, *given) -> float:
     return now() - began
 
 
-def sd2_pipeline() -> StableDiffusionInpaintPipeline:
-    """Random weights in the sizes of Stable Diffusion 2 inpainting; the tokenizer is make_tiny_base.py's."""
-    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
-    unet = UNet2DConditionModel(
-        sample_size=64, in_channels=9, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=1024,
-        attention_head_dim=(5, 10, 20, 20), use_linear_projection=True,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    return StableDiffusionInpaintPipeline(
-        vae, CLIPTextModel(CLIPTextConfig(**text, hidden_act="gelu")), make_tokenizer(WORDS, 77), unet,
-        DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-
-
 def load(base: str | None, device: torch.device) -> StableDiffusionInpaintPipeline:
     """The pipeline to measure, in half precision on CUDA."""
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
     if base:
         return load_pipeline(read_base(base), None, None, precision, device)
-    with device:
-        pipe = sd2_pipeline().to(device, dtype)
+    pipe = random_sd2_pipeline(device, dtype)
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe

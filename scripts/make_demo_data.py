@@ -1,4 +1,4 @@
-"""Draw a small inspection dataset in MVTec AD's layout: three kinds of part, good and defective, with exact masks.
+"""Draw a small inspection dataset in MVTec AD's layout: four kinds of part, good and defective, with exact masks.
 
     python scripts/make_demo_data.py --output_dir demo/data
 
@@ -8,6 +8,7 @@ mask, and one light shades the result. Nothing is downloaded or copied; the imag
     plate  brushed metal      scratch, dent, stain
     nut    on a dark ground   hole, crack
     cloth  woven              tear, stain
+    board  printed circuit    open, short, mouse_bite, spur, pin_hole
 
 Shapes: H x W pixels at twice the size asked for, halved at the end. Heights are in pixels, colours in [0, 1].
 """
@@ -105,12 +106,16 @@ class Surface:
         colour: (H, W, 3), in [0, 1].
         shine: strength of the highlight, a number or (H, W).
         part: (H, W) bool, where the part is (a defect lies inside).
+        tracks: (H, W) in [0, 1], the copper of a board; None for other parts.
+        pitch: from one track to the next, in half sides.
     """
 
     height: np.ndarray
     colour: np.ndarray
     shine: np.ndarray | float
     part: np.ndarray
+    tracks: np.ndarray | None = None
+    pitch: float = 0.0
 
 
 def light(rng: np.random.Generator, surface: Surface, brightness: float) -> np.ndarray:
@@ -195,6 +200,42 @@ def cloth(rng: np.random.Generator, size: int) -> Surface:
     fibre = 1 + 0.06 * fractal(rng, size, 0.02, 2) + 0.05 * noise(rng, size, 0.4)
     colour = tone * (depth * fibre * (1 + 0.06 * (2 * top - 1)))[..., None]
     return Surface(height, colour, 0.02, np.ones((size, size), dtype=bool))
+
+
+LACQUER, COPPER, GOLD = (np.array(c) for c in ((0.03, 0.20, 0.11), (0.24, 0.56, 0.29), (0.83, 0.68, 0.36)))
+
+
+def board(rng: np.random.Generator, size: int) -> Surface:
+    """A printed circuit under green lacquer: tracks side by side that swerve together, some with a golden pad."""
+    y, x = grid(size)
+    v, u = rotate(y, x, rng.integers(4) * np.pi / 2 + rng.normal(0, 0.02))
+    pitch, phase = rng.uniform(0.34, 0.42), rng.uniform(0, 1)
+    swerves = [*zip(rng.uniform([-0.9, 0.1], [-0.4, 0.6]), rng.uniform(0.2, 0.45, 2), rng.choice([-1, 0, 1], 2))]
+
+    def swerve(u: np.ndarray | float) -> np.ndarray | float:
+        return sum(turn * np.clip(u - start, 0, length) for start, length, turn in swerves)
+
+    slope = sum(turn * ((u > start) & (u < start + length)) for start, length, turn in swerves)
+    lane = (v - swerve(u)) / pitch + phase
+    number = np.floor(lane).astype(int)
+    distance = np.abs(lane - number - 0.5) * pitch / np.sqrt(1 + slope**2)  # from the middle of the nearest track
+    width, soft = pitch * rng.uniform(0.17, 0.21), 0.008
+    tracks, pads, bores = smoothstep(width + soft, width - soft, distance), np.zeros_like(u), np.zeros_like(u)
+    for lane_number in range(number.min(), number.max() + 1):
+        if rng.random() < 0.4:  # this track ends in a pad
+            end, side = rng.uniform(-0.6, 0.6), rng.choice([-1, 1])
+            tracks = tracks * ~((number == lane_number) & (side * (u - end) > 0))
+            middle = np.hypot(u - end, v - swerve(end) - (lane_number + 0.5 - phase) * pitch)
+            pads = np.maximum(pads, smoothstep(0.36 * pitch + soft, 0.36 * pitch - soft, middle))
+            bores = np.maximum(bores, smoothstep(0.17 * pitch + soft, 0.17 * pitch - soft, middle))
+    grain = 1 + 0.05 * fractal(rng, size, 0.02, 2) + 0.05 * noise(rng, size, 0.5)
+    shade = rng.uniform(0.88, 1.12)
+    colour = (LACQUER + tracks[..., None] * (COPPER - LACQUER)) * (shade * grain)[..., None]
+    colour += pads[..., None] * (GOLD * grain[..., None] - colour)
+    colour += bores[..., None] * (0.04 - colour)
+    height = 2.2 * np.maximum(tracks, pads) - 5 * bores + 0.12 * fractal(rng, size, 0.02, 2)
+    tracks = tracks * (1 - pads)
+    return Surface(height, colour, 0.10 + 0.25 * pads, np.ones((size, size), dtype=bool), tracks, pitch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,6 +353,72 @@ def tear(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     return mask
 
 
+def on_track(rng: np.random.Generator, surface: Surface, edge: bool) -> np.ndarray:
+    """(y, x) in [-1, 1], in the middle of a track or at its edge, away from the picture's border and from pads."""
+    size = len(surface.tracks)
+    inside = surface.tracks > 0.5
+    depth = ndimage.distance_transform_edt(inside)
+    widest = np.median(ndimage.maximum_filter(depth, size // 20)[inside])
+    wanted = inside & ((depth < 1.5) if edge else (depth > 0.8 * widest))
+    y, x = grid(size)
+    plain = ndimage.gaussian_filter(inside * 1.0, size / 25) > 0.15  # not at a track's end
+    places = np.argwhere(wanted & plain & (np.maximum(abs(y), abs(x)) < 0.7))
+    return places[rng.integers(len(places))] / (size - 1) * 2 - 1
+
+
+def etch(rng: np.random.Generator, surface: Surface, field: np.ndarray, copper: bool) -> np.ndarray:
+    """Lays copper where `field` is below 0, or takes it away; returns the mask of what changed."""
+    size = len(surface.tracks)
+    ink = smoothstep(0.008, -0.008, field)
+    ink *= (1 - surface.tracks) if copper else surface.tracks
+    bare = surface.tracks < 0.1
+    tone = np.median(surface.colour[(surface.tracks > 0.9) if copper else bare], axis=0)
+    paint(surface, ink, tone * (1 + 0.05 * fractal(rng, size, 0.03, 2))[..., None])
+    surface.height += (2.2 if copper else -2.2) * ink
+    return ndimage.binary_dilation(ink > 0.3, iterations=max(1, size // 100))
+
+
+def open_track(rng: np.random.Generator, surface: Surface) -> np.ndarray:
+    """A gap in a track, with ragged ends."""
+    radius = surface.pitch * rng.uniform(0.28, 0.42)
+    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=False), radius, 0.12)
+    return etch(rng, surface, field, copper=False)
+
+
+def short(rng: np.random.Generator, surface: Surface) -> np.ndarray:
+    """Copper between a track and the next."""
+    size = len(surface.tracks)
+    start = on_track(rng, surface, edge=False)
+    dy, dx = np.gradient(ndimage.gaussian_filter(surface.tracks, size / 60))
+    row, column = np.clip(((start + 1) / 2 * (size - 1)).round().astype(int) + [3, 3], 0, size - 1)
+    across = np.arctan2(dy[row, column], dx[row, column]) + rng.choice([0, np.pi])
+    line = wandering_line(rng, start, across, surface.pitch, 0.4)
+    distance, along = distance_to(line, size)
+    width = surface.pitch * rng.uniform(0.12, 0.2) * (1 + 0.8 * np.abs(2 * along - 1) ** 2)
+    return etch(rng, surface, distance - width, copper=True)
+
+
+def mouse_bite(rng: np.random.Generator, surface: Surface) -> np.ndarray:
+    """A round notch in a track's edge."""
+    radius = surface.pitch * rng.uniform(0.17, 0.24)
+    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=True), radius, 0.12)
+    return etch(rng, surface, field, copper=False)
+
+
+def spur(rng: np.random.Generator, surface: Surface) -> np.ndarray:
+    """A bump of copper on a track's edge."""
+    radius = surface.pitch * rng.uniform(0.17, 0.26)
+    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=True), radius, 0.15)
+    return etch(rng, surface, field, copper=True)
+
+
+def pin_hole(rng: np.random.Generator, surface: Surface) -> np.ndarray:
+    """A small round hole in a track."""
+    radius = surface.pitch * rng.uniform(0.1, 0.14)
+    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=False), radius, 0.08)
+    return etch(rng, surface, field, copper=False)
+
+
 Part = Callable[[np.random.Generator, int], Surface]
 Defect = Callable[[np.random.Generator, Surface], np.ndarray]
 
@@ -319,6 +426,10 @@ PARTS: dict[str, tuple[Part, dict[str, Defect]]] = {
     "plate": (plate, {"scratch": scratch, "dent": dent, "stain": stain}),
     "nut": (nut, {"hole": hole, "crack": crack}),
     "cloth": (cloth, {"tear": tear, "stain": stain}),
+    "board": (
+        board,
+        {"open": open_track, "short": short, "mouse_bite": mouse_bite, "spur": spur, "pin_hole": pin_hole},
+    ),
 }
 
 

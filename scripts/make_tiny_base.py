@@ -13,10 +13,13 @@ Shapes: S scenes, K masks of each, R picture side, G latent side. Masks are 1 wh
 """
 
 import argparse
-import collections
+import contextlib
 import dataclasses
+import functools
 import json
 import math
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -34,10 +37,11 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
+from scipy import ndimage
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from defectfill.random_base import make_tokenizer
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
 from defectfill.sampling import composite, ddim, inpaint
@@ -56,47 +60,33 @@ from defectfill_dataset import (
 from defectfill_dataset.commands import exit_on_input_error
 from defectfill_dataset.masks import bounds
 from defectfill_dataset.readers import image_files
-from defectfill_scripts.make_demo_data import PARTS, blob, distance_to, draw, smoothstep, wandering_line
+from defectfill_scripts.make_demo_data import (
+    PARTS,
+    blob,
+    distance_to,
+    draw,
+    fractal,
+    grid,
+    jagged_line,
+    smoothstep,
+    wandering_line,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pipeline
 
-COLOURS = {"dark": (25, 22, 22), "bright": (235, 232, 225), "brown": (95, 55, 25), "red": (170, 40, 35),
-           "green": (60, 120, 60), "blue": (50, 80, 160)}  # fmt: skip
-SHAPES = ("spot", "line", "ring", "patch")
+COLOURS = {"black": (14, 12, 12), "dark": (45, 40, 38), "gray": (125, 125, 125), "bright": (205, 202, 196),
+           "white": (245, 243, 240), "pale": (205, 165, 115), "brown": (95, 55, 25), "red": (170, 40, 35),
+           "orange": (205, 115, 45), "yellow": (215, 190, 70), "green": (60, 120, 60), "blue": (50, 80, 160),
+           "purple": (110, 60, 130)}  # fmt: skip
+GREYS = 5  # the first so many
+SHAPES = ("spot", "line", "zigzag", "ring", "patch", "specks")
 WORDS = f"""a an the photo picture close up of on with and in good sks part {" ".join([*COLOURS, *SHAPES, *PARTS])}
+faint deep raised plain same rim open short mouse bite spur pin copper pcb
 metal brushed woven grained wood magnetic hazelnut bottle cable capsule carpet grid leather pill screw tile toothbrush
 transistor zipper hole crack cut print scratch stain dent tear blowhole break fray uneven broken large small
-contamination bent color faulty imprint thread fold glue poke rough oil gray stroke flip missing wire defect""".split()
-
-
-def make_tokenizer(words: Iterable[str], model_max_length: int = 77) -> CLIPTokenizer:
-    """A CLIP tokenizer that keeps each of `words` whole and spells every other word in bytes.
-
-    Byte pairs are merged in an order that depends on the words alone (the tokenizers library breaks ties at random).
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spelled = [[*word[:-1], f"{word[-1]}</w>"] for word in sorted(set(words))]
-    merges: list[tuple[str, str]] = []
-    while any(len(word) > 1 for word in spelled):
-        counts = collections.Counter(pair for word in spelled for pair in zip(word, word[1:]))
-        merges.append(max(counts, key=lambda pair: (counts[pair], pair)))
-        spelled = [merge(word, merges[-1]) for word in spelled]
-    tokens = [*alphabet, *(f"{c}</w>" for c in alphabet), *dict.fromkeys("".join(pair) for pair in merges)]
-    vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
-
-
-def merge(word: list[str], pair: tuple[str, str]) -> list[str]:
-    """The word with every occurrence of the pair, from the left, made one symbol."""
-    merged: list[str] = []
-    for symbol in word:
-        if merged and (merged[-1], symbol) == pair:
-            merged[-1] += symbol
-        else:
-            merged.append(symbol)
-    return merged
+contamination bent color faulty imprint thread fold glue poke rough oil stroke flip missing wire defect""".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,16 +98,18 @@ class Sizes:
             down; on the way up every level but the lowest has.
         head: channels of an attention head.
         context: tokens that the text encoder reads.
+        prediction_type: what the UNet predicts, "epsilon" or "v_prediction" (Stable Diffusion 2's own other one).
     """
 
     resolution: int = 128
     vae_channels: Sequence[int] = (16, 32, 64)
-    unet_channels: Sequence[int] = (48, 96, 120)
+    unet_channels: Sequence[int] = (64, 96, 120)
     attention: Sequence[bool] = (False, True, True)
-    head: int = 24
+    head: int = 32
     text_width: int = 96
     text_layers: int = 2
     context: int = 24
+    prediction_type: str = "epsilon"
 
 
 def build_pipeline(sizes: Sizes, words: Iterable[str] = WORDS) -> StableDiffusionInpaintPipeline:
@@ -167,6 +159,7 @@ def build_pipeline(sizes: Sizes, words: Iterable[str] = WORDS) -> StableDiffusio
         steps_offset=1,
         clip_sample=False,
         set_alpha_to_one=False,
+        prediction_type=sizes.prediction_type,
     )
     return StableDiffusionInpaintPipeline(
         vae=vae,
@@ -184,26 +177,81 @@ def build_pipeline(sizes: Sizes, words: Iterable[str] = WORDS) -> StableDiffusio
 # Scenes: pictures, half of them with a mark, their captions and masks
 
 MASKS = 3  # of each scene
-HELD_OUT = 16  # scenes for the figures, never trained on
+HELD_OUT = 16  # pictures for the figures, never trained on
+
+
+def mark_field(rng: np.random.Generator, size: int, shape: str) -> tuple[np.ndarray, float]:
+    """A mark's (R, R) distance field, below 0 inside it, and its depth inside, both in half sides."""
+    centre, radius = rng.uniform(-0.8, 0.8, 2), np.exp(rng.uniform(np.log(0.05), np.log(0.3)))
+    angle, width = rng.uniform(0, 2 * np.pi), np.exp(rng.uniform(np.log(0.013), np.log(0.045)))
+    if shape in ("line", "zigzag"):
+        length = rng.uniform(0.2, 1.1)
+        line = (
+            wandering_line(rng, centre, angle, length, rng.uniform(0, 2))
+            if shape == "line"
+            else jagged_line(rng, centre, angle, length)
+        )
+        distance, along = distance_to(line, size)
+        taper = 1 - rng.uniform(0, 0.8) * np.abs(2 * along - 1) ** 2
+        return distance - width * taper, width
+    if shape == "specks":
+        y, x = grid(size)
+        places = centre + rng.normal(0, 0.12, (rng.integers(3, 9), 2))
+        radii = rng.uniform(0.015, 0.05, len(places))
+        return np.min([np.hypot(y - p[0], x - p[1]) - r for p, r in zip(places, radii)], axis=0), 0.03
+    field = blob(rng, size, centre, radius, rng.uniform(0.02, 0.2) if shape != "patch" else rng.uniform(0.2, 0.45))
+    if shape == "ring":
+        return np.abs(field) - width, width
+    return field, radius
 
 
 def draw_mark(rng: np.random.Generator, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-    """Draws a plain mark on (R, R, 3) pixels; returns the picture, the mark's (R, R) mask, and its name."""
+    """Draws a mark on (R, R, 3) pixels; returns the picture, the mark's (R, R) mask, and the words for it.
+
+    A mark has a shape and a colour ("same": one of the picture's own; "plain": none, only its shading shows); it may
+    be faint, lie deep or raised, and have a rim of another colour. All of these are drawn independently.
+    A grey picture gets grey marks.
+    """
     size = len(pixels)
-    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-    centre, radius = rng.uniform(-0.75, 0.75, 2), rng.uniform(0.06, 0.2)
-    soft, opacity = rng.uniform(0.01, 0.04), rng.uniform(0.7, 1.0)
-    if shape == "line":
-        line = wandering_line(rng, centre, rng.uniform(0, 2 * np.pi), rng.uniform(0.4, 1.0), rng.uniform(0, 1.5))
-        field = distance_to(line, size)[0] - rng.uniform(0.012, 0.03)
-    else:
-        field = blob(rng, size, centre, radius, {"spot": 0.06, "ring": 0.06, "patch": 0.3}[shape])
-    if shape == "ring":
-        field = np.abs(field) - rng.uniform(0.015, 0.03)
-    ink = opacity * smoothstep(soft, -soft, field)[..., None]
-    tone = np.clip(np.array(COLOURS[colour]) * rng.uniform(0.8, 1.2), 0, 255) + rng.normal(0, 5, (size, size, 1))
-    marked = np.clip(pixels * (1 - ink) + tone * ink, 0, 255).astype(np.uint8)
-    return marked, field < soft, f"{colour} {shape}"
+    shape = rng.choice(SHAPES)
+    field, depth = mark_field(rng, size, shape)
+    soft = rng.uniform(0.008, 0.03)
+    inside = smoothstep(soft, -soft, field)
+    relief = rng.choice(["", "deep", "raised"], p=[0.4, 0.35, 0.25])
+    grey = np.ptp(pixels.astype(float), axis=-1).mean() < 3
+    colours = [*COLOURS][:GREYS] if grey else [*COLOURS]
+    kind = rng.choice(["plain", "same", "own"], p=[0.08, 0.12, 0.8] if relief else [0, 0.2, 0.8])
+    colour = rng.choice(colours) if kind == "own" else kind
+    faint = colour != "plain" and rng.random() < 0.3
+    rim = rng.choice(colours) if rng.random() < 0.4 else None
+
+    def tone(name: str) -> np.ndarray:
+        if name == "same":
+            y, x = rng.integers(size, size=2)
+            flat = pixels[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3].mean(axis=(0, 1))
+        else:
+            flat = np.array(COLOURS[name]) * rng.uniform(0.8, 1.2) + rng.normal(0, 6, 3)
+        mottled = 1 + rng.uniform(0, 0.15) * fractal(rng, size, rng.uniform(0.04, 0.2), 2)
+        return flat * mottled[..., None] + rng.normal(0, 3, (size, size, 1))
+
+    marked, mask = pixels.astype(float), field < soft
+    if colour != "plain":
+        ink = inside * (rng.uniform(0.35, 0.65) if faint else rng.uniform(0.85, 1.0))
+        marked += ink[..., None] * (tone(colour) - marked)
+    if rim:
+        width = rng.uniform(0.012, 0.035)
+        edge = np.exp(-(((field - 0.5 * width) / width) ** 2)) * rng.uniform(0.6, 1.0)
+        marked += edge[..., None] * (tone(rim) - marked)
+        mask = field < soft + 2 * width
+    if relief:
+        slope = np.clip(-field, 0, depth) * (-1 if relief == "deep" else 1) * size / 2
+        dy, dx = np.gradient(ndimage.gaussian_filter(slope, 0.7))
+        azimuth, steep = rng.uniform(-2.6, -0.6), rng.uniform(0.3, 0.8) * (1.3 if colour == "plain" else 1)
+        shade = 1 - steep * (dy * np.sin(azimuth) + dx * np.cos(azimuth))
+        marked *= np.clip(shade, 0.35, 1.7)[..., None]
+    words = ["faint"] * faint + [relief] * (relief != "") + [colour, shape] + ([f"with a {rim} rim"] if rim else [])
+    marked = np.where(mask[..., None], np.clip(marked, 0, 255), pixels)
+    return marked.astype(np.uint8), mask, " ".join(words)
 
 
 def draw_masks(rng: np.random.Generator, mark: np.ndarray | None, size: int, cells: int) -> list[torch.Tensor]:
@@ -230,51 +278,104 @@ def draw_masks(rng: np.random.Generator, mark: np.ndarray | None, size: int, cel
 
 @dataclasses.dataclass
 class Scenes:
-    """What the base learns from.
+    """What the base learns from: groups of a good picture and the same picture with a mark, some times over.
 
     Args:
-        pixels: (S, R, R, 3) uint8; even scenes are good, odd ones the same picture with a mark.
+        pixels: (S, R, R, 3) uint8; the first of each group is good.
         masks: (S, K, 1, G, G) bool.
         captions: S lists of captions, one of which is drawn each time.
+        group: scenes of a group.
     """
 
     pixels: np.ndarray
     masks: torch.Tensor
     captions: list[list[str]]
+    group: int
+
+    @property
+    def held_out(self) -> int:
+        """The first so many scenes are never trained on."""
+        return HELD_OUT * self.group
 
 
-def make_scenes(pictures: Iterable[tuple[Image.Image, str]], resolution: int, cells: int, seed: int) -> Scenes:
-    """Two scenes of every (picture, name of the part): as it is, and with a mark."""
-    pixels, masks, captions = [], [], []
-    for index, (picture, name) in enumerate(pictures):
-        rng = np.random.default_rng(derive_seed(seed, "scene", index))
-        good = np.asarray(picture.resize((resolution, resolution), Image.Resampling.BICUBIC))
+Picture = Callable[[], tuple[Image.Image, str]]  # makes a good picture and names what it shows
+
+
+def make_group(job: tuple[int, Picture, int, int, int, int]) -> list[tuple[np.ndarray, torch.Tensor, list[str]]]:
+    """The scenes of one picture: as it is, and with `marks` marks, one in each."""
+    index, picture, resolution, cells, marks, seed = job
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(derive_seed(seed, "scene", index))
+    image, name = picture()
+    good = np.asarray(image.resize((resolution, resolution), Image.Resampling.BICUBIC))
+    captions = [f"A photo of a {name}", f"A {name}", f"A good {name}", f"A picture of a {name}"]
+    scenes = [(good, torch.stack(draw_masks(rng, None, resolution, cells)) > 0.5, captions)]
+    for _ in range(marks):
         marked, mark, words = draw_mark(rng, good)
-        pixels += [good, marked]
-        masks += [torch.stack(draw_masks(rng, m, resolution, cells)) > 0.5 for m in (None, mark)]
-        captions.append([f"A photo of a {name}", f"A {name}", f"A good {name}", f"A picture of a {name}"])
-        captions.append(
-            [f"A {name} with a {words}", f"A photo of a {words}", f"A {name} with {words}", f"A photo of {words}"]
-        )
-    return Scenes(np.stack(pixels), torch.stack(masks), captions)
+        captions = [
+            f"A {name} with a {words}",
+            f"A photo of a {words}",
+            f"A {name} with {words}",
+            f"A photo of {words}",
+        ]
+        scenes.append((marked, torch.stack(draw_masks(rng, mark, resolution, cells)) > 0.5, captions))
+    return scenes
 
 
-def drawn_pictures(number: int, size: int, seed: int) -> Iterable[tuple[Image.Image, str]]:
+def make_scenes(
+    pictures: Sequence[Picture], resolution: int, cells: int, marks: int, seed: int, workers: int = 1
+) -> Scenes:
+    """The scenes of every picture, made by so many processes."""
+    jobs = [(index, picture, resolution, cells, marks, seed) for index, picture in enumerate(pictures)]
+    with contextlib.ExitStack() as stack:
+        if workers > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
+            groups = pool.imap(make_group, jobs, chunksize=8)
+        else:
+            groups = map(make_group, jobs)
+        scenes = [scene for group in tqdm(groups, desc="Scenes", total=len(jobs), mininterval=5) for scene in group]
+    pixels, masks, captions = zip(*scenes)
+    return Scenes(np.stack(pixels), torch.stack(masks), list(captions), 1 + marks)
+
+
+def drawn_picture(part: str, size: int, seed: tuple[int, int]) -> tuple[Image.Image, str]:
+    return draw(part, None, size, seed)[0], part
+
+
+def drawn_pictures(number: int, size: int, seed: int) -> list[Picture]:
     """Good parts of every kind, from seeds that make_demo_data.py does not use."""
-    for index in tqdm(range(number), desc="Pictures"):
-        part = list(PARTS)[index % len(PARTS)]
-        yield draw(part, None, size, (1_000_003 + seed, index))[0], part
+    parts = [*PARTS]
+    return [
+        functools.partial(drawn_picture, parts[index % len(parts)], size, (1_000_003 + seed, index))
+        for index in range(number)
+    ]
 
 
-def read_pictures(folder: Path) -> list[tuple[Image.Image, str]]:
-    """The images in a folder, named by it, or in its sub-folders, each named by its own."""
+def cropped_picture(file: Path, crop: int | None, seed: int) -> tuple[Image.Image, str]:
+    """An image; or a random square of it, from half of `crop` to `crop` pixels if it is so large, mirrored or not."""
+    image = load_image(Image.open(file))
+    if crop:
+        rng = np.random.default_rng(seed)
+        side = min(int(rng.integers(crop // 2, crop + 1)), *image.size)
+        left, top = (int(rng.integers(length - side + 1)) for length in image.size)
+        image = image.crop((left, top, left + side, top + side))
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+    return image, to_words(file.parent.name)
+
+
+def read_pictures(folder: Path, number: int, crop: int | None, seed: int) -> list[Picture]:
+    """The images in a folder, named by it, or in its sub-folders, each named by its own; or `number` crops of them."""
     folders = [folder, *sorted(f for f in folder.iterdir() if f.is_dir())] if folder.is_dir() else []
-    found = [(load_image(Image.open(file)), to_words(f.name)) for f in folders for file in image_files(f)]
-    if len(found) <= HELD_OUT:
+    files = [file for f in folders for file in image_files(f)]
+    if len(files) <= HELD_OUT:
         raise InputError(
-            f"DF161 --data_dir {folder}: {len(found)} images in it and its folders; give at least {HELD_OUT + 1}"
+            f"DF161 --data_dir {folder}: {len(files)} images in it and its folders; give at least {HELD_OUT + 1}"
         )
-    return found
+    count = number if crop else len(files)
+    return [
+        functools.partial(cropped_picture, files[i % len(files)], crop, derive_seed(seed, "crop", i))
+        for i in range(count)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,12 +399,14 @@ def fit(
         work_dir: checkpoints go to `work_dir / name`; training goes on from the newest.
     """
     accelerator = Accelerator()
+    if accelerator.device.type == "cuda":
+        objective.to(accelerator.device, memory_format=torch.channels_last)
     folder = work_dir / name
     folder.mkdir(exist_ok=True)
     parameters = dict(objective.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=1e-3)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=min(200, steps // 10), num_training_steps=steps)
-    average = EMAModel(parameters.values(), decay=0.9995, use_ema_warmup=True, power=3 / 4)
+    average = EMAModel(parameters.values(), decay=0.9995, use_ema_warmup=True, power=3 / 4, foreach=True)
     step = 0
     last = checkpoints.find_checkpoint(folder, "latest")
     if last:
@@ -325,11 +428,12 @@ def fit(
         scheduler.step()
         average.step(parameters.values())
         step += 1
-        if not loss.isfinite():
-            raise FloatingPointError(f"{name}: the loss of step {step} is not finite")
-        smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
+        smooth = loss.detach() if smooth is None else 0.99 * smooth + 0.01 * loss.detach()
         progress.update()
-        progress.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if step % 50 == 0 or step == steps:  # no sooner: the device would wait
+            if not smooth.isfinite():
+                raise FloatingPointError(f"{name}: a loss up to step {step} is not finite")
+            progress.set_postfix(loss=f"{smooth.item():.4f}", refresh=False)
         if accelerator.is_main_process and (step % 250 == 0 or step == steps):
             shadow = {f"average {n}": p for n, p in zip(parameters, average.shadow_params)}
             weights = {n: p.detach().cpu().contiguous() for n, p in {**parameters, **shadow}.items()}
@@ -358,8 +462,9 @@ class Reconstruction(torch.nn.Module):
         return x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        posterior = self.vae.encode(x).latent_dist
-        y = self.vae.decode(posterior.sample()).sample
+        with torch.autocast(x.device.type, enabled=False):  # half precision would cost fine detail
+            posterior = self.vae.encode(x).latent_dist
+            y = self.vae.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = F.l1_loss(y, x) + 2 * F.l1_loss(self.detail(y), self.detail(x)) + 1e-5 * kl
         return loss + self.colours * F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
@@ -378,12 +483,12 @@ def tinted(x: torch.Tensor) -> torch.Tensor:
     return (x * (1 - ink) + (2 * torch.rand(number, 3, 1, 1) - 1) * ink).clamp(-1, 1)
 
 
-def train_vae(vae: AutoencoderKL, scenes: Scenes, steps: int, work_dir: Path, seed: int, batch_size: int = 16) -> None:
+def train_vae(vae: AutoencoderKL, scenes: Scenes, steps: int, work_dir: Path, seed: int, batch_size: int) -> None:
     """Trains the autoencoder on quarter crops, which teaches it textures, then a sixth as long on tinted ones.
 
     The colours of these parts are few; without the second stage those of a small mark would be lost.
     """
-    pixels = torch.from_numpy(scenes.pixels[2 * HELD_OUT :])
+    pixels = torch.from_numpy(scenes.pixels[scenes.held_out :])
     side = pixels.shape[1] // 2
 
     def crops() -> torch.Tensor:
@@ -404,10 +509,11 @@ def encode(vae: AutoencoderKL, scenes: Scenes, device: torch.device) -> dict[str
     """
     vae.to(device).eval()
     clean, cut = [], []
-    for start in tqdm(range(0, len(scenes.pixels), 2), desc="Latents"):  # small batches stay in the cache
-        x = torch.from_numpy(scenes.pixels[start : start + 2]).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
-        masks = scenes.masks[start : start + 2].to(device).float()
-        holes = 1 - cover(masks, x.shape[-1] // masks.shape[-1])  # (2, K, 1, R, R)
+    number = 2 if device.type == "cpu" else 64  # on a CPU small batches stay in the cache
+    for start in tqdm(range(0, len(scenes.pixels), number), desc="Latents", mininterval=5):
+        x = torch.from_numpy(scenes.pixels[start : start + number]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        masks = scenes.masks[start : start + number].to(device).float()
+        holes = 1 - cover(masks, x.shape[-1] // masks.shape[-1])  # (B, K, 1, R, R)
         means = vae.encode(torch.cat([x, (x[:, None] * holes).flatten(0, 1)])).latent_dist.mean
         clean.append(means[: len(x)].cpu())
         cut.append(means[len(x) :].unflatten(0, (len(x), MASKS)).cpu())
@@ -425,23 +531,27 @@ def load_latents(file: Path, make: Callable[[], dict]) -> dict[str, torch.Tensor
 
 
 class Inpainting(torch.nn.Module):
-    """Loss of text encoder and UNet: the noise's error, mostly inside the mask, weighted by min-SNR with gamma 5.
+    """Loss of text encoder and UNet: the prediction's error, mostly inside the mask.
 
-    Source: Hang et al., Min-SNR weighting, ICCV 2023.
+    A noise prediction's error is weighted by min-SNR with gamma 5 (Hang et al., ICCV 2023); that of a v-prediction
+    is not, because it weighs high noise levels enough by itself.
     """
 
     def __init__(self, pipe: StableDiffusionInpaintPipeline):
         super().__init__()
         self.unet, self.text_encoder = pipe.unet, pipe.text_encoder
         self.noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.velocity = pipe.scheduler.config.prediction_type == "v_prediction"
         snr = compute_snr(self.noise_scheduler, torch.arange(self.noise_scheduler.config.num_train_timesteps))
-        self.weights = snr.clamp(max=5) / snr
+        weights = torch.ones_like(snr) if self.velocity else snr.clamp(max=5) / snr
+        self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, x_0, mask, cut, input_ids, noise, t):
         x_t = self.noise_scheduler.add_noise(x_0, noise, t)
         pred = self.unet(torch.cat([x_t, mask, cut], dim=1), t, self.text_encoder(input_ids)[0]).sample
-        error = (pred - noise).square() * (0.3 + 0.7 * mask)
-        return (error.mean(dim=(1, 2, 3)) * self.weights.to(t.device)[t]).mean()
+        target = self.noise_scheduler.get_velocity(x_0, noise, t) if self.velocity else noise
+        error = (pred.float() - target).square() * (0.3 + 0.7 * mask)
+        return (error.mean(dim=(1, 2, 3)) * self.weights[t]).mean()
 
 
 def train_unet(
@@ -452,22 +562,26 @@ def train_unet(
     Args:
         stages: (name, steps, batch size, latent side, learning rate) in turn; small crops first, which are cheap.
     """
+    device = pipe.device
     number = len(scenes.captions[0])
     texts = [caption for captions in scenes.captions for caption in captions]
     ids = pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.unflatten(0, (-1, number))
     empty = pipe.tokenizer("", padding="max_length", return_tensors="pt").input_ids
+    clean, cut, masks = (x.to(device) for x in (latents["clean"], latents["cut"], scenes.masks))
 
     for name, steps, batch_size, side, learning_rate in stages:
 
         def batch_of(batch_size=batch_size, side=side) -> tuple:
-            rows = torch.randint(2 * HELD_OUT, len(ids), (batch_size,))
+            rows = torch.randint(scenes.held_out, len(ids), (batch_size,))
             k, caption = torch.randint(MASKS, (batch_size,)), torch.randint(number, (batch_size,))
-            top, left = (int(torch.randint(latents["clean"].shape[-1] - side + 1, ())) for _ in range(2))
+            top, left = (int(torch.randint(clean.shape[-1] - side + 1, ())) for _ in range(2))
             window = (..., slice(top, top + side), slice(left, left + side))
-            x_0, cut = latents["clean"][rows][window].float(), latents["cut"][rows, k][window].float()
             captions = torch.where(torch.rand(batch_size, 1) < 0.1, empty, ids[rows, caption])
             t = torch.randint(1000, (batch_size,))
-            return x_0, scenes.masks[rows, k][window].float(), cut, captions, torch.randn(x_0.shape), t
+            rows, k = rows.to(device), k.to(device)
+            x_0 = clean[rows][window].float()
+            mask, masked = masks[rows, k][window].float(), cut[rows, k][window].float()
+            return x_0, mask, masked, captions, torch.randn_like(x_0), t
 
         fit(name, Inpainting(pipe), batch_of, steps, learning_rate, work_dir, seed)
 
@@ -485,7 +599,7 @@ def measure(pipe: StableDiffusionInpaintPipeline, scenes: Scenes) -> tuple[dict[
     pipe.scheduler = ddim(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     reconstruction, inpainted, columns = [], [], []
-    for index in range(0, 2 * HELD_OUT, 2):
+    for index in range(0, scenes.held_out, scenes.group):
         image = Image.fromarray(scenes.pixels[index])
         x = image_tensor(image, image.width).to(pipe.device)
         y = pipe.vae.decode(pipe.vae.encode(x[None]).latent_dist.mean).sample[0].clamp(-1, 1)
@@ -517,15 +631,19 @@ def psnr(difference: torch.Tensor) -> float:
 # The command
 
 
+WITHOUT_EFFECT = ("output_dir", "workers", "scenes_only")  # options that change nothing in the result
+
+
 def main(args: argparse.Namespace) -> None:
     diffusers.utils.logging.set_verbosity_error()
-    sizes = Sizes(resolution=args.resolution)
+    sizes = Sizes(resolution=args.resolution, prediction_type=args.prediction_type)
     set_seed(args.seed)
     pipe = build_pipeline(sizes)
     if args.random_weights:
         return pipe.save_pretrained(args.output_dir)
     work_dir = args.output_dir / "work"
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output_dir"}
+    told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    options = {k: v for k, v in told.items() if k not in WITHOUT_EFFECT}
     with exclusive_lock(work_dir):
         if (work_dir / "options.json").exists():
             checkpoints.check_identity(json.loads((work_dir / "options.json").read_text()), options)
@@ -533,26 +651,32 @@ def main(args: argparse.Namespace) -> None:
         began = time.time()
         cells = args.resolution // pipe.vae_scale_factor
         pictures = (
-            read_pictures(args.data_dir)
+            read_pictures(args.data_dir, args.pictures, args.crop_size, args.seed)
             if args.data_dir
             else drawn_pictures(args.pictures, args.resolution, args.seed)
         )
         scenes = load_scenes(
-            work_dir / "scenes.safetensors", lambda: make_scenes(pictures, args.resolution, cells, args.seed)
+            work_dir / "scenes.safetensors",
+            lambda: make_scenes(pictures, args.resolution, cells, args.marks, args.seed, args.workers),
         )
+        if args.scenes_only:
+            return
         device = Accelerator().device
-        train_vae(pipe.vae.to(device), scenes, args.vae_steps, work_dir, args.seed)
+        pipe.to(device)
+        train_vae(pipe.vae, scenes, args.vae_steps, work_dir, args.seed, args.vae_batch_size)
         latents = load_latents(work_dir / "latents.safetensors", lambda: encode(pipe.vae, scenes, device))
         pipe.vae.register_to_config(scaling_factor=latents["scale"].item())
         stages = [
-            ("unet-crops", args.crop_steps, 32, cells // 2, 1e-3),
-            ("unet-whole", args.whole_steps, 16, cells, 5e-4),
+            ("unet-crops", args.crop_steps, args.crop_batch_size, cells // 2, 1e-3),
+            ("unet-whole", args.whole_steps, args.whole_batch_size, cells, args.whole_learning_rate),
         ]
         train_unet(pipe, scenes, latents, stages, work_dir, args.seed)
         pipe.to(device, dtype=torch.float32)
         for module in (pipe.vae, pipe.unet, pipe.text_encoder):
             module.eval()
         figures, picture = measure(pipe, scenes)
+        for module in (pipe.vae, pipe.unet, pipe.text_encoder):
+            module.to(memory_format=torch.contiguous_format)
         pipe.to("cpu", dtype=torch.float16).save_pretrained(args.output_dir)
         picture.save(args.output_dir / "samples.png")
         figures |= {"seconds_of_last_start": round(time.time() - began), "options": options}
@@ -566,35 +690,47 @@ def load_scenes(file: Path, make: Callable[[], Scenes]) -> Scenes:
     if not captions.exists():
         scenes = make()
         save_file({"pixels": torch.from_numpy(scenes.pixels), "masks": scenes.masks}, file)
-        write_json(captions, {"captions": scenes.captions})
+        write_json(captions, {"captions": scenes.captions, "group": scenes.group})
     tensors = load_file(file)
-    return Scenes(tensors["pixels"].numpy(), tensors["masks"], json.loads(captions.read_text())["captions"])
+    return Scenes(tensors["pixels"].numpy(), tensors["masks"], **json.loads(captions.read_text()))
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add(
-        "--output_dir",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="The base; intermediate files go to its folder work.",
-    )
+
+    def add(name: str, default=None, help: str = "", metavar: str = "N", **options) -> None:
+        if default is not None:
+            options |= {"default": default, "type": type(default)}
+            help += " Default: %(default)s."
+        parser.add_argument(name, help=help, metavar=metavar, **options)
+
+    def switch(name: str, help: str) -> None:
+        parser.add_argument(name, action="store_true", help=help)
+
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="The base; working files go to its folder work.")
     add("--data_dir", type=Path, metavar="DIR", help="Good images of one's own, in folders named by what they show.")
-    add("--random_weights", action="store_true", help="Save the untrained pipeline and stop.")
-    add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
-    add("--pictures", type=int, default=2100, metavar="N", help="Pictures to draw. Default: %(default)s.")
-    add("--vae_steps", type=int, default=3000, metavar="N", help="Default: %(default)s.")
-    add("--crop_steps", type=int, default=1500, metavar="N", help="UNet steps on quarter crops. Default: %(default)s.")
     add(
-        "--whole_steps",
+        "--crop_size",
         type=int,
-        default=600,
-        metavar="N",
-        help="UNet steps on whole pictures. Default: %(default)s.",
+        metavar="PX",
+        help="Learn from random squares of --data_dir's images, up to this side.",
     )
-    add("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")
+    switch("--random_weights", "Save the untrained pipeline and stop.")
+    switch("--scenes_only", "Make the pictures to learn from and stop; a later start takes them.")
+    parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction",
+                        help="What the UNet predicts. Default: %(default)s.")  # fmt: skip
+    add("--resolution", 128, "Side of the pictures.", metavar="PX")
+    add("--pictures", 2100, "Pictures to draw, or to crop.")
+    add("--marks", 1, "Scenes with a mark that are made of each picture.")
+    add("--workers", os.cpu_count() or 1, "Processes that make the scenes.")
+    add("--vae_steps", 3000, "Steps of the autoencoder.")
+    add("--vae_batch_size", 16, "Crops in a step of the autoencoder.")
+    add("--crop_steps", 1500, "Steps of the UNet on quarter crops.")
+    add("--crop_batch_size", 32, "Crops in such a step.")
+    add("--whole_steps", 600, "Steps of the UNet on whole pictures.")
+    add("--whole_batch_size", 16, "Pictures in such a step.")
+    add("--whole_learning_rate", 5e-4, "Highest learning rate of these steps.", metavar="RATE")
+    add("--seed", 0, "Everything random follows from it.")
     return parser.parse_args(input_args)
 
 

@@ -16,7 +16,8 @@ from defectfill_dataset.codes import CODES
 
 
 COMMANDS = ("train_defectfill", "generate_defectfill", *(
-    f"defectfill_scripts.{name}" for name in ("check_data", "prepare_data", "preview_masks", "export_generated")
+    f"defectfill_scripts.{name}"
+    for name in ("check_data", "prepare_data", "preview_masks", "export_generated", "gpu_check")
 ))  # fmt: skip
 
 

@@ -35,9 +35,11 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from accelerate.utils import set_seed  # noqa: E402
 from PIL import Image  # noqa: E402
+from torchvision.models import alexnet  # noqa: E402
 
 import generate_defectfill  # noqa: E402
 import train_defectfill  # noqa: E402
+from defectfill.selection import LPIPS_FILES  # noqa: E402
 from defectfill_scripts.make_tiny_base import Sizes, build_pipeline  # noqa: E402
 
 
@@ -158,6 +160,17 @@ def trained(base, tmp_path_factory) -> Path:
     train_defectfill.main(train_defectfill.parse_args(argv))
     reset_accelerate()
     return folder / "lora"
+
+
+@pytest.fixture
+def alex():
+    """A random AlexNet where LPIPS looks for its backbone."""
+    file = os.path.join(HOME, "hub", "checkpoints", LPIPS_FILES["alex"])
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    torch.manual_seed(0)
+    torch.save(alexnet(weights=None).state_dict(), file)
+    yield file
+    os.remove(file)
 
 
 def generate(*argv) -> None:

@@ -16,7 +16,6 @@ from conftest import HOME, RESOLUTION, generate, make_mvtec, read_lines, toy_pip
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torchvision.models import alexnet
 
 import generate_defectfill as g
 from defectfill import sampling, selection
@@ -60,17 +59,6 @@ def inputs(tmp_path):
 
 
 FAST = ["--num_inference_steps", 2, "--num_candidates", 3, "--selection", "rmse"]
-
-
-@pytest.fixture
-def alex():
-    """A random AlexNet where LPIPS looks for its backbone."""
-    file = os.path.join(HOME, "hub", "checkpoints", selection.LPIPS_FILES["alex"])
-    os.makedirs(os.path.dirname(file), exist_ok=True)
-    torch.manual_seed(0)
-    torch.save(alexnet(weights=None).state_dict(), file)
-    yield file
-    os.remove(file)
 
 
 # Candidates

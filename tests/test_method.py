@@ -1,6 +1,7 @@
 """The equations, the attention maps and the step, against hand-made numbers and the stock pipeline."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -171,11 +172,24 @@ def test_draws_depend_on_each_samples_seed_alone():
     assert not torch.equal(draws.noise[0], draws.noise[1])
 
 
+def test_no_value_of_the_device_is_read_in_a_step(monkeypatch):
+    """On a GPU each such reading waits for all work queued there; the meta device has no values to read."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta tensors have none
+    models, meta = make_models(), torch.device("meta")
+    for module in (models.unet, models.text_encoder, models.vae.enable_slicing() or models.vae):
+        module.to(meta)
+    batch = t.on_device(make_batch(), meta)
+    losses = t.training_losses(models, batch, t.sample_noise(models, batch), t.LossOptions())
+    losses["loss"].backward()
+    assert losses["loss"].is_meta and batch["mask"].is_meta and batch["seed"].tolist() == [0, 1]
+
+
 def test_v_prediction_bases_are_trained_on_velocity():
     models, batch = make_models(lora=False), make_batch()
     draws = t.sample_noise(models, batch)
     models.noise_scheduler.register_to_config(prediction_type="v_prediction")
-    x_0, *_ = t.encode_images(models.vae, batch["pixel_values"], [batch["mask"]], draws.posterior)
+    latents = t.encode_images(models.vae, batch["pixel_values"], [batch["mask"]])
+    x_0, _ = latents.sample(draws.posterior, models.vae.config.scaling_factor)
     velocity = models.noise_scheduler.get_velocity(x_0, draws.noise, draws.timesteps)
     models.unet.forward = lambda x, *_, **__: Prediction(torch.cat([velocity, velocity]))
     models.store.pop = lambda: {"layer": torch.rand(2, 16)}

@@ -111,6 +111,7 @@ def test_the_error_of_x_0_is_that_inside_the_mask_for_each_prompt():
     for step, error in found["object"].items():
         alpha_bar = models.noise_scheduler.alphas_cumprod[int(step)].item()
         assert error == pytest.approx(0.01 * (1 - alpha_bar) / alpha_bar, rel=0.02, abs=1e-4)
-    x_0, *_ = t.encode_images(models.vae, batch["pixel_values"], [mask], sample.posterior)
+    latents = t.encode_images(models.vae, batch["pixel_values"], [mask])
+    x_0, *_ = latents.sample(sample.posterior, models.vae.config.scaling_factor)
     inside = x_0[0][:, mask[0, 0] > 0.5]
     assert found["x0_variance"] == pytest.approx(inside.var(dim=1, correction=0).mean().item(), abs=1e-4)

@@ -570,9 +570,10 @@ def test_whatever_the_moment_of_a_kill_nothing_is_lost_or_twice(trained, good, t
     monkeypatch.setattr(g, "reconstruct", lambda pipe, images: images / 2 + 0.5)
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 60, *FAST]
     argv += ["--batch_size", 6]
+    began = time.monotonic()
     generate(*argv, "--output_dir", tmp_path / "whole")
     out = tmp_path / "killed"
-    killed = kill_at_random([*argv, "--output_dir", out], 8, 1.5)
+    killed = kill_at_random([*argv, "--output_dir", out], 8, time.monotonic() - began)
     assert killed >= 3 and any((out / "images").iterdir())
     generate(*argv, "--output_dir", out)
     assert content(out) == content(tmp_path / "whole")

@@ -30,8 +30,13 @@ save_file(tensors, out / f"rank-{os.environ['RANK']}.safetensors")
 """
 
 
+@pytest.fixture(scope="module", params=["0", "2"], ids=lambda number: f"cache_latents-{number}")
+def variants(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def two_processes(base, tmp_path_factory):
+def two_processes(base, tmp_path_factory, variants):
     """A run of two processes, with accumulation and gradient checkpointing, through `accelerate launch`."""
     folder = tmp_path_factory.mktemp("two")
     data = make_mvtec(folder / "nut")
@@ -43,7 +48,17 @@ def two_processes(base, tmp_path_factory):
     rates = "--lora_dropout 0 --learning_rate 0.01 --text_encoder_lr 0.01 --checkpointing_steps 2".split()
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, driver]
     argv = options(
-        base, data, folder / "out", *flags, *rates, "--validation_steps", "2", "--validation_inference_steps", "1"
+        base,
+        data,
+        folder / "out",
+        *flags,
+        *rates,
+        "--validation_steps",
+        "2",
+        "--validation_inference_steps",
+        "1",
+        "--cache_latents",
+        variants,
     )
     done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -57,8 +72,9 @@ def test_two_processes_end_with_the_same_weights(two_processes):
     assert len(read_lines(two_processes / "out/losses.jsonl")) == 3 and (two_processes / "out/checkpoint-2").exists()
 
 
-def test_two_processes_train_like_one_of_twice_the_batch(two_processes, train, tmp_path):
+def test_two_processes_train_like_one_of_twice_the_batch(two_processes, train, tmp_path, variants):
     flags = "--train_batch_size 2 --max_train_steps 3 --gradient_accumulation_steps 2".split()
+    flags += ["--cache_latents", variants]
     rates = "--lora_dropout 0 --learning_rate 0.01 --text_encoder_lr 0.01".split()
     one = load_file(train(*flags, *rates, data=two_processes / "nut") / LORA_FILE)
     two = load_file(two_processes / "out" / LORA_FILE)

@@ -112,6 +112,28 @@ def test_a_killed_run_resumes_bit_equal(train, base, data, tmp_path, uninterrupt
     assert any(t.dtype == torch.uint8 for t in moments.values()) == ("8" in optimizer)
 
 
+def test_a_killed_run_with_cached_latents_resumes_bit_equal(train, base, data, tmp_path, uninterrupted):
+    """The cache is not saved: what the rest of the run draws is encoded again."""
+    flags = ["--cache_latents", "2"]
+    whole, out = uninterrupted(data, *flags), tmp_path / "killed"
+    assert killed_run(options(base, data, out, *RUN, *flags), "step") == KILLED
+    train(*RUN, *flags, "--resume_from_checkpoint", "latest", output=out)
+    assert same_results(whole, out)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adamws_step_count_comes_back_where_adamw_keeps_it(two_checkpoints, fused):
+    """Fused AdamW keeps it beside the moments, on the GPU; shown on the meta device."""
+    weights = read_lora(two_checkpoints / "checkpoint-2").tensors
+    parameters = {k: torch.nn.Parameter(torch.empty_like(v, device="meta")) for k, v in weights.items()}
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters.values()], lr=1.0)
+    optimizer.param_groups[0]["fused"] = fused
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    checkpoints.restore(two_checkpoints / "checkpoint-2", weights, parameters, optimizer, scheduler, None)
+    kept = optimizer.state[next(iter(parameters.values()))]
+    assert kept["exp_avg"].is_meta and kept["step"].is_meta == fused
+
+
 @pytest.mark.parametrize("lost", ["moments", "schedule", "step", "seed"])
 def test_control_the_comparison_notices_what_is_not_restored(
     train, base, data, tmp_path, uninterrupted, monkeypatch, lost
@@ -204,7 +226,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(two_checkpoints, tmp_path
 
 CHANGED = [
     ("--rank", "8"), ("--learning_rate", "0.1"), ("--seed", "3"), ("--phrase", "hole"), ("--lora_targets", "all"),
-    ("--snr_gamma", "5"), ("--noise_offset", "0.1"),
+    ("--snr_gamma", "5"), ("--noise_offset", "0.1"), ("--cache_latents", "2"),
 ]  # fmt: skip
 
 

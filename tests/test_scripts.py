@@ -15,6 +15,7 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpai
 from PIL import Image
 from safetensors.torch import load_file
 
+from defectfill.random_base import random_sd2_pipeline
 from defectfill.sampling import ddim, inpaint
 from defectfill_dataset import InputError, binarise, check_pairs, cover, image_tensor, load_defect_pairs
 from defectfill_scripts import ablate, compare_samplers, make_demo_data, make_tiny_base, train_segmenter
@@ -67,7 +68,7 @@ print(pipe.unet.config.in_channels, pipe.unet.config.sample_size * pipe.vae_scal
     assert printed.split(maxsplit=2)[:2] == ["9", "64"] and "'sks</w>', 'hazelnut</w>'" in printed
 
 
-SMALL = "--resolution 32 --pictures 20 --vae_steps 3 --crop_steps 2 --whole_steps 2".split()
+SMALL = "--resolution 32 --pictures 20 --workers 1 --vae_steps 3 --crop_steps 2 --whole_steps 2".split()
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +113,7 @@ def test_the_base_that_ships_is_small_whole_and_made_by_the_defaults():
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".md", ".png"}
     figures = json.loads((TINY_BASE / "figures.json").read_text())
     defaults = make_tiny_base.parse_args(["--output_dir", "x"])
-    assert figures["options"] == {k: v for k, v in vars(defaults).items() if k != "output_dir"}
+    assert figures["options"] == {k: v for k, v in vars(defaults).items() if k not in make_tiny_base.WITHOUT_EFFECT}
     readme = (TINY_BASE / "README.md").read_text()
     assert f"{figures['reconstruction_psnr']} dB" in readme and f"{figures['inpainting_psnr']} dB" in readme
 
@@ -136,27 +137,37 @@ def test_a_base_of_ones_own_images(tmp_path):
     make_base("--output_dir", tmp_path / "base", "--data_dir", tmp_path / "images", *SMALL)
     captions = json.loads((tmp_path / "base/work/scenes.json").read_text())["captions"]
     assert captions[0][0] == "A photo of a steel disc" and " steel disc with a " in captions[1][0]
+    make_base("--output_dir", tmp_path / "crops", "--data_dir", tmp_path / "images", "--scenes_only", *SMALL,
+              "--crop_size", "24", "--marks", "2", "--workers", "2")  # fmt: skip
+    scenes = load_file(tmp_path / "crops/work/scenes.safetensors")
+    assert scenes["pixels"].shape == (60, 32, 32, 3) and not (tmp_path / "crops/unet").exists()
+    assert len({picture.tobytes() for picture in scenes["pixels"][::3].numpy()}) > 15
     with pytest.raises(InputError, match="give at least 17"):
         make_base("--output_dir", tmp_path / "other", "--data_dir", tmp_path / "nowhere", *SMALL)
 
 
 def test_marks_are_named_and_inside_their_masks():
-    rng, plain = np.random.default_rng(0), np.full((64, 64, 3), 128, dtype=np.uint8)
-    names = set()
-    for _ in range(40):
+    rng, plain = np.random.default_rng(0), np.full((64, 64, 3), (150, 120, 100), dtype=np.uint8)
+    words = set()
+    for _ in range(80):
         marked, mask, name = make_tiny_base.draw_mark(rng, plain)
-        changed = (marked != plain).any(axis=-1)
-        assert (changed & ~mask).sum() == 0 and name in {
-            f"{c} {s}" for c in make_tiny_base.COLOURS for s in make_tiny_base.SHAPES
-        }
-        names.add(name)
-    assert len(names) > 15 and all(word in make_tiny_base.WORDS for name in names for word in name.split())
+        assert not ((marked != plain).any(axis=-1) & ~mask).any()
+        assert sum(shape in name.split() for shape in make_tiny_base.SHAPES) == 1
+        words |= {*name.split()}
+    assert words <= {*make_tiny_base.WORDS}
+    assert {*make_tiny_base.SHAPES, "faint", "deep", "raised", "plain", "same", "rim", "red"} <= words
+
+
+def test_a_grey_picture_gets_grey_marks():
+    rng, grey = np.random.default_rng(0), np.full((64, 64, 3), 128, dtype=np.uint8)
+    names = " ".join(make_tiny_base.draw_mark(rng, grey)[2] for _ in range(40)).split()
+    assert not {*names} & {"red", "brown", "green", "blue"} and {*names} & {"black", "white"}
 
 
 def test_no_caption_of_the_base_holds_the_rare_word():
     """What `sks` looks like is the LoRA's to learn."""
-    picture = Image.new("RGB", (32, 32))
-    scenes = make_tiny_base.make_scenes([(picture, "nut")] * 3, 32, 8, 0)
+    picture = lambda: (Image.new("RGB", (32, 32)), "nut")  # noqa: E731
+    scenes = make_tiny_base.make_scenes([picture] * 2, 32, 8, marks=2, seed=0)
     assert not any("sks" in caption for captions in scenes.captions for caption in captions)
     assert (
         scenes.masks.shape == (6, make_tiny_base.MASKS, 1, 8, 8) and scenes.masks.any(dim=(3, 4)).float().mean() > 0.9
@@ -274,7 +285,7 @@ def test_the_stock_way_differs_in_the_sampled_latents_and_the_background_alone(t
 
 @pytest.mark.parametrize("model", ["base", "sd2_size"])
 def test_generation_is_measured_in_every_way(base, tmp_path, monkeypatch, model):
-    monkeypatch.setattr(benchmark, "sd2_pipeline", toy_pipeline)
+    monkeypatch.setattr(benchmark, "random_sd2_pipeline", lambda device, dtype: toy_pipeline().to(device, dtype))
     command = f"""--images 2 --num_candidates 2 --batch_size 4 --rounds 2 --num_inference_steps 4 --fast_steps 2
         --resolution 32 --output {tmp_path}/speed.md"""
     which = ["--base", str(base)] if model == "base" else ["--sd2_size"]
@@ -294,7 +305,6 @@ def test_a_batch_smaller_than_a_pictures_candidates_is_refused(capsys):
 
 
 def test_the_large_pipeline_has_stable_diffusions_sizes():
-    with torch.device("meta"):
-        pipe = benchmark.sd2_pipeline()
+    pipe = random_sd2_pipeline(torch.device("meta"), torch.bfloat16)
     millions = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) // 10**6 for name in SD2_MILLIONS}
     assert millions == SD2_MILLIONS

@@ -51,6 +51,7 @@ def test_a_run_leaves_lora_card_record_split_and_checkpoint(trained):
         errors = record[moment]["x0_error"]
         assert list(errors["defect"]) == list(errors["object"]) == ["999", "900", "800", "600", "400"]
         assert errors["x0_variance"] > 0
+    assert record["speed"]["seconds_per_step"] is None  # two steps: all of them are warm-up
     lines = read_lines(trained / "losses.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["loss"] == pytest.approx(
@@ -276,6 +277,7 @@ def trained_tensors(train, tmp_path):
         ("--num_random_boxes", "1"),
         ("--center_crop",),
         ("--max_resize_scale", "1"),
+        ("--cache_latents", "2"),
         ("--seed", "1"),
         ("--use_8bit_adam",),
         ("--lr_scheduler", "constant"),
@@ -313,6 +315,61 @@ def test_the_lora_of_all_layers_says_its_ranks_and_fits_its_base_alone(train, ba
     check_fits(lora, read_base(str(base)))
     toy_pipeline(unet_channels=(32, 32, 32)).save_pretrained(tmp_path / "wider")
     assert refused(check_fits, lora, read_base(str(tmp_path / "wider"))).startswith("DF410")
+
+
+@pytest.mark.parametrize(
+    "device, scaler, fused", [("cpu", None, False), ("cuda", None, True), ("cuda", "fp16", False)]
+)
+def test_adamw_is_fused_on_a_gpu_but_not_with_a_loss_scale(monkeypatch, device, scaler, fused):
+    """With one, accelerate would take every step that fp16 skips for a step."""
+
+    class Made(Exception):
+        pass
+
+    def make_optimizer(unet, text_encoder, args, fused):
+        raise Made(fused)
+
+    class Accelerator:
+        mixed_precision = "no"
+
+    accelerator = Accelerator()
+    accelerator.device, accelerator.scaler = torch.device(device), scaler
+    for name, stand_in in (("make_models", lambda *_: toy_models()), ("lora_parameters", lambda *_: {})):
+        monkeypatch.setattr(train_defectfill, name, stand_in)
+    monkeypatch.setattr(train_defectfill, "make_optimizer", make_optimizer)
+    with pytest.raises(Made, match=str(fused)):
+        train_defectfill.start_training(None, None, accelerator)
+
+
+def toy_models() -> train_defectfill.Models:
+    return train_defectfill.Models(*[None] * 6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fused_adamw_steps_alike(fused):
+    args = train_defectfill.parse_args(["--output_dir", "x", "--learning_rate", "0.1"])
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizer = train_defectfill.make_optimizer(model, other, args, fused)
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["fused"] == fused
+    assert torch.allclose(model.weight, before * (1 - 0.1 * 0.01) - 0.1, atol=1e-6)  # the first step of Adam is lr
+
+
+def test_channels_last_reaches_the_convolutions_and_trains_alike(train, trained_tensors, tmp_path, monkeypatch):
+    original, seen = train_defectfill.training_losses, []
+
+    def training_losses(models, *rest):
+        seen.extend((models.unet.conv_in.weight, models.vae.encoder.conv_in.weight))
+        return original(models, *rest)
+
+    monkeypatch.setattr(train_defectfill, "training_losses", training_losses)
+    out = train("--channels_last", output=tmp_path / "other")
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in seen)
+    assert not any(weight.is_contiguous() for weight in seen)
+    losses = [[line["loss"] for line in read_lines(run / "losses.jsonl")] for run in (out, tmp_path / "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_tf32_is_switched_on(train):
@@ -493,6 +550,7 @@ def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
         (("--lora_dropout", "1"), "DF187", "below 1"),
         (("--adam_beta2", "1"), "DF187", "below 1"),
         (("--seed", "-1"), "DF187", "at least 0"),
+        (("--cache_latents", "-1"), "DF187", "at least 0"),
         (("--seed", str(2**32)), "DF187", "below 4294967296"),
         (("--max_grad_norm", "0"), "DF187", "above 0"),
         (("--lora_alpha", "0"), "DF187", "above 0"),

@@ -211,9 +211,10 @@ def restore(
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
     optimizer.state.clear()
+    fused = bool(optimizer.param_groups[0].get("fused"))
     for full_name, value in {**load_file(checkpoint / OPTIMIZER_FILE), **state["optimizer"]}.items():
         name, key = full_name.split("|")
-        on_device = torch.is_tensor(value) and key != "step"  # AdamW keeps its step count on the CPU
+        on_device = torch.is_tensor(value) and (key != "step" or fused)  # plain AdamW counts its steps on the CPU
         optimizer.state[parameters[name]][key] = value.to(parameters[name].device) if on_device else value
     lr_scheduler.load_state_dict(state["lr_scheduler"])
     for group, lr in zip(optimizer.param_groups, lr_scheduler.get_last_lr()):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from defectfill_dataset import InputError
 
 
 TEMPORARY = ".tmp-defectfill-"  # prefix of every unfinished file and folder
+_umask_lock = threading.Lock()
 
 
 def clear_leftovers(*folders: Path) -> None:
@@ -35,8 +37,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
+        with _umask_lock:  # threads write, and each would see the other's 0
+            umask = os.umask(0)
+            os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp and safetensors write 0600 whatever the umask
         flush(temporary)
         os.replace(temporary, path)
@@ -55,9 +58,9 @@ def flush(path: Path) -> None:
 
 
 def save_image(image: Image.Image, path: Path, exif: bytes = b"") -> None:
-    """Writes a PNG file atomically; `exif` is its only metadata."""
+    """Writes a PNG file atomically and quickly; `exif` is its only metadata."""
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG", exif=exif)
+        image.save(temporary, format="PNG", exif=exif, compress_level=1)
 
 
 def visible_files(folder: Path) -> dict[str, Path]:

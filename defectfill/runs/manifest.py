@@ -5,6 +5,7 @@ Each process appends lines to a part of its own; the parts become the manifest.
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,13 +62,15 @@ def write_lines(file: Path, lines: Iterable[dict]) -> None:
 
 @contextmanager
 def open_part(folder: Path, process: int) -> Iterator[Callable[[dict], None]]:
-    """Yields the function that adds a line to the process's part, flushed to the disk."""
+    """Yields the function that adds a line to the process's part, flushed to the disk; threads may call it."""
+    lock = threading.Lock()
     with (folder / PARTS.replace("*", f"{process:05d}")).open("a") as part:
 
         def add(line: dict) -> None:
-            part.write(json.dumps(line) + "\n")
-            part.flush()
-            os.fsync(part.fileno())
+            with lock:
+                part.write(json.dumps(line) + "\n")
+                part.flush()
+                os.fsync(part.fileno())
 
         yield add
 

@@ -30,6 +30,7 @@ svg {{ max-width: 100%; height: auto }} .all {{ fill: #bbb }} .kept {{ fill: #c2
 <h1>DefectFill: {title}</h1>
 <div class="wide"><table><tr><th>object<th>defect{heads}{rows}</table></div>
 <p>Retried: made, but not from its first seeds. Rejected: candidates of the images made.
+{speed}
 {problems}{sections}
 """
 
@@ -144,12 +145,25 @@ def group_by_type(lines: Iterable[dict]) -> dict[tuple[str, str], list[dict]]:
     return kinds
 
 
-def write_report(file: Path, plan: Iterable[dict], lines: list[dict], problems: Iterable[str]) -> None:
+def speed_line(speed: dict) -> str:
+    """A paragraph of the last start's speed, as `speed.json` holds it."""
+    if not speed["images"]:
+        return ""
+    peak = speed["peak_memory_bytes"]
+    memory = f", at most {peak / 2**30:.1f} GiB of its memory" if peak else ""
+    return (
+        f"<p>The last start made {speed['images']} images on {html.escape(speed['device'])}, processes: "
+        f"{speed['processes']}: {speed['seconds_per_image']:.3g} s an image without loading{memory}."
+    )
+
+
+def write_report(file: Path, plan: Iterable[dict], lines: list[dict], problems: Iterable[str], speed: dict) -> None:
     """Writes the page `file`, beside the folder `contact/`.
 
     Args:
         plan, lines: of the plan and of the manifest.
         problems: why images could not be made.
+        speed: the content of `speed.json`.
     """
     planned, made = group_by_type(plan), group_by_type(lines)
     rows = "".join(
@@ -164,6 +178,7 @@ def write_report(file: Path, plan: Iterable[dict], lines: list[dict], problems: 
         "title": html.escape(file.resolve().parent.name),
         "heads": "".join(f"<th>{head}" for head in COUNTS),
         "rows": rows,
+        "speed": speed_line(speed),
         "problems": f"<h2>Not generated</h2><ul>{problem_list}</ul>" if problem_list else "",
         "sections": sections,
     }

@@ -57,6 +57,10 @@ class GenerationCommand:
     mixed_precision: str | None  # None: by the device
     resolution: int | None  # pixels
     scheduler: str
+    # speed
+    fuse_lora: bool
+    channels_last: bool
+    torch_compile: str | None  # blocks or unet
     # candidates and selection
     num_candidates: int
     batch_size: int | None

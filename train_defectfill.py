@@ -340,6 +340,7 @@ def training_losses(models: Models, batch: dict, sample: NoiseSample, options: L
 
 LOSSES = ("loss", "l_def", "l_obj", "l_attn")
 PASSES = ("defect", "object")
+X0_TIMESTEPS = (999, 900, 800, 600, 400)
 MAX_SKIPPED_STEPS = 30  # in a row; a loss scale of 65536 is down to nothing by then
 
 
@@ -352,16 +353,17 @@ def collate(items: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def measure(models: Models, items: Iterable[dict], options: LossOptions, device: torch.device) -> dict[str, float]:
-    """Losses and attention overlap over whole items at four fixed timesteps with fixed noise, to compare runs.
+def measure(models: Models, items: Iterable[dict], options: LossOptions, device: torch.device) -> dict:
+    """Losses, attention overlap and errors of x_0 over whole items at fixed timesteps, with fixed noise.
 
-    Every noise level weighs the same here.
+    To compare runs: every noise level weighs the same here, whatever it weighs in training.
 
     Returns:
-        the mean of each loss, of the map's IoU with the mask and of its share inside the mask; and `mask_area`, the
-        share that a map without a preference would have.
+        the mean of each loss, of the map's IoU with the mask and of its share inside the mask; `mask_area`, the share
+        that a map without a preference would have; and `x0_error`: that of `x0_errors` by timestep, under `defect` and
+        `object` for the two prompts, and the variance of x_0 inside the masks.
     """
-    rows, options = [], options._replace(snr_gamma=None, high_noise_power=0.0)
+    rows, errors, cells, options = [], [], [], options._replace(snr_gamma=None, high_noise_power=0.0)
     for item in items:
         batch = collate([item], device)
         batch["latents"] = encode_images(models.vae, batch["pixel_values"], [batch["mask"], batch["random_mask"]])
@@ -371,46 +373,42 @@ def measure(models: Models, items: Iterable[dict], options: LossOptions, device:
             losses = training_losses(models, batch, sample._replace(timesteps=t), options)
             iou, share = attention_overlap(losses["attention_map"][0], batch["mask"][0, 0])
             rows.append([*(losses[k].item() for k in LOSSES), iou, share, batch["mask"].mean().item()])
+        errors_here, cells_here = x0_errors(models, batch, sample)
+        errors.append(errors_here), cells.append(cells_here)
     models.store.stop()
     names = (*LOSSES, "attention_iou", "attention_inside", "mask_area")
-    return {name: round(float(x), 6) for name, x in zip(names, np.mean(rows, axis=0))}
+    means = {name: round(float(x), 6) for name, x in zip(names, np.mean(rows, axis=0))}
+    of_prompts = torch.stack(errors).mean(dim=0).tolist()  # (2, timesteps)
+    x0_error = {k: {str(t): round(x, 4) for t, x in zip(X0_TIMESTEPS, row)} for k, row in zip(PASSES, of_prompts)}
+    variance = torch.cat(cells, dim=1).var(dim=1, correction=0).mean().item()
+    return means | {"x0_error": x0_error | {"variance": round(variance, 4)}}
 
 
-X0_TIMESTEPS = (999, 900, 800, 600, 400)
+def x0_errors(models: Models, batch: dict, sample: NoiseSample) -> tuple[torch.Tensor, torch.Tensor]:
+    """How well x_0 is predicted inside the mask: it decides if a defect appears, and the losses hide it.
 
-
-@torch.no_grad()
-def x0_error(models: Models, items: Iterable[dict], device: torch.device) -> dict[str, dict[str, float] | float]:
-    """How well x_0 is predicted inside the mask, by timestep: it decides if a defect appears, and the losses hide it.
+    Args:
+        batch: one item, with its latents.
 
     Returns:
-        the mean over the mask's cells of (x_0 - x_0_pred)^2 at `X0_TIMESTEPS`, with fixed noise and with the defect's
-        own mask, under `defect` with the defect prompt and under `object` with the object prompt; and `x0_variance`,
-        that of x_0 there.
+        (2, timesteps) the mean of (x_0 - x_0_pred)^2 over the mask's cells at `X0_TIMESTEPS`, with the defect's own
+        mask and the prompt of each pass; and (C, cells) x_0 there.
     """
-    scheduler, rows, cells = models.noise_scheduler, [], []
+    scheduler, mask = models.noise_scheduler, batch["mask"]
     models.store.stop()
-    for item in items:
-        batch = collate([item], device)
-        sample, mask = sample_noise(models, batch), batch["mask"]
-        latents = encode_images(models.vae, batch["pixel_values"], [mask])
-        x_0, masked = latents.sample(sample.posterior, models.vae.config.scaling_factor)
-        inside = mask[0, 0] > 0.5
-        cells.append(x_0[0][:, inside])  # (C, cells)
-        prompts = torch.cat([batch["defect_prompt"], batch["object_prompt"]])
-        embeddings = encode_prompts(models.text_encoder, models.tokens, prompts)
-        errors = []
-        for t in X0_TIMESTEPS:
-            timesteps = torch.full_like(sample.timesteps, t)
-            x_t = scheduler.add_noise(x_0, sample.noise, timesteps)
-            model_input = unet_input(x_t, mask, masked).repeat(2, 1, 1, 1)  # a row for each prompt
-            prediction = models.unet(model_input, timesteps.repeat(2), encoder_hidden_states=embeddings).sample.float()
-            error = (predicted_x_0(scheduler, x_t, prediction, timesteps) - x_0).square()
-            errors.append(error[:, :, inside].mean(dim=(1, 2)).tolist())
-        rows.append(errors)
-    means = np.mean(rows, axis=0).T  # (2, timesteps)
-    found = {k: {str(t): round(float(x), 4) for t, x in zip(X0_TIMESTEPS, row)} for k, row in zip(PASSES, means)}
-    return found | {"x0_variance": round(torch.cat(cells, dim=1).var(dim=1, correction=0).mean().item(), 4)}
+    x_0, b_def, *_ = batch["latents"].sample(sample.posterior, models.vae.config.scaling_factor)
+    inside = mask[0, 0] > 0.5
+    prompts = torch.cat([batch["defect_prompt"], batch["object_prompt"]])
+    embeddings = encode_prompts(models.text_encoder, models.tokens, prompts)
+    errors = []
+    for t in X0_TIMESTEPS:
+        timesteps = torch.full_like(sample.timesteps, t)
+        x_t = scheduler.add_noise(x_0, sample.noise, timesteps)
+        model_input = unet_input(x_t, mask, b_def).repeat(2, 1, 1, 1)  # a row for each prompt
+        prediction = models.unet(model_input, timesteps.repeat(2), encoder_hidden_states=embeddings).sample.float()
+        error = (predicted_x_0(scheduler, x_t, prediction, timesteps) - x_0).square()
+        errors.append(error[:, :, inside].mean(dim=(1, 2)))
+    return torch.stack(errors, dim=1), x_0[0][:, inside]
 
 
 @torch.no_grad()
@@ -558,8 +556,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     def measure_references() -> dict | None:
         if accelerator.is_main_process:
             with evaluating(bare_models, accelerator):
-                losses = measure(bare_models, samples.references(), options, device)
-                return losses | {"x0_error": x0_error(bare_models, samples.references(), device)}
+                return measure(bare_models, samples.references(), options, device)
 
     if prepared.checkpoint:
         weights = read_lora(prepared.checkpoint).tensors

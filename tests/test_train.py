@@ -50,7 +50,7 @@ def test_a_run_leaves_lora_card_record_split_and_checkpoint(trained):
         }
         errors = record[moment]["x0_error"]
         assert list(errors["defect"]) == list(errors["object"]) == ["999", "900", "800", "600", "400"]
-        assert errors["x0_variance"] > 0
+        assert errors["variance"] > 0
     assert record["speed"]["seconds_per_step"] is None  # two steps: all of them are warm-up
     lines = read_lines(trained / "losses.jsonl")
     assert [line["step"] for line in lines] == [1, 2]

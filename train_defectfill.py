@@ -2,8 +2,8 @@
 
     accelerate launch train_defectfill.py --train_data_dir mvtec/hazelnut --defect hole --output_dir lora-hazelnut-hole
 
-Reads top to bottom: the method's equations, attention maps, LoRA and precision, one training step, measures and
-validation images, the loop, the command. Its flags are in `defectfill/runs/flags.py`.
+Reads top to bottom: the method's equations, attention maps, one training step, measures and validation images, the
+loop, the command. Its flags are in `defectfill/runs/flags.py`.
 
 Shapes: B samples, L prompt tokens, Q queries of an attention layer, h x w the latent grid.
 Masks are 1 inside the defect; images are in [-1, 1].
@@ -35,17 +35,22 @@ from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from defectfill.base_model import BaseModel, check_resolution, load_models, load_tokenizer, read_base
 from defectfill.colour_stats import statistics_by_defect
 from defectfill.latents import LatentCache, encode_images, to_device
-from defectfill.lora import ADAPTER, LORA_FILE, lora_parameters, read_lora, reload_and_compare, save_lora
+from defectfill.lora import LORA_FILE, add_lora, lora_parameters, read_lora, reload_and_compare, save_lora
+from defectfill.noise_levels import (
+    PLAIN_NOISE,
+    NoiseOptions,
+    draw_timestep,
+    error_weights,
+    offset_noise,
+    predicted_x_0,
+)
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.cards import write_model_card
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
@@ -99,6 +104,8 @@ class LossOptions(NamedTuple):
     loss_reduction: str = "mean"  # or "mask"
     attention_pass: str = "object"  # or "defect"
     attention_map_scale: str = "raw"  # or "minmax"
+    snr_gamma: float | None = None  # weights of the noise levels, not the paper's
+    high_noise_power: float = 0.0
 
 
 def unet_input(noisy_latents: torch.Tensor, mask: torch.Tensor, masked_latents: torch.Tensor) -> torch.Tensor:
@@ -246,25 +253,6 @@ def attention_overlap(attention: torch.Tensor, mask: torch.Tensor) -> tuple[floa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# LoRA and precision
-
-
-def add_lora(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, rank: int, alpha: float, dropout: float) -> None:
-    """Adds LoRA to the attention layers of both models, in fp32 whatever their own precision; the rest is frozen."""
-    options = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "init_lora_weights": "gaussian"}
-    targets = {unet: ["to_k", "to_q", "to_v", "to_out.0"], text_encoder: ["q_proj", "k_proj", "v_proj", "out_proj"]}
-    for model, modules in targets.items():
-        model.requires_grad_(False)
-        model.add_adapter(LoraConfig(target_modules=modules, **options), adapter_name=ADAPTER)
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                # Autocast brings the fp32 adapters down to the activations' precision; peft would bring the
-                # activations up first, for the same result and 20-30 % more activation memory.
-                module.cast_input_dtype_enabled = False
-        cast_training_params(model, dtype=torch.float32)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # One training step
 
 
@@ -287,15 +275,15 @@ class NoiseSample(NamedTuple):
     posterior: torch.Tensor  # (B, C, h, w)
 
 
-def sample_noise(models: Models, batch: dict) -> NoiseSample:
+def sample_noise(models: Models, batch: dict, options: NoiseOptions = PLAIN_NOISE) -> NoiseSample:
     """Samples each item's numbers from its own seed, on the CPU, so that they are the same on every machine."""
     shape = (2, models.vae.config.latent_channels, *batch["mask"].shape[-2:])
     samples = []
     for seed in batch["seed"].tolist():
         generator = torch.Generator().manual_seed(seed)
         noise, posterior = torch.randn(shape, generator=generator)
-        t = torch.randint(0, models.noise_scheduler.config.num_train_timesteps, (), generator=generator)
-        samples.append((noise, t, posterior))
+        t = draw_timestep(options, models.noise_scheduler.config.num_train_timesteps, generator)
+        samples.append((offset_noise(options, noise, generator), t, posterior))
     return NoiseSample(*(to_device(torch.stack(column), batch["mask"].device) for column in zip(*samples)))
 
 
@@ -339,6 +327,9 @@ def training_losses(models: Models, batch: dict, sample: NoiseSample, options: L
     ).sample.float()
     attention = attention_map(store.pop(), mask.shape[-2:], options.attention_map_scale)
 
+    weights = error_weights(scheduler, sample.timesteps, options.snr_gamma, options.high_noise_power)
+    if weights is not None:  # inside the square, as its root
+        target, noise_pred = weights.sqrt() * target, weights.sqrt().repeat(2, 1, 1, 1) * noise_pred
     pred_def, pred_obj = noise_pred.chunk(2)
     l_def = defect_loss(target, pred_def, mask, options.loss_reduction)
     l_obj = object_loss(target, pred_obj, mask, options.background_alpha, options.loss_reduction)
@@ -348,6 +339,8 @@ def training_losses(models: Models, batch: dict, sample: NoiseSample, options: L
 
 
 LOSSES = ("loss", "l_def", "l_obj", "l_attn")
+PASSES = ("defect", "object")
+X0_TIMESTEPS = (999, 900, 800, 600, 400)
 MAX_SKIPPED_STEPS = 30  # in a row; a loss scale of 65536 is down to nothing by then
 
 
@@ -360,14 +353,17 @@ def collate(items: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def measure(models: Models, items: Iterable[dict], options: LossOptions, device: torch.device) -> dict[str, float]:
-    """Losses and attention overlap over whole items at four fixed timesteps with fixed noise, to compare runs.
+def measure(models: Models, items: Iterable[dict], options: LossOptions, device: torch.device) -> dict:
+    """Losses, attention overlap and errors of x_0 over whole items at fixed timesteps, with fixed noise.
+
+    To compare runs: every noise level weighs the same here, whatever it weighs in training.
 
     Returns:
-        the mean of each loss, of the map's IoU with the mask and of its share inside the mask; and `mask_area`, the
-        share that a map without a preference would have.
+        the mean of each loss, of the map's IoU with the mask and of its share inside the mask; `mask_area`, the share
+        that a map without a preference would have; and `x0_error`: that of `x0_errors` by timestep, under `defect` and
+        `object` for the two prompts, and the variance of x_0 inside the masks.
     """
-    rows = []
+    rows, errors, cells, options = [], [], [], options._replace(snr_gamma=None, high_noise_power=0.0)
     for item in items:
         batch = collate([item], device)
         batch["latents"] = encode_images(models.vae, batch["pixel_values"], [batch["mask"], batch["random_mask"]])
@@ -377,9 +373,42 @@ def measure(models: Models, items: Iterable[dict], options: LossOptions, device:
             losses = training_losses(models, batch, sample._replace(timesteps=t), options)
             iou, share = attention_overlap(losses["attention_map"][0], batch["mask"][0, 0])
             rows.append([*(losses[k].item() for k in LOSSES), iou, share, batch["mask"].mean().item()])
+        errors_here, cells_here = x0_errors(models, batch, sample)
+        errors.append(errors_here), cells.append(cells_here)
     models.store.stop()
     names = (*LOSSES, "attention_iou", "attention_inside", "mask_area")
-    return {name: round(float(x), 6) for name, x in zip(names, np.mean(rows, axis=0))}
+    means = {name: round(float(x), 6) for name, x in zip(names, np.mean(rows, axis=0))}
+    of_prompts = torch.stack(errors).mean(dim=0).tolist()  # (2, timesteps)
+    x0_error = {k: {str(t): round(x, 4) for t, x in zip(X0_TIMESTEPS, row)} for k, row in zip(PASSES, of_prompts)}
+    variance = torch.cat(cells, dim=1).var(dim=1, correction=0).mean().item()
+    return means | {"x0_error": x0_error | {"variance": round(variance, 4)}}
+
+
+def x0_errors(models: Models, batch: dict, sample: NoiseSample) -> tuple[torch.Tensor, torch.Tensor]:
+    """How well x_0 is predicted inside the mask: it decides if a defect appears, and the losses hide it.
+
+    Args:
+        batch: one item, with its latents.
+
+    Returns:
+        (2, timesteps) the mean of (x_0 - x_0_pred)^2 over the mask's cells at `X0_TIMESTEPS`, with the defect's own
+        mask and the prompt of each pass; and (C, cells) x_0 there.
+    """
+    scheduler, mask = models.noise_scheduler, batch["mask"]
+    models.store.stop()
+    x_0, b_def, *_ = batch["latents"].sample(sample.posterior, models.vae.config.scaling_factor)
+    inside = mask[0, 0] > 0.5
+    prompts = torch.cat([batch["defect_prompt"], batch["object_prompt"]])
+    embeddings = encode_prompts(models.text_encoder, models.tokens, prompts)
+    errors = []
+    for t in X0_TIMESTEPS:
+        timesteps = torch.full_like(sample.timesteps, t)
+        x_t = scheduler.add_noise(x_0, sample.noise, timesteps)
+        model_input = unet_input(x_t, mask, b_def).repeat(2, 1, 1, 1)  # a row for each prompt
+        prediction = models.unet(model_input, timesteps.repeat(2), encoder_hidden_states=embeddings).sample.float()
+        error = (predicted_x_0(scheduler, x_t, prediction, timesteps) - x_0).square()
+        errors.append(error[:, :, inside].mean(dim=(1, 2)))
+    return torch.stack(errors, dim=1), x_0[0][:, inside]
 
 
 @torch.no_grad()
@@ -450,7 +479,7 @@ def make_models(
     """The base's models on `device` with fresh LoRA and recording processors."""
     unet, text_encoder, vae, noise_scheduler = load_models(prepared.base, args.variant, args.cache_dir, dtype)
     set_seed(args.seed)
-    add_lora(unet, text_encoder, args.rank, args.lora_alpha, args.lora_dropout)
+    add_lora(unet, text_encoder, args.rank, args.lora_alpha, args.lora_dropout, args.lora_targets, args.conv_rank)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         text_encoder.activation_checkpointing_enable()
@@ -517,14 +546,14 @@ def evaluating(models: Models, accelerator: Accelerator) -> Iterator[None]:
 def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Accelerator, stop: StopSignal) -> None:
     """Trains, and leaves the LoRA, its card and the run record in `args.output_dir`."""
     began, device = time.time(), accelerator.device
-    options = LossOptions(*(getattr(args, field) for field in LossOptions._fields))
+    options, noise_options = (kind(*(getattr(args, f) for f in kind._fields)) for kind in (LossOptions, NoiseOptions))
     training = start_training(args, prepared, accelerator)
     models, bare_models, parameters, optimizer, lr_scheduler = training
     samples = prepared.samples
     if prepared.zoom:
         logger.info(f"Zoom: {len(samples)} crops around the defects of {len(prepared.data['train'])} images")
 
-    def measure_references() -> dict[str, float] | None:
+    def measure_references() -> dict | None:
         if accelerator.is_main_process:
             with evaluating(bare_models, accelerator):
                 return measure(bare_models, samples.references(), options, device)
@@ -556,7 +585,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     for keys, batch in zip(schedule, loader):
         batch = cache.load(batch) if cache else on_device(batch, device)
         torch.manual_seed(derive_seed(args.seed, "dropout", *keys[0][:2]))
-        sample = sample_noise(models, batch)
+        sample = sample_noise(models, batch, noise_options)
         with accelerator.accumulate(models.unet, models.text_encoder):
             losses = training_losses(models, batch, sample, options)
             accelerator.backward(losses["loss"])
@@ -697,6 +726,8 @@ def finish(
     write_json(args.output_dir / "run_record.json", results)
     changes = (f"{k} {measures['before'][k]:.4f} -> {measures['after'][k]:.4f}" for k in ("loss", "attention_iou"))
     logger.info(f"Over the references: {', '.join(changes)}")
+    errors = (f"{k} {' '.join(f'{x:.2f}' for x in measures['after']['x0_error'][k].values())}" for k in PASSES)
+    logger.info(f"Error of x_0 inside the mask at t = {' '.join(map(str, X0_TIMESTEPS))}: {', '.join(errors)} prompt")
     logger.info(f"LoRA saved in {args.output_dir}, reloaded and compared")
     if args.push_to_hub:
         push(args.output_dir, args.hub_model_id, args.push_timeout)
@@ -708,10 +739,11 @@ def finish(
 
 # Options that must not change when a run resumes; they are also all that a tracker is told.
 IDENTITY = (
-    "resolution", "max_resize_scale", "center_crop", "cache_latents", *LossOptions._fields, "num_random_boxes",
-    "rank", "lora_alpha", "lora_dropout", "seed", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "use_8bit_adam", "adam_beta1", "adam_beta2",
-    "adam_weight_decay", "adam_epsilon", "max_grad_norm", "allow_tf32", "channels_last",
+    "resolution", "max_resize_scale", "center_crop", "cache_latents", *LossOptions._fields, *NoiseOptions._fields,
+    "num_random_boxes", "rank", "lora_alpha", "lora_targets", "conv_rank", "lora_dropout", "seed", "train_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps",
+    "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "allow_tf32",
+    "channels_last",
 )  # fmt: skip
 
 
@@ -784,7 +816,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
     )  # fmt: skip
     record = lora_record(
         base, object_words, prompts, args.push_to_hub, appearance=statistics_by_defect(samples),
-        resolution=args.resolution, zoom=identity["zoom"], rank=args.rank, alpha=args.lora_alpha, seed=args.seed,
+        resolution=args.resolution, zoom=identity["zoom"], rank=args.rank, alpha=args.lora_alpha,
+        lora_targets=args.lora_targets, conv_rank=args.conv_rank, seed=args.seed,
     )  # fmt: skip
     split = split_names(every_type)
     return PreparedTraining(base, data, prompts, tokenizer, tokens, samples, zoom, record, split, identity, checkpoint)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from toy_model import RESOLUTION, make_models, toy_pipeline
 
 import train_defectfill as t
-from defectfill.lora import lora_parameters
+from defectfill.lora import LORA_TARGETS, lora_parameters
 
 
 GRID = RESOLUTION // 4
@@ -287,8 +287,9 @@ def test_gradients_are_the_same_with_and_without_gradient_checkpointing(options)
     assert not models.store.maps
 
 
-def test_every_lora_tensor_gets_a_gradient_from_the_whole_loss():
-    _, gradients = losses_and_gradients(make_models(), make_batch(), t.LossOptions())
+@pytest.mark.parametrize("targets", LORA_TARGETS)
+def test_every_lora_tensor_gets_a_gradient_from_the_whole_loss(targets):
+    _, gradients = losses_and_gradients(make_models(targets=targets), make_batch(), t.LossOptions())
     assert all(g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in gradients.values())
 
 
@@ -346,3 +347,38 @@ def test_adapters_scale_by_alpha_over_rank():
     module = dict(models.unet.named_modules())["up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"]
     assert module.scaling["default"] == 2
     assert math.isclose(module.r["default"], 4)
+
+
+def layers_with_lora(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def test_each_choice_of_layers_is_what_it_says():
+    """`all`: every linear layer and convolution of the blocks, as the "conv" LoRA of other trainers."""
+    found = {}
+    for targets in LORA_TARGETS:
+        pipe = toy_pipeline()
+        t.add_lora(pipe.unet, pipe.text_encoder, rank=4, alpha=8, dropout=0.0, targets=targets)
+        found[targets] = [set(layers_with_lora(model)) for model in (pipe.unet, pipe.text_encoder)]
+    plain = toy_pipeline()
+    every, of_text = (
+        {name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
+        for model in (plain.unet, plain.text_encoder)
+    )
+    ends = {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
+    assert found["all"][0] == every - ends
+    assert {"down_blocks.0.downsamplers.0.conv", "up_blocks.0.upsamplers.0.conv"} < found["all"][0]
+    assert found["attention+ff"][0] == {name for name in every if ".attn" in name or ".ff." in name}
+    assert found["attention"][0] == {name for name in every if ".attn" in name}
+    assert found["all"][1] == found["attention+ff"][1] == of_text - {name for name in of_text if "embed" in name}
+    assert found["attention"][1] == {name for name in of_text if ".self_attn." in name}
+
+
+def test_convolutions_of_another_rank_have_the_same_strength():
+    pipe = toy_pipeline()
+    t.add_lora(pipe.unet, pipe.text_encoder, rank=4, alpha=12, dropout=0.0, targets="all", conv_rank=2)
+    layers = layers_with_lora(pipe.unet)
+    ranks = {name: module.r["default"] for name, module in layers.items()}
+    assert {rank for name, rank in ranks.items() if ".conv" in name} == {2}
+    assert {rank for name, rank in ranks.items() if ".conv" not in name} == {4}
+    assert {module.scaling["default"] for module in layers.values()} == {3}

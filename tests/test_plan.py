@@ -20,13 +20,15 @@ from drawn import COLOURS, write_image, write_mask
 from folders import make_mvtec
 from PIL import Image
 from runs import content, generate, options, read_lines, reset_accelerate
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy.spatial.distance import cdist
 from toy_model import RESOLUTION
 
 import generate_defectfill as g
 import train_defectfill
 from defectfill import colour_stats
-from defectfill.lora import read_lora
+from defectfill.lora import LORA_FILE, read_lora
 from defectfill_dataset import InputError, image_tensor, load_defect_pairs, to_grid
 from defectfill_dataset.masks import piece_boxes
 
@@ -155,6 +157,32 @@ def test_several_loras_and_defects_paint_their_share_each(trained, several, good
         assert (alone / line["image"]).read_bytes() == other.read_bytes()
 
 
+def test_the_defect_prompt_of_each_lora(trained, several, good, tmp_path):
+    out = tmp_path / "out"
+    argv = ["--image", good / "000.png", "--mask_source", "random", *FAST]
+    defect = ["--generation_prompt", "defect", "--output_dir", out]
+    generate("--lora", trained, several, "--defect", "hole", "scratch", *argv, *defect)
+    lines = read_lines(out / "manifest.jsonl")
+    assert [line["prompt"] for line in lines] == ["A photo of sks", "A photo of hole", "A photo of scratch"]
+    assert {line["generation_prompt"] for line in lines} == {"defect"}
+    generate("--lora", trained, *argv, "--output_dir", tmp_path / "object")
+    assert (out / "images/000-hole.png").read_bytes() != (tmp_path / "object/images/000.png").read_bytes()
+    with pytest.raises(InputError, match="DF320 generation_prompt: the run began with 'object', now it is 'defect'"):
+        generate("--lora", trained, *argv, *defect[:2], "--output_dir", tmp_path / "object")
+
+
+def test_a_lora_without_defect_prompts_is_refused(trained, good, tmp_path, monkeypatch):
+    monkeypatch.setattr(g, "load_pipeline", None)
+    with safe_open(trained / LORA_FILE, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    record = json.loads(header["defectfill"])
+    del record["defect_prompts"]
+    save_file(tensors, tmp_path / "old.safetensors", metadata=header | {"defectfill": json.dumps(record)})
+    argv = ["--lora", tmp_path / "old.safetensors", "--image", good, "--mask_source", "random", *FAST]
+    with pytest.raises(InputError, match="DF411 .*carries no defect prompts; give --prompt"):
+        generate(*argv, "--generation_prompt", "defect", "--output_dir", tmp_path / "out")
+
+
 def test_a_run_is_not_continued_with_other_pictures(trained, several, good, tmp_path):
     argv = ["--image", good, "--mask_source", "random", *FAST, "--output_dir", tmp_path / "out"]
     generate("--lora", trained, *argv)
@@ -226,7 +254,7 @@ def test_cases_come_from_a_file_each_line_over_the_flags(trained, good, tmp_path
     mask = write_mask(tmp_path / "mask.png", 40)
     lines = [
         {"image": str(good / "000.png"), "mask": str(tmp_path / "mask.png"), "seed": 5, "guidance_scale": 3,
-         "prompt": None},
+         "prompt": None, "generation_prompt": "defect"},
         {"image": str(good), "mask_source": "procedural", "shapes": ["blob", "box"], "foreground": "none",
          "num_images": 2, "num_inference_steps": 2, "zoom": "on", "zoom_context": 2, "prompt": "A nut with moss",
          "guidance_interval": [0, 0.5]},
@@ -237,12 +265,13 @@ def test_cases_come_from_a_file_each_line_over_the_flags(trained, good, tmp_path
     generate("--lora", trained, "--cases", file, *FAST, "--prompt", "A plum", "--output_dir", out)
     first, *others = read_lines(out / "manifest.jsonl")
     assert [first["name"], *(line["name"] for line in others)] == ["000", "000-0001", "001"]
-    assert (first["seed"], first["guidance_scale"], first["zoom"], first["prompt"]) == (5, 3, None, "A nut with sks")
+    assert (first["seed"], first["guidance_scale"], first["zoom"], first["prompt"]) == (5, 3, None, "A photo of sks")
     assert np.array_equal(np.asarray(Image.open(out / first["mask"])) > 0, mask)
     assert first["guidance_interval"] == [0, 1]
     for line in others:
         assert line["guidance_interval"] == [0, 0.5]
         assert (line["prompt"], line["num_inference_steps"], line["seed"]) == ("A nut with moss", 2, 0)
+        assert line["generation_prompt"] is None
         assert line["zoom"]["context"] == 2 and line["shapes"] == ["blob", "box"]
 
 

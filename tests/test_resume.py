@@ -231,6 +231,12 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(two_checkpoints, tmp_path
         checkpoints.find_checkpoint(out, "checkpoint-2")
 
 
+CHANGED = [
+    ("--rank", "8"), ("--learning_rate", "0.1"), ("--seed", "3"), ("--phrase", "hole"), ("--lora_targets", "all"),
+    ("--snr_gamma", "5"), ("--noise_offset", "0.1"), ("--cache_latents", "2"),
+]  # fmt: skip
+
+
 def test_stray_names_are_no_checkpoints(tmp_path):
     for name in ("checkpoint-best", "checkpoint-", "checkpoint-3.old", f"{TEMPORARY}checkpoint-4", ".tmp-of-others"):
         (tmp_path / name).mkdir()
@@ -241,10 +247,7 @@ def test_stray_names_are_no_checkpoints(tmp_path):
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == [".tmp-of-others"]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [("--rank", "8"), ("--learning_rate", "0.1"), ("--seed", "3"), ("--phrase", "hole"), ("--cache_latents", "2")],
-)
+@pytest.mark.parametrize("flags", CHANGED)
 def test_a_run_resumes_only_with_the_options_it_began_with(train, two_checkpoints, tmp_path, flags):
     out = shutil.copytree(two_checkpoints, tmp_path / "out")
     data = two_checkpoints.parent / "nut"

@@ -22,7 +22,7 @@ from toy_model import RESOLUTION, toy_pipeline
 
 import train_defectfill
 from defectfill.base_model import read_base
-from defectfill.lora import LORA_FILE, load_lora, read_lora
+from defectfill.lora import LORA_FILE, check_fits, load_lora, read_lora
 from defectfill.runs import flags as option_checks
 from defectfill_dataset import InputError
 
@@ -53,6 +53,9 @@ def test_a_run_leaves_lora_card_record_split_and_checkpoint(trained):
             "attention_inside",
             "mask_area",
         }
+        errors = record[moment]["x0_error"]
+        assert list(errors["defect"]) == list(errors["object"]) == ["999", "900", "800", "600", "400"]
+        assert errors["variance"] > 0
     assert record["speed"]["seconds_per_step"] is None  # two steps: all of them are warm-up
     lines = read_lines(trained / "losses.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
@@ -106,7 +109,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(train, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("layers", [(), ("--lora_targets", "all", "--conv_rank", "3")], ids=["attention", "all"])
+def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(
+    train, base, tmp_path, monkeypatch, layers
+):
     """Bit for bit: alpha other than rank, text encoder included, dropout in training."""
     finish, rendered = train_defectfill.finish, {}
 
@@ -119,8 +125,8 @@ def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(tra
         finish(args, job, accelerator, models, *rest)
 
     monkeypatch.setattr(train_defectfill, "finish", render_then_finish)
-    rates = ("--learning_rate", "0.05", "--text_encoder_lr", "0.05")
-    out = train("--rank", "4", "--lora_alpha", "12", "--lora_dropout", "0.1", "--max_train_steps", "4", *rates)
+    flags = "--learning_rate 0.05 --text_encoder_lr 0.05 --rank 4 --lora_alpha 12 --lora_dropout 0.1"
+    out = train(*flags.split(), "--max_train_steps", "4", *layers)
     for name, lora in (("with", out), ("without", "none")):
         in_clean_process(RENDER, base, lora, tmp_path / f"{name}.npy", cwd=tmp_path)
         rendered[name] = np.load(tmp_path / f"{name}.npy")
@@ -301,12 +307,33 @@ def trained_tensors(plain_run):
         ("--lora_dropout", "0.5"),
         ("--adam_weight_decay", "0.9"),
         ("--max_grad_norm", "0.0001"),
+        ("--snr_gamma", "0.01"),
+        ("--high_noise_power", "0.5"),
+        ("--noise_offset", "0.1"),
+        ("--timestep_bias_strategy", "later", "--timestep_bias_multiplier", "9"),
+        ("--lora_targets", "attention+ff"),
+        ("--lora_targets", "all"),
+        ("--lora_targets", "all", "--conv_rank", "2"),
     ],
     ids=lambda flags: flags[0],
 )
 def test_flags_that_must_change_the_result(train, trained_tensors, tmp_path, flags):
     tensors = load_file(train(*flags, output=tmp_path / "other") / LORA_FILE)
-    assert any(not torch.equal(tensors[k], trained_tensors[k]) for k in tensors)
+    assert any(not torch.equal(tensors[k], trained_tensors[k]) for k in trained_tensors)
+
+
+def test_the_lora_of_all_layers_says_its_ranks_and_fits_its_base_alone(train, base, tmp_path):
+    out = train("--lora_targets", "all", "--conv_rank", "2")
+    lora = read_lora(out)
+    assert (lora.record["lora_targets"], lora.record["conv_rank"]) == ("all", 2)
+    with safe_open(out / LORA_FILE, "pt") as file:
+        adapter = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert adapter["unet.rank_pattern"]["conv1"] == 2 and adapter["unet.alpha_pattern"]["conv1"] == 4
+    assert lora.tensors["unet.mid_block.resnets.0.conv1.lora_A.weight"].shape[0] == 2
+    assert "rank 4 (2 for convolutions), alpha 8.0, layers: all" in " ".join((out / "README.md").read_text().split())
+    check_fits(lora, read_base(str(base)))
+    toy_pipeline(unet_channels=(32, 32, 32)).save_pretrained(tmp_path / "wider")
+    assert refused(check_fits, lora, read_base(str(tmp_path / "wider"))).startswith("DF410")
 
 
 @pytest.mark.parametrize(
@@ -387,7 +414,8 @@ def test_the_defaults_are_the_papers():
         train_batch_size=4,
         lr_warmup_steps=100, lr_scheduler="constant_with_warmup", resolution=512, max_resize_scale=1.125,
         center_crop=False,
-        loss_reduction="mean", attention_pass="object", attention_map_scale="raw",
+        loss_reduction="mean", attention_pass="object", attention_map_scale="raw", lora_targets="attention",
+        conv_rank=None, snr_gamma=None, high_noise_power=0, noise_offset=0, timestep_bias_strategy="none",
     )  # fmt: skip
     assert {k: getattr(args, k) for k in expected} == expected
     assert train_defectfill.LossOptions(*(getattr(args, f) for f in train_defectfill.LossOptions._fields)) == (
@@ -547,6 +575,18 @@ def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
         (("--seed", str(2**32)), "DF187", "below 4294967296"),
         (("--max_grad_norm", "0"), "DF187", "above 0"),
         (("--lora_alpha", "0"), "DF187", "above 0"),
+        (("--lora_targets", "all", "--conv_rank", "0"), "DF187", "at least 1"),
+        (("--conv_rank", "4"), "DF188", "--lora_targets all"),
+        (("--snr_gamma", "0"), "DF187", "above 0"),
+        (("--high_noise_power", "-1"), "DF187", "at least 0"),
+        (("--noise_offset", "nan"), "DF187", "at least 0"),
+        (("--snr_gamma", "5", "--high_noise_power", "1"), "DF188", "give one of them"),
+        (("--timestep_bias_strategy", "later"), "DF188", "together"),
+        (("--timestep_bias_multiplier", "2"), "DF188", "together"),
+        (("--timestep_bias_portion", "0.5"), "DF188", "earlier or later"),
+        (("--timestep_bias_portion", "0"), "DF187", "at most 1"),
+        (("--timestep_bias_begin", "1000"), "DF187", "above --timestep_bias_begin 1000"),
+        (("--timestep_bias_end", "1001"), "DF187", "at most 1000"),
         (("--phrase", " "), "DF187", "empty"),
         (("--report_to", "nosuch"), "DF189", "tensorboard"),
         (("--mixed_precision", "fp16", "--num_validation_images", "3"), "DF189", "needs a GPU"),

@@ -32,11 +32,11 @@ def make_samples(dataset, **options) -> TrainingSamples:
     return TrainingSamples(dataset, prompts, tokens, **arguments), prompts, tokens
 
 
-def make_models(lora: bool = True, **changes) -> t.Models:
+def make_models(lora: bool = True, targets: str = "attention", **changes) -> t.Models:
     pipe = toy_pipeline(**changes)
     tokens = tokenize_prompts(pipe.tokenizer, build_prompts(["hole"], "nut", "{defect} scratch").values())
     if lora:
-        t.add_lora(pipe.unet, pipe.text_encoder, rank=4, alpha=8, dropout=0.0)
+        t.add_lora(pipe.unet, pipe.text_encoder, rank=4, alpha=8, dropout=0.0, targets=targets)
         for parameter in lora_parameters(pipe.unet, pipe.text_encoder).values():
             torch.nn.init.normal_(parameter, std=0.1)  # B starts at 0, which would hide half of the gradients
     store = t.record_attention(pipe.unet)

@@ -61,7 +61,8 @@ The pipeline also changes pixels outside the mask a little; paste the result int
 {% endif %}
 ## Training
 
-{{ steps }} steps of batch {{ batch_size }} at {{ resolution }} px; rank {{ rank }}, alpha {{ alpha }}.
+{{ steps }} steps of batch {{ batch_size }} at {{ resolution }} px; rank {{ rank }}
+{%- if conv_rank %} ({{ conv_rank }} for convolutions){% endif %}, alpha {{ alpha }}, layers: {{ lora_targets }}.
 Seed {{ seed }}.
 The training images' licence applies to what is derived from them (MVTec AD is CC BY-NC-SA 4.0: no commercial use).
 """
@@ -123,6 +124,7 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         tags=["lora", "stable-diffusion-inpainting", "defect-generation", "defectfill"],
         **({} if local else {"base_model": record["base"], "base_model_relation": "adapter"}),
     )
+    of_record = "revision prompts steps resolution zoom rank conv_rank alpha lora_targets seed".split()
     card = ModelCard.from_template(
         data,
         template_str=CARD,
@@ -132,7 +134,7 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         repo_id=repo_id or "path/to/this/folder",
         images=images,
         batch_size=batch_size,
-        **{key: record[key] for key in "revision prompts steps resolution zoom rank alpha seed".split()},
+        **{key: record[key] for key in of_record},
     )
     with atomic_write(folder / "README.md") as temporary:
         temporary.write_text(str(card))

@@ -17,6 +17,8 @@ from defectfill_dataset.commands import HelpFormatter, Parser, add_reading_flags
 from defectfill_dataset.synthesis.shapes import SHAPES
 
 from ..base_model import SD2_MIRROR
+from ..lora import LORA_TARGETS
+from ..noise_levels import NoiseOptions
 from ..sampling import COMPILED, SCHEDULERS
 from ..selection import LPIPS_FILES
 from .requests import GenerationCommand, GenerationRequest
@@ -75,7 +77,13 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a `GenerationRequest`: those that a line of `--cases` may hold."""
     add = parser.add_argument_group("model").add_argument
     add("--lora", nargs="+", metavar="PATH|ID", help="LoRA folders, files or Hub ids; each makes its own images.")
-    add("--prompt", help="Prompt to generate with. Default: the LoRA's own.")
+    add(
+        "--generation_prompt",
+        choices=["object", "defect"],
+        default="object",
+        help="Which of the LoRA's own prompts to generate with: that of the object pass or of the defect pass.",
+    )
+    add("--prompt", help="Prompt to generate with, in place of the LoRA's own.")
     add = parser.add_argument_group("sampling").add_argument
     number_help = "Images per defect type, cycling through the good images. Default: one for each good image."
     add("--num_images", type=int, metavar="N", help=number_help)
@@ -375,9 +383,32 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--attention_map_scale", choices=["raw", "minmax"], default="raw",
         help="Use the attention map's probabilities, or stretch each map to [0, 1].")
 
+    add = group("noise levels")
+    add("--snr_gamma", type=float, metavar="X",
+        help="Min-SNR weighting of the defect and object losses: errors at little noise count less. The usual value "
+             "is 5. Default: off.")
+    add("--high_noise_power", type=float, default=0.0, metavar="P",
+        help="Weigh the squared errors of these losses by (1 / alpha_bar)^P, with mean weight 1: errors at much "
+             "noise, where it is decided if a defect appears, count more. 0 is off.")
+    add("--noise_offset", type=float, default=0.0, metavar="X",
+        help="Shift the noise of each channel by a random value of this scale. The usual value is 0.1. 0 is off.")
+    add("--timestep_bias_strategy", choices=["none", "earlier", "later", "range"], default="none",
+        help="Timesteps to draw more often: the lowest (little noise), the highest (much noise), or a range.")
+    add("--timestep_bias_multiplier", type=float, default=1.0, metavar="X",
+        help="How much more often they are drawn; below 1, less often.")
+    add("--timestep_bias_begin", type=int, default=0, metavar="N", help="First timestep of the range.")
+    add("--timestep_bias_end", type=int, default=1000, metavar="N", help="End of the range; not part of it.")
+    add("--timestep_bias_portion", type=float, default=0.25, metavar="X",
+        help="Share of all timesteps that earlier and later favour.")
+
     add = group("LoRA")
     add("--rank", type=int, default=8, metavar="N", help="Rank of every LoRA layer.")
     add("--lora_alpha", type=float, default=16, metavar="X", help="LoRA layers are scaled by alpha / rank.")
+    add("--lora_targets", choices=list(LORA_TARGETS), default="attention",
+        help="Layers that get LoRA. attention is the paper's. attention+ff adds the feed-forward layers. all adds, in "
+             "the UNet, the projections and the convolutions of its resnets, downsamplers and upsamplers.")
+    add("--conv_rank", type=int, metavar="N",
+        help="Rank of convolutions, with --lora_targets all; they are scaled by alpha / rank too. Default: --rank.")
     add("--lora_dropout", type=float, default=0.1, metavar="P", help="Dropout before LoRA layers, in training only.")
 
     add = group("optimisation")
@@ -430,15 +461,40 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
 # fmt: on
 
 
+def noise_level_problems(args: argparse.Namespace) -> list[str]:
+    """What cannot work among the flags of noise levels."""
+    problems = []
+    for name in ("snr_gamma", "timestep_bias_multiplier"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            problems.append(f"DF187 --{name} {getattr(args, name)}: must be a finite number above 0")
+    if not 0 < args.timestep_bias_portion <= 1:
+        problems.append(f"DF187 --timestep_bias_portion {args.timestep_bias_portion}: must be above 0 and at most 1")
+    begin, end = args.timestep_bias_begin, args.timestep_bias_end
+    if not begin < end <= 1000:
+        problems.append(f"DF187 --timestep_bias_end {end}: must be above --timestep_bias_begin {begin}, at most 1000")
+    if args.snr_gamma is not None and args.high_noise_power:
+        problems.append("DF188 --snr_gamma, --high_noise_power: give one of them; they weigh against each other")
+    strategy = args.timestep_bias_strategy
+    if (strategy == "none") != (args.timestep_bias_multiplier == 1):
+        problems.append("DF188 give --timestep_bias_strategy and --timestep_bias_multiplier together, or neither")
+    users = {"begin": ["range"], "end": ["range"], "portion": ["earlier", "later"]}
+    for name, strategies in users.items():
+        flag = f"timestep_bias_{name}"
+        if strategy not in strategies and getattr(args, flag) != NoiseOptions._field_defaults[flag]:
+            problems.append(f"DF188 --{flag}: only with --timestep_bias_strategy {' or '.join(strategies)}")
+    return problems
+
+
 def check_training_args(args: argparse.Namespace) -> None:
     """Raises InputError (DF187-DF189) for values and combinations that cannot work."""
     at_least = {
-        1: """resolution max_resize_scale zoom_context num_random_boxes rank max_train_steps train_batch_size
+        1: """resolution max_resize_scale zoom_context num_random_boxes rank conv_rank max_train_steps train_batch_size
             checkpointing_steps gradient_accumulation_steps num_validation_images validation_inference_steps
             checkpoints_total_limit""",
         0: """seed lambda_def lambda_obj lambda_attn background_alpha lora_dropout learning_rate text_encoder_lr
             lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon adam_weight_decay dataloader_num_workers
-            validation_steps push_timeout zoom_min_area cache_latents""",
+            validation_steps push_timeout zoom_min_area high_noise_power noise_offset timestep_bias_begin
+            cache_latents""",
     }
     problems = [
         f"DF187 --{name} {getattr(args, name)}: must be a finite number of at least {bound}"
@@ -466,6 +522,9 @@ def check_training_args(args: argparse.Namespace) -> None:
         problems.append(f"DF188 --{name}: is of --train_data_dir; leave it out with --dataset_name")
     if (args.train_data_dir is None) == (args.dataset_name is None):
         problems.append("DF188 give either --train_data_dir or --dataset_name")
+    if args.conv_rank is not None and args.lora_targets != "all":
+        problems.append("DF188 --conv_rank: only --lora_targets all trains convolutions; add it, or leave this out")
+    problems += noise_level_problems(args)
     if args.use_8bit_adam and not is_bitsandbytes_available():
         problems.append("DF189 --use_8bit_adam: bitsandbytes is not installed; run 'pip install bitsandbytes'")
     if args.enable_xformers_memory_efficient_attention:

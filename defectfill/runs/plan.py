@@ -83,22 +83,33 @@ def choose_defects(request: GenerationRequest, loras: Sequence[LoraFile]) -> lis
         wanted = [d for d in request.defect or [None] if d is None or d in prompts or alone]
         if not wanted:
             raise InputError(f"DF411 {lora.path}: knows none of --defect {' '.join(request.defect)}; leave it out")
-        chosen += [(lora, *choose_prompt(lora, defect, request.prompt)) for defect in wanted]
+        chosen += [
+            (lora, *choose_prompt(lora, defect, request.prompt, request.generation_prompt)) for defect in wanted
+        ]
     missing = set(request.defect or ()) - {defect for _, defect, _ in chosen}
     if missing:
         raise InputError(f"DF411 --defect {', '.join(sorted(missing))}: no --lora knows it")
     return chosen
 
 
-def choose_prompt(lora: LoraFile, defect: str | None, prompt: str | None) -> tuple[str | None, str]:
-    """(defect type, prompt): the prompt given, or the object prompt of the LoRA's record."""
+# The LoRA's record holds the prompts of both passes, by defect type.
+RECORDED_PROMPTS = {"object": "prompts", "defect": "defect_prompts"}
+
+
+def choose_prompt(
+    lora: LoraFile, defect: str | None, prompt: str | None, generation_prompt: str
+) -> tuple[str | None, str]:
+    """(defect type, prompt): the prompt given, or the object or defect prompt of the LoRA's record."""
     prompts = lora.record.get("prompts", {})
     if defect is None and len(prompts) == 1:
         defect = next(iter(prompts))
     if prompt and (defect is None or defect in prompts or not prompts):
         return defect, prompt
     if defect in prompts:
-        return defect, prompts[defect]
+        of_pass = lora.record.get(RECORDED_PROMPTS[generation_prompt], {})
+        if defect not in of_pass:
+            raise InputError(f"DF411 {lora.path}: carries no {generation_prompt} prompts; give --prompt")
+        return defect, of_pass[defect]
     if not prompts:
         raise InputError(f"DF411 {lora.path}: carries no prompts; give --prompt")
     if defect is None:
@@ -138,6 +149,7 @@ def make_recipe(
         "object": lora.record.get("object"),
         "defect": defect,
         "prompt": prompt,
+        "generation_prompt": None if request.prompt else request.generation_prompt,
         "lora_sha256": lora.sha256,
         "mask_source": request.mask_source,
         **mask_settings,

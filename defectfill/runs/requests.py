@@ -15,6 +15,7 @@ class GenerationRequest:
     # model and sampling
     lora: list[str]
     prompt: str | None
+    generation_prompt: str  # object or defect: which of the LoRA's own prompts, without `prompt`
     num_images: int | None  # of each defect type; None: one an image
     num_inference_steps: int
     guidance_scale: float

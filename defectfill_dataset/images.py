@@ -54,17 +54,17 @@ def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
     return image
 
 
-def oddities(image: ImageFile.ImageFile) -> tuple[str, ...]:
+def file_warnings(image: ImageFile.ImageFile) -> tuple[str, ...]:
     """What is odd, though it is read, of an image file just opened, not yet decoded: "DFnnn what"."""
     by_name = Image.registered_extensions().get(Path(os.fsdecode(image.filename)).suffix.lower(), image.format)
-    odd = {
+    checks = {
         f"DF104 does not end as {image.format} does; was it cut off, or something added?": not ends(image),
         f"DF105 is {image.format} by its content; rename it": image.format not in (by_name, "MPO"),
         "DF120 has 16 bits a channel, of which 8 are kept": has_16_bits(image),
         "DF122 has black and white alone; grey levels would train better, if the original has them": image.mode == "1",
         f"DF125 is in {image.mode}, converted to RGB without a colour profile": image.mode in ("CMYK", "LAB", "YCbCr"),
     }
-    return tuple(note for note, there in odd.items() if there)
+    return tuple(note for note, there in checks.items() if there)
 
 
 def ends(image: ImageFile.ImageFile) -> bool:
@@ -107,7 +107,7 @@ def upright_size(file: Path) -> tuple[int, int]:
         return (image.height, image.width) if turned else (image.width, image.height)
 
 
-def tells_more(image: ImageFile.ImageFile) -> bool:
+def has_metadata(image: ImageFile.ImageFile) -> bool:
     """Whether an image file just opened holds more than pixels and colours: EXIF, XMP, text, comments, previews.
 
     XMP that names a licence and nothing else, as in MVTec AD's files, may stay, and a comment beside it.

@@ -136,7 +136,7 @@ def start_canvas(planned: PlannedImage, resolution: int, scale_factor: int) -> C
     image, placed = planned.source_image.load_with_mask(planned.seed, planned.recipe.mask_source)
     grey = open_image(planned.source_image.file).mode in ("1", "L")
     if placed is None:
-        return Canvas(planned, image, grey, problem=f"DF340 {planned.source_image.file.name}: no place for its mask")
+        return Canvas(planned, image, grey, problem=f"DF340 {planned.source_image.file.name}: no room for its mask")
     boxes = crop_boxes(placed.mask, resolution, planned.recipe.zoom)
     canvas = Canvas(planned, image, grey, placed, placed.mask.copy(), boxes)
     next_crop(canvas, resolution, scale_factor)
@@ -257,7 +257,7 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
     """Makes this process's share of the images that are not done; returns the problem of each that cannot be made.
 
     A batch with an image to make is made whole, so that no pixel depends on what was done before. A batch without a
-    place for one of those is not made, and no weight is loaded for it. While the device paints one batch, threads
+    place for one of those is not made, and no weight is loaded for it. While the device samples one batch, threads
     prepare the next and write the one before.
     """
     command = run.command
@@ -433,7 +433,7 @@ def choose_base(command: GenerationCommand, recipes: Sequence[Recipe]) -> tuple[
     resolution = first.record.get("resolution") if command.resolution is None else command.resolution
     if not name or resolution is None:
         raise InputError(
-            f"DF412 {first.path}: carries no record; give --pretrained_model_name_or_path and --resolution"
+            f"DF412 {first.path}: has no record of its base; give --pretrained_model_name_or_path and --resolution"
         )
     for recipe in recipes:
         for key, flag in BASE_FLAGS.items():

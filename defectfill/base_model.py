@@ -87,7 +87,7 @@ def read_base(name: str, revision: str | None = None, cache_dir: str | None = No
     base = BaseModel(name, sha, unet, vae, text_encoder, scheduler)
     if unet.get("in_channels") != 9:
         raise InputError(
-            f"DF181 {name}: its UNet takes {unet.get('in_channels')} channels, not 9, so it is no inpainting model; "
+            f"DF181 {name}: its UNet takes {unet.get('in_channels')} channels, not 9: not an inpainting model; "
             f"use one, such as {SD2_MIRROR}"
         )
     if folder.is_dir():

@@ -171,7 +171,9 @@ def read_lora(source: str | Path) -> LoraFile:
     if broken:
         raise InputError(f"DF403 {path}: {len(broken)} tensors are not finite, {broken[0]} first; train again")
     if len(tensors) != record.get("tensors", len(tensors)):
-        raise InputError(f"DF404 {path}: {len(tensors)} of {record['tensors']} tensors; the file was cut or changed")
+        raise InputError(
+            f"DF404 {path}: {len(tensors)} of {record['tensors']} tensors; the file was truncated or changed"
+        )
     return LoraFile(path, tensors, record, file_digest(path))
 
 

@@ -256,7 +256,7 @@ def select_defects(data: DatasetDict, defects: Sequence[str] | None) -> DatasetD
 
 
 def other_types(rows: Dataset, selected: Dataset) -> Dataset:
-    """Of `rows`, those of further defect types in the images of `selected`: what its windows should not show."""
+    """Of `rows`, those of further defect types in the images of `selected`: what its crops should not show."""
     taken = set(zip(selected["source_file"], selected["defect"]))
     images = set(selected["source_file"])
     names = zip(rows["source_file"], rows["defect"])

@@ -30,7 +30,7 @@ BESIDE_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".yml", ".m
 
 @dataclasses.dataclass(frozen=True)
 class ImageReport:
-    """What one image of a dataset is like.
+    """What is known of one image of a dataset after inspection.
 
     Args:
         name: relative to the object's folder.
@@ -39,11 +39,11 @@ class ImageReport:
         size: (W, H).
         area: share of the image that the mask marks; 0 for a good image, or where there are problems.
         cells: cells of the latent grid that it marks, pooled as training does.
-        zoomed: cells that it marks of the least of its zoom windows.
-        crowded: zoom windows that show defects of other types too, and `crops` all of them.
+        zoomed: cells that it marks in the smallest of its crops.
+        crowded: crops that also show defects of other types; `crops` counts all of them.
         nearest: cells that nearest-neighbour sampling would leave.
         mask: digest of the mask's pixels.
-        warnings: "DFnnn what", for a person to know.
+        warnings: as "DFnnn message".
     """
 
     name: str
@@ -105,8 +105,8 @@ def inspect_image(
     mask.
 
     Args:
-        resolution: of the training to come; `grid` is the side of its latent grid.
-        with_zoom: lay zoom windows too.
+        resolution: to train at; `grid` is the side of its latent grid.
+        with_zoom: measure crops too.
     """
 
     def one_problem(code: str, what: str, fix: str = "") -> tuple[Problem, ...]:
@@ -118,12 +118,12 @@ def inspect_image(
     except UNREADABLE as error:
         return ImageReport(name, defect, one_problem("DF103", f"the image cannot be read: {error}"))
     if image.getcolors(1):
-        warnings += ("DF124 is of a single colour",)
+        warnings += ("DF124 has a single colour",)
     orientation = opened.getexif().get(ORIENTATION, 1)
     if orientation not in range(9):
-        warnings += ("DF126 has an EXIF orientation that means nothing; it is not turned",)
+        warnings += ("DF126 has an invalid EXIF orientation; it is not rotated",)
     elif render and (orientation in (2, 3, 4) or (orientation > 4 and image.width == image.height)):
-        warnings += ("DF127 is turned by its EXIF tag, and so must its mask be drawn; look whether the outline fits",)
+        warnings += ("DF127 is rotated by its EXIF tag, so its mask must be rotated too; check that the outline fits",)
     seen = ImageReport(name, defect, (), digest(image), image.size, warnings=warnings)
     if min(image.size) < LEAST_SIDE:
         fix = f"give an image of at least {LEAST_SIDE} pixels a side"
@@ -176,7 +176,7 @@ def area_problems(name: str, size: tuple[int, int], inside: np.ndarray, what: st
 
 
 def refusal(problems: Sequence[Problem]) -> InputError:
-    """The refusal of a dataset's folder, which says whether `--skip_problems` would help."""
+    """The error for a dataset's folder; it says whether `--skip_problems` would help."""
     images = {problem.image for problem in problems if problem.image}
     if not images or not all(map(skippable, problems)):
         return InputError(*problems)
@@ -187,10 +187,10 @@ def refusal(problems: Sequence[Problem]) -> InputError:
 def check_pairs(
     references: Dataset, *more: Dataset, resolution: int = 512, grid: int = 64, of_folder: bool = False
 ) -> list[str]:
-    """Proves that every image of a defect split, and of more splits, is fit to train; returns what is suspicious.
+    """Proves that every image of a defect split, and of more splits, can be trained on; returns warnings.
 
     Args:
-        resolution: of the training to come; `grid` is the side of its latent grid.
+        resolution: to train at; `grid` is the side of its latent grid.
         of_folder: the images are a folder's, for which there is `--skip_problems`.
 
     Raises:
@@ -248,7 +248,7 @@ def _read_mask(encoded: dict) -> np.ndarray:
 
 
 def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str], resolution: int) -> list[str]:
-    """What a person should look at, a line each; nothing here stops a training.
+    """Warnings about a dataset, a line each; none of them stops a training.
 
     What `file_warnings` finds, DF114 a link, DF124 one colour, DF131 long and thin, DF132 enlarged, DF150 inverted
     masks, DF151 a defect of fewer than four latent cells, DF153 one image twice, DF154 an image both among the
@@ -257,7 +257,7 @@ def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str],
 
     Args:
         references: names of the images that train.
-        resolution: of the training to come.
+        resolution: to train at.
     """
     notes = image_warnings(image_reports)
     opened = list({x.name: x for x in image_reports if x.size[0]}.values())
@@ -277,7 +277,7 @@ def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str],
     elif full := [x.name for x in marked if x.area > 0.9]:
         notes.append(f"DF150 {_some(full)}: the mask covers more than 90 % of the image; is it inverted?")
     if len(marked) > 1 and len({x.mask for x in marked}) == 1:
-        notes.append(f"DF155 all {len(marked)} masks are the same; is each that of its image?")
+        notes.append(f"DF155 all {len(marked)} masks are the same; does each belong to its image?")
     tiny = [x for x in marked if x.cells < LEAST_CELLS]
     if tiny:
         notes.append(
@@ -288,7 +288,7 @@ def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str],
     if crowded:
         notes.append(
             f"DF157 {_some(x.name for x in crowded)}: {sum(x.crowded for x in crowded)} of "
-            f"{sum(x.crops for x in marked)} zoom windows show defects of other types too, which lie too close; "
+            f"{sum(x.crops for x in marked)} crops also show defects of other types, which lie too close; "
             "leave these images out if the types get mixed"
         )
     same: dict[str, list[ImageReport]] = {}
@@ -298,14 +298,14 @@ def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str],
         names = _some([x.name for x in group])
         kinds = {"good" if x.defect == "good" else "reference" if x.name in references else "held out" for x in group}
         if len(kinds) > 1:
-            notes.append(f"DF154 {names}: the same picture, {' and '.join(sorted(kinds))}; keep one")
+            notes.append(f"DF154 {names}: the same image, {' and '.join(sorted(kinds))}; keep one")
         else:
-            notes.append(f"DF153 {names}: the same picture; keep one")
+            notes.append(f"DF153 {names}: the same image; keep one")
     return [one_line(note) for note in notes]
 
 
 def image_warnings(image_reports: Iterable[ImageReport]) -> list[str]:
-    """A line for each kind of oddity, with the names of the images."""
+    """A line for each kind of warning, with the names of the images."""
     names: dict[str, list[str]] = {}
     for x in image_reports:
         for kind in x.warnings:
@@ -314,7 +314,7 @@ def image_warnings(image_reports: Iterable[ImageReport]) -> list[str]:
 
 
 def ignored_files(rows: Iterable[Row], root: Path) -> list[str]:
-    """A line (DF107) of what lies beside the images and is not read, if anything."""
+    """A line (DF107) that names the files beside the images that are not read, if any."""
     files = sorted(
         f for folder in {row.image.parent for row in rows} for f in folder.iterdir() if not is_hidden(f.name)
     )
@@ -324,7 +324,7 @@ def ignored_files(rows: Iterable[Row], root: Path) -> list[str]:
     ]
     names = [relative(f, root) for f in strange]
     read = ", ".join(sorted(IMAGE_EXTENSIONS))
-    return [one_line(f"DF107 {_some(names)}: not read; only files of {read} are; convert it")] if names else []
+    return [one_line(f"DF107 {_some(names)}: not read; convert to one of {read}")] if names else []
 
 
 def _some(names: Iterable[str]) -> str:

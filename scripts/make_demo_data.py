@@ -1,8 +1,8 @@
-"""Draw a small inspection dataset in MVTec AD's layout: four kinds of part, good and defective, with exact masks.
+"""Render a small inspection dataset in MVTec AD's layout: four kinds of part, good and defective, with exact masks.
 
     python scripts/make_demo_data.py --output_dir demo/data
 
-Every picture is a lit height field: a part has a height and a colour at each pixel, a defect changes both inside its
+Every image is a lit height field: a part has a height and a colour at each pixel, a defect changes both inside its
 mask, and one light shades the result. Nothing is downloaded or copied; the images are free of any licence.
 
     plate  brushed metal      scratch, dent, stain

@@ -720,7 +720,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction",
                         help="What the UNet predicts. Default: %(default)s.")  # fmt: skip
     add("--resolution", 128, "Side of the pictures.", metavar="PX")
-    add("--pictures", 2100, "Pictures to draw, or to crop.")
+    add("--pictures", 2100, "Images to render, or to crop from --data_dir.")
     add("--marks", 1, "Scenes with a mark that are made of each picture.")
     add("--workers", os.cpu_count() or 1, "Processes that make the scenes.")
     add("--vae_steps", 3000, "Steps of the autoencoder.")

@@ -250,7 +250,7 @@ def test_samplers_are_compared_on_the_same_parts(base, segmenter, trained, tmp_p
     compare_samplers.main(compare_samplers.parse_args(command.split()))
     head, _, *lines, _, number = (tmp_path / "table.md").read_text().splitlines()
     rows = {cells[1]: cells[2:-1] for cells in ([c.strip() for c in line.split("|")] for line in lines)}
-    assert "| nut |" in head and number == "2 pictures a way." and list(rows) == list(compare_samplers.VARIANTS)
+    assert "| nut |" in head and number == "2 images per variant." and list(rows) == list(compare_samplers.VARIANTS)
     assert [int(cells[0]) for cells in rows.values()] == [100, 40, 40, 40, 20, 30, 30, 20]
     changes = [float(cells[-1]) for cells in rows.values()]
     assert changes[0] == 0 and rows["DDIM, 50 steps"][3] == "" and all(0 < x < 1 for x in changes[1:])
@@ -310,7 +310,7 @@ def test_generation_is_measured_in_every_way(base, tmp_path, monkeypatch, model)
     assert list(rows) == list(benchmark.make_variants(4, 2, 2, 4)) and len(rows) == 6
     assert [int(cells[0]) for cells in rows.values()] == [8, 8, 8, 8, 4, 3]
     assert [*rows.values()][0][2] == "1.00 (1.00 to 1.00)" and all(float(cells[1]) > 0 for cells in rows.values())
-    assert "2 pictures of 2 candidates, 32 px, 2 rounds" in note and note.count("%") == 2
+    assert "2 images of 2 candidates, 32 px, 2 rounds" in note and note.count("%") == 2
 
 
 def test_a_batch_smaller_than_a_pictures_candidates_is_refused(capsys):

@@ -69,7 +69,7 @@ def save_checkpoint(
         flush(output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        logger.warning(f"checkpoint-{step} could not be written ({error}); earlier checkpoints stand")
+        logger.warning(f"checkpoint-{step} could not be written ({error}); earlier checkpoints are kept")
         return False
     if total_limit is not None:
         for old in list_checkpoints(output_dir)[:-total_limit]:
@@ -174,16 +174,16 @@ def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_s
     if not which:
         if used:
             raise InputError(
-                f"DF186 --output_dir {output_dir}: holds an earlier run, or files of something else; go on with the "
-                "run by --resume_from_checkpoint latest, or choose another folder"
+                f"DF186 --output_dir {output_dir}: holds an earlier run or other files; resume the run "
+                "with --resume_from_checkpoint latest, or choose another folder"
             )
         return None
     checkpoint = find_checkpoint(output_dir, which)
     if checkpoint is None:
         if used:
             raise InputError(
-                f"DF186 --output_dir {output_dir}: holds an earlier run without a usable checkpoint, or files of "
-                "something else; choose another folder"
+                f"DF186 --output_dir {output_dir}: holds an earlier run without a usable checkpoint, or other "
+                "files; choose another folder"
             )
         logger.info("No checkpoint to resume from: starting a new run")
         return None
@@ -229,6 +229,6 @@ def check_identity(saved: dict, now: dict) -> None:
     changed = [k for k in sorted(saved.keys() | now.keys()) if saved.get(k) != now.get(k)]
     if changed:
         raise InputError(
-            *(f"DF320 {k}: the run began with {saved.get(k)!r}, now it is {now.get(k)!r}" for k in changed),
+            *(f"DF320 {k}: the run was started with {saved.get(k)!r}, now it is {now.get(k)!r}" for k in changed),
             "Resume with the same options, or choose another --output_dir.",
         )

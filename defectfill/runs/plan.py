@@ -111,10 +111,10 @@ def choose_prompt(
     if defect in prompts:
         of_pass = lora.record.get(RECORDED_PROMPTS[generation_prompt], {})
         if defect not in of_pass:
-            raise InputError(f"DF411 {lora.path}: carries no {generation_prompt} prompts; give --prompt")
+            raise InputError(f"DF411 {lora.path}: has no {generation_prompt} prompts; give --prompt")
         return defect, of_pass[defect]
     if not prompts:
-        raise InputError(f"DF411 {lora.path}: carries no prompts; give --prompt")
+        raise InputError(f"DF411 {lora.path}: has no prompts; give --prompt")
     if defect is None:
         raise InputError(
             f"DF411 {lora.path}: knows several defects; choose one with --defect: {', '.join(sorted(prompts))}"
@@ -133,7 +133,7 @@ def choose_crops(request: GenerationRequest, lora: LoraFile) -> CropRule | None:
     trained = lora.record.get("zoom")
     if request.zoom == "off" or (request.zoom == "auto" and not trained):
         if given:
-            raise InputError("DF413 --zoom_context, --zoom_min_area: there is no zoom here; add --zoom on")
+            raise InputError("DF413 --zoom_context, --zoom_min_area: no crops are used here; add --zoom on")
         return None
     return CropRule(**(trained or {}) | given)
 
@@ -187,7 +187,7 @@ def make_plan(inputs: Sequence[RequestInputs]) -> list[PlannedImage]:
         key = json.dumps(image.line | {"name": ""}, sort_keys=True)
         if key in asked:
             raise InputError(
-                f"DF415 {image.source_image.file.name}, {defect_label(image.recipe)}: is asked for twice with --seed "
+                f"DF415 {image.source_image.file.name}, {defect_label(image.recipe)}: is requested twice with --seed "
                 f"{image.seed}; change one seed"
             )
         asked.add(key)
@@ -233,11 +233,11 @@ def check_plan(lines: list[dict], before: list[dict]) -> None:
             if key.startswith(("good_image", "given_")):
                 problems.add(f"DF320 {line['name']}: was generated from another image or mask")
             else:
-                changed = f"DF320 {key}: the run began with {old.get(key)!r}, now it is {line.get(key)!r}"
+                changed = f"DF320 {key}: the run was started with {old.get(key)!r}, now it is {line.get(key)!r}"
                 seeds.append(changed) if key == "seed" else problems.add(changed)
     if old_lines:
         names = ", ".join(sorted(old_lines)[:4])
-        problems.add(f"DF320 {names}: {len(old_lines)} images that the run began with are not asked for now")
+        problems.add(f"DF320 {names}: {len(old_lines)} images of the earlier run are no longer requested")
     problems.update(seeds[:1])
     if problems:
         raise InputError(*sorted(problems), "Resume with the same inputs and flags, or choose another --output_dir.")

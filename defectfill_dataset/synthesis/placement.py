@@ -155,7 +155,8 @@ def find_place(
     """
     needed = math.ceil(coverage * int(shape.sum()) - 1e-9)
     height, width = shape.shape
-    # A pixel of the shape on an allowed one: places come up as often as they have such, and are taken the less for it.
+    # Propose places by putting a random pixel of the shape on a random allowed one: places with more overlap come up
+    # more often, and are accepted with probability needed / covered, which keeps the draw uniform.
     pixels = np.argwhere(shape)
     spots = rng.integers(0, allowed.shape, (SPOTS, 2))
     spots = spots[allowed[spots[:, 0], spots[:, 1]]][:PLACES]
@@ -266,9 +267,9 @@ def held_out_source(masks: Sequence[NamedMask]) -> MaskSource:
     Says in the log what that means for figures.
     """
     logger.warning(
-        f"--mask_source held_out: {len(masks)} held-out masks as they are, the paper's protocol. A model trained on "
-        "these images has seen the shapes and places of the defects it is tested on; do not compare its figures with "
-        "those of masks from references."
+        f"--mask_source held_out: {len(masks)} held-out masks unchanged, as in the paper. A model trained on these "
+        "images has seen the shapes and positions of the defects it is tested on; do not compare its scores with "
+        "those of reference masks."
     )
 
     def source(

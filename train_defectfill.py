@@ -737,7 +737,7 @@ def finish(
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-# Options that must not change when a run resumes; they are also all that a tracker is told.
+# Options that must not change when a run resumes; they are also all that is logged to a tracker.
 IDENTITY = (
     "resolution", "max_resize_scale", "center_crop", "cache_latents", *LossOptions._fields, *NoiseOptions._fields,
     "num_random_boxes", "rank", "lora_alpha", "lora_targets", "conv_rank", "lora_dropout", "seed", "train_batch_size",

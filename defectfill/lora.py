@@ -218,7 +218,7 @@ def fuse_lora(pipe) -> Callable[[], None]:
     """Fuses the loaded LoRA into the weights of `pipe`; returns the function that takes it out again, bit for bit.
 
     The original weights are kept on the CPU: subtracting the LoRA, as diffusers' `unfuse_lora` does, would leave
-    rounding errors in the pictures of the next one.
+    rounding errors in the images of the next one.
     """
     modules = (module for model in (pipe.unet, pipe.text_encoder) for module in model.modules())
     fused = [module.get_base_layer().weight for module in modules if isinstance(module, BaseTunerLayer)]

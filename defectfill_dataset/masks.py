@@ -87,7 +87,7 @@ class MaskShapes:
     Args:
         size: (W, H) of the image.
         polygons: corners of each, as `polygon_mask` takes them.
-        rles: run lengths in COCO's compressed form.
+        rles: RLE counts in COCO's compressed form.
     """
 
     size: tuple[int, int]
@@ -100,7 +100,7 @@ class MaskShapes:
         """The (H, W) bool array.
 
         Raises:
-            ValueError: run lengths that do not fill the image.
+            ValueError: an RLE that does not fill the image.
         """
         mask = np.zeros(self.size[::-1], dtype=bool)
         for polygon in self.polygons:
@@ -108,7 +108,7 @@ class MaskShapes:
         for counts in self.rles:
             rle = {"size": list(self.size[::-1]), "counts": counts.encode()}
             decoded = coco_mask.decode(rle)
-            # Too few run lengths leave the decoder's memory as it was.
+            # Too few counts leave the decoder's memory as it was.
             if coco_mask.encode(decoded)["counts"] != rle["counts"]:
                 raise ValueError(f"its RLE does not fill {self.size[0]}x{self.size[1]} pixels")
             mask |= decoded > 0

@@ -1,6 +1,6 @@
-"""Contact sheets: a dataset's pictures with the outlines of their masks, for a person to look over.
+"""Contact sheets: a dataset's images with their masks outlined, for a person to review.
 
-A picture or thumbnail is what the sheet shows of an image, at most `CELL` pixels a side; H x W are the image's pixels,
+A picture is a thumbnail or an enlarged detail of an image, at most `CELL` pixels a side; H x W are the image's pixels,
 h x w the picture's.
 """
 

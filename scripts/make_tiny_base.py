@@ -716,12 +716,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Learn from random squares of --data_dir's images, up to this side.",
     )
     switch("--random_weights", "Save the untrained pipeline and stop.")
-    switch("--scenes_only", "Make the pictures to learn from and stop; a later start takes them.")
+    switch("--scenes_only", "Make the training images and stop; a later run uses them.")
     parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction",
                         help="What the UNet predicts. Default: %(default)s.")  # fmt: skip
     add("--resolution", 128, "Side of the pictures.", metavar="PX")
     add("--pictures", 2100, "Images to render, or to crop from --data_dir.")
-    add("--marks", 1, "Scenes with a mark that are made of each picture.")
+    add("--marks", 1, "Scenes with a mark made from each image.")
     add("--workers", os.cpu_count() or 1, "Processes that make the scenes.")
     add("--vae_steps", 3000, "Steps of the autoencoder.")
     add("--vae_batch_size", 16, "Crops in a step of the autoencoder.")

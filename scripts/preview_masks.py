@@ -25,7 +25,7 @@ from defectfill_dataset import find_foreground, load_masks, principal_axis
 from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
 
 
-CELL = 192  # pixels a side of the grid's pictures
+CELL = 192  # pixels a side of the grid's cells
 COLUMNS = 8
 LONG = 1.5  # how many times longer than across a mask must be for its angle to mean something
 BLUE, YELLOW, RED = (60, 120, 255), (255, 220, 0), (255, 0, 0)

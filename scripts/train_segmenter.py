@@ -5,7 +5,7 @@
 It sees pairs that make_demo_data.py never writes, of every part and defect type, and good parts. Saved as a diffusers
 UNet2DModel; its timestep is always 0. A killed run goes on where it was.
 
-Shapes: B pictures, R side. Pictures are in [-1, 1], masks 1 inside the defect.
+Shapes: B images, R side. Images are in [-1, 1], masks 1 inside the defect.
 """
 
 import argparse

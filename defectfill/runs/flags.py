@@ -461,7 +461,7 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
         help="Save validation images every N steps, or never (0).")
     add("--num_validation_images", type=int, default=4, metavar="N", help="Number of good images per validation.")
     add("--validation_inference_steps", type=int, default=50, metavar="N", help="DDIM steps of a validation image.")
-    add("--report_to", default="tensorboard", metavar="NAME", help="Tracker to log to: a name in accelerate, all or none.")
+    add("--report_to", default="tensorboard", metavar="NAME", help="Tracker that accelerate logs to, all or none.")
     add("--logging_dir", default="logs", metavar="DIR", help="Folder of the tracker, inside the output folder.")
 
     add = group("Hugging Face Hub")

@@ -1,4 +1,4 @@
-"""Label Studio's brush: run lengths of an RGBA picture's bytes, packed bit by bit.
+"""Label Studio's brush: RLE of an RGBA image's bytes, packed bit by bit.
 
 Source: github.com/thi-ng/umbrella, packages/rle-pack, which Label Studio's editor uses.
 """
@@ -31,7 +31,7 @@ class _Bits:
 
 
 def decode_brush(data: object, size: tuple[int, int]) -> np.ndarray:
-    """The (H, W) bool array of the pixels that are not transparent in the picture of this (W, H).
+    """The (H, W) bool array of the pixels that are not transparent in the image of this (W, H).
 
     Raises:
         ValueError: data that are damaged, or of another size.

@@ -1,4 +1,4 @@
-"""Why what lies in a folder is no layout, as far as that can be said."""
+"""Explains why a folder matches no layout, as far as possible."""
 
 from collections.abc import Iterator
 from pathlib import Path

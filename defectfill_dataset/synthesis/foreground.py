@@ -13,12 +13,12 @@ LEAST_AREA = 0.03  # of the image; what is smaller is a mark on a surface
 
 
 def find_foreground(image: Image.Image) -> np.ndarray:
-    """(H, W) bool, True on the part that lies on a plain ground; all True where a surface fills the image.
+    """(H, W) bool, True on the object on a plain background; all True where a surface fills the image.
 
-    There is a part if the largest component of what Otsu's threshold calls far from the rim's median colour covers at
-    least `LEAST_AREA` of the image, and lies, in the median, at least `CONTRAST` times as far from that colour as
-    nine tenths of the rim: on a surface without a ground rim and inside are alike, and the ratio is about 1. The part
-    then is the largest component of all that is so far, its shaded sides with it, holes filled.
+    Otsu's threshold separates pixels whose colour is far from the rim's median colour. There is an object if their
+    largest component covers at least `LEAST_AREA` of the image and is, in the median, at least `CONTRAST` times as far
+    from that colour as nine tenths of the rim; on a surface that fills the image the ratio is about 1. The object is
+    then the largest component of all pixels that far from the rim's colour, shaded sides included, holes filled.
 
     Args:
         image: RGB.

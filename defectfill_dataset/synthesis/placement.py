@@ -1,4 +1,4 @@
-"""Masks to generate with: where they come from, and a place for each on the part.
+"""Masks to generate with: where they come from, and a place for each on the object.
 
 A mask source is a function of the image, a seed and the areas given for that image. Shapes: H x W the image's pixels,
 h x w a shape's bounding box.
@@ -206,12 +206,12 @@ def mark_taken(defect: PlacedDefect, gap: float, taken: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PlacedShapes:
-    """A mask source: shapes on the part, inside the ROI, none over another.
+    """A mask source: shapes on the object, inside the ROI, none over another.
 
     Args:
         sample_shape: where shapes come from.
-        foreground: finds the part, (H, W) bool, in an RGB image for which none is given; None: it fills the image.
-        coverage: least share of each shape's pixels on the part and in the ROI, in (0, 1].
+        foreground: finds the object, (H, W) bool, in an RGB image for which none is given; None: it fills the image.
+        coverage: least share of each shape's pixels on the object and in the ROI, in (0, 1].
         number: of shapes in an image.
     """
 

@@ -95,11 +95,11 @@ def read_good_images(folder: Path, name: str, inpainted: set[str]) -> list[Expor
 
 
 def split_items(items: Iterable[ExportImage], share: float, normal_only: bool) -> dict[str, list[ExportImage]]:
-    """The items of the splits train and test, by name; all that shows one photograph is in one of them.
+    """The items of the splits train and test, by name; all images made from one good image are in one of them.
 
     Args:
-        share: of the photographs that are `test`, by a hash of each; one at least, unless it is 0.
-        normal_only: training sees no defect, so that all photographs painted on are `test`.
+        share: of the good images that are `test`, by a hash of each; one at least, unless it is 0.
+        normal_only: training sees no defect, so all good images that defects were generated on are `test`.
     """
     items = sorted(items, key=lambda item: item.name)
     number = {item.source: derive_seed(item.source) / 2**63 for item in items}

@@ -366,7 +366,6 @@ STEPS: dict[str, Step] = {
     "environment": Step(environment),
     "small-fp16": Step(killed_and_resumed, "--mixed_precision fp16"),
     "small-bf16": Step(killed_and_resumed, "--mixed_precision bf16"),
-    "small-fp32": Step(same_as_cpu, "--mixed_precision no --lora_dropout 0 --lr_warmup_steps 0"),
     "base": Step(make_base),
     "train-bf16-b1": Step(train, f"{BF16} 1"),
     "train-bf16-b4": Step(train, f"{BF16} 4"),
@@ -381,6 +380,8 @@ STEPS: dict[str, Step] = {
     "train-fp16-b1": Step(train, "--mixed_precision fp16 --train_batch_size 1"),
     "train-checkpointing-b4": Step(train, f"{BF16} 4 --gradient_checkpointing"),
     "train-cached-b2": Step(train, f"{BF16} 2 --cache_latents 1"),
+    # Half of it runs on the CPU.
+    "small-fp32": Step(same_as_cpu, "--mixed_precision no --lora_dropout 0 --lr_warmup_steps 0"),
     "train-8bit-b1": Step(train, f"{BF16} 1 --use_8bit_adam"),
     "generate-fuse-lora": Step(generate, "--fuse_lora"),
     "train-compile-b4": Step(train, f"{BF16} 4 --torch_compile", 240),

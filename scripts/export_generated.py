@@ -56,7 +56,7 @@ def checked_items(args: argparse.Namespace) -> list[ExportImage]:
         objects = sorted({str(item.row.object) for item in items})
         if len(objects) > 1:
             problems.append(
-                f"DF199 --good {args.good}: holds one object, the generated images {', '.join(objects)}; "
+                f"DF199 --good {args.good}: holds one object, the generated images show {', '.join(objects)}; "
                 "export one object at a time"
             )
         inpainted = {item.source for item in items}

@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 
 from .crops import Zoom, cut, zoom_boxes
-from .errors import InputError, Problem, one_line
+from .errors import InputError, Problem
 from .images import ORIENTATION, UNREADABLE, load_image, oddities, open_image
 from .mask_values import binarise
 from .masks import Mask, MaskFiles, MaskUnion, to_grid
@@ -43,7 +43,7 @@ class Look:
         crowded: zoom windows that show defects of other types too, and `windows` all of them.
         nearest: cells that nearest-neighbour sampling would leave.
         mask: digest of the mask's pixels.
-        odd: "DFnnn what", for a person to know.
+        odd: what a person should know of it.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Look:
     crowded: int = 0
     nearest: int = 0
     mask: str = ""
-    odd: tuple[str, ...] = ()
+    odd: tuple[Problem, ...] = ()
 
 
 def look(
@@ -72,11 +72,11 @@ def look(
     """`look_at` for one row of a dataset's folder; `others` marks the image's defects of other types."""
     name = relative(row.image, root)
     render, render_others = (mask.render if mask else None for mask in (row.mask, others))
-    render, render_others = (mask.render if mask else None for mask in (row.mask, others))
     seen = look_at(name, row.defect, row.image, render, resolution, grid, with_zoom, render_others)
     if os.path.realpath(row.image).startswith(os.path.realpath(root) + os.sep):
         return seen
-    return dataclasses.replace(seen, odd=(*seen.odd, "DF114 is a link to a file outside the dataset"))
+    link = Problem("DF114", name, "is a link to a file outside the dataset")
+    return dataclasses.replace(seen, odd=(*seen.odd, link))
 
 
 def other_types(rows: Sequence[Row]) -> list[Mask | None]:
@@ -114,16 +114,17 @@ def look_at(
 
     try:
         opened = open_image(file)
-        odd, image = oddities(opened), load_image(opened)
+        odd, image = oddities(opened, name), load_image(opened)
     except UNREADABLE as error:
         return Look(name, defect, refused("DF103", f"the image cannot be read: {error}"))
     if image.getcolors(1):
-        odd += ("DF124 is of a single colour",)
+        odd += (Problem("DF124", name, "is of a single colour"),)
     orientation = opened.getexif().get(ORIENTATION, 1)
     if orientation not in range(9):
-        odd += ("DF126 has an EXIF orientation that means nothing; it is not turned",)
+        odd += (Problem("DF126", name, "has an EXIF orientation that means nothing", "it is not turned"),)
     elif render and (orientation in (2, 3, 4) or (orientation > 4 and image.width == image.height)):
-        odd += ("DF127 is turned by its EXIF tag, and so must its mask be drawn; look whether the outline fits",)
+        fix = "look whether the outline fits"
+        odd += (Problem("DF127", name, "is turned by its EXIF tag, and so must its mask be drawn", fix),)
     seen = Look(name, defect, (), digest(image), image.size, odd=odd)
     if min(image.size) < LEAST_SIDE:
         fix = f"give an image of at least {LEAST_SIDE} pixels a side"
@@ -186,7 +187,7 @@ def refused(problems: Sequence[Problem]) -> InputError:
 
 def check_pairs(
     references: Dataset, *more: Dataset, resolution: int = 512, grid: int = 64, of_folder: bool = False
-) -> list[str]:
+) -> list[Problem]:
     """Proves that every image of a defect split, and of more splits, is fit to train; returns what is suspicious.
 
     Args:
@@ -197,7 +198,7 @@ def check_pairs(
         InputError: no images at all (DF163), or all problems that `look_at` finds.
     """
     if not len(references):
-        raise InputError("DF163 no defect images to train on; check --defect and --split")
+        raise InputError(Problem("DF163", "", "no defect images to train on", "check --defect and --split"))
     looks = [_look_at_row(row, resolution, grid) for split in (references, *more) for row in _encoded(split)]
     if problems := [problem for seen in looks for problem in seen.problems]:
         raise refused(problems) if of_folder else InputError(*problems)
@@ -245,8 +246,8 @@ def _read_mask(encoded: dict) -> np.ndarray:
     return MaskFiles((file,)).render() if isinstance(file, Path) else binarise(open_image(file))
 
 
-def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> list[str]:
-    """What a person should look at, a line each; nothing here stops a training.
+def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> list[Problem]:
+    """What a person should look at; nothing here stops a training.
 
     What `oddities` finds, DF114 a link, DF124 one colour, DF131 long and thin, DF132 enlarged, DF150 inverted masks,
     DF151 a defect of fewer than four latent cells, DF153 one picture twice, DF154 a picture both among the references
@@ -256,61 +257,59 @@ def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> 
         references: names of the images that train.
         resolution: of the training to come.
     """
-    notes = odd_lines(looks)
+    notes = odd_notes(looks)
     opened, marked = list({x.name: x for x in looks if x.size[0]}.values()), [x for x in looks if x.area]
     long = [x.name for x in opened if max(x.size) > MOST_ASPECT * min(x.size)]
     if long:
-        notes.append(
-            f"DF131 {_some(long)}: over {MOST_ASPECT} times as long as wide, squeezed to a square; use --zoom on"
-        )
+        what = f"over {MOST_ASPECT} times as long as wide, squeezed to a square"
+        notes.append(Problem("DF131", _some(long), what, "use --zoom on"))
     small = {x.name: resolution / min(x.size) for x in opened if min(x.size) < resolution}
     if small:
         times = f"{max(small.values()):.1f} times"
         what = f"enlarged up to {times} to {resolution} pixels, which adds no detail"
-        notes.append(f"DF132 {_some(small)}: {what}; a lower --resolution trains faster")
+        notes.append(Problem("DF132", _some(small), what, "a lower --resolution trains faster"))
     if marked and all(x.area > 0.5 for x in marked):
-        notes.append(f"DF150 all {len(marked)} masks are more than half white; are they inverted?")
+        notes.append(Problem("DF150", "", f"all {len(marked)} masks are more than half white", "are they inverted?"))
     elif full := [x.name for x in marked if x.area > 0.9]:
-        notes.append(f"DF150 {_some(full)}: the mask covers more than 90 % of the image; is it inverted?")
+        what = "the mask covers more than 90 % of the image"
+        notes.append(Problem("DF150", _some(full), what, "is it inverted?"))
     if len(marked) > 1 and len({x.mask for x in marked}) == 1:
-        notes.append(f"DF155 all {len(marked)} masks are the same; is each that of its image?")
+        notes.append(Problem("DF155", "", f"all {len(marked)} masks are the same", "is each that of its image?"))
     tiny = [x for x in marked if x.cells < LEAST_CELLS]
     if tiny:
-        notes.append(
-            f"DF151 {_some([x.name for x in tiny])}: {len(tiny)} of {len(marked)} defects cover fewer than "
-            f"{LEAST_CELLS} cells of the latent grid; use --zoom on, or a higher --resolution"
-        )
+        what = f"{len(tiny)} of {len(marked)} defects cover fewer than {LEAST_CELLS} cells of the latent grid"
+        fix = "use --zoom on, or a higher --resolution"
+        notes.append(Problem("DF151", _some(x.name for x in tiny), what, fix))
     crowded = [x for x in marked if x.crowded]
     if crowded:
-        notes.append(
-            f"DF157 {_some(x.name for x in crowded)}: {sum(x.crowded for x in crowded)} of "
-            f"{sum(x.windows for x in marked)} zoom windows show defects of other types too, which lie too close; "
-            "leave these images out if the types get mixed"
-        )
+        number, windows = sum(x.crowded for x in crowded), sum(x.windows for x in marked)
+        what = f"{number} of {windows} zoom windows show defects of other types too, which lie too close"
+        fix = "leave these images out if the types get mixed"
+        notes.append(Problem("DF157", _some(x.name for x in crowded), what, fix))
     same: dict[str, list[Look]] = {}
     for x in opened:
         same.setdefault(x.pixels, []).append(x)
     for group in (group for group in same.values() if len(group) > 1):
-        names = _some([x.name for x in group])
+        names = _some(x.name for x in group)
         kinds = {"good" if x.defect == "good" else "reference" if x.name in references else "held out" for x in group}
         if len(kinds) > 1:
-            notes.append(f"DF154 {names}: the same picture, {' and '.join(sorted(kinds))}; keep one")
+            notes.append(Problem("DF154", names, f"the same picture, {' and '.join(sorted(kinds))}", "keep one"))
         else:
-            notes.append(f"DF153 {names}: the same picture; keep one")
-    return [one_line(note) for note in notes]
+            notes.append(Problem("DF153", names, "the same picture", "keep one"))
+    return notes
 
 
-def odd_lines(looks: Iterable[Look]) -> list[str]:
-    """A line for each kind of oddity, with the names of the images."""
-    names: dict[str, list[str]] = {}
+def odd_notes(looks: Iterable[Look]) -> list[Problem]:
+    """A note for each kind of oddity, with the names of the images."""
+    names: dict[Problem, list[str]] = {}
     for x in looks:
-        for kind in x.odd:
-            names.setdefault(kind, []).append(x.name)
-    return [one_line(f"{kind[:5]} {_some(n)}: {kind[6:]}") for kind, n in names.items()]
+        for note in x.odd:
+            names.setdefault(dataclasses.replace(note, where=""), []).append(x.name)
+    return [dataclasses.replace(note, where=_some(n)) for note, n in names.items()]
 
 
-def passed_over(rows: Iterable[Row], root: Path) -> list[str]:
-    """A line (DF107) of what lies beside the images and is not read, if anything."""
+def passed_over(rows: Iterable[Row], root: Path) -> list[Problem]:
+    """A note (DF107) of what lies beside the images and is not read, if anything."""
     files = sorted(
         f for folder in {row.image.parent for row in rows} for f in folder.iterdir() if not is_hidden(f.name)
     )
@@ -320,7 +319,7 @@ def passed_over(rows: Iterable[Row], root: Path) -> list[str]:
     ]
     names = [relative(f, root) for f in strange]
     read = ", ".join(sorted(IMAGE_EXTENSIONS))
-    return [one_line(f"DF107 {_some(names)}: not read; only files of {read} are; convert it")] if names else []
+    return [Problem("DF107", _some(names), f"not read; only files of {read} are", "convert it")] if names else []
 
 
 def _some(names: Iterable[str]) -> str:

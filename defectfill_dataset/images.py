@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from .errors import Problem
+
 
 # What Pillow raises for files that it, or `load_image`, cannot make sense of.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -54,17 +56,19 @@ def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
     return image
 
 
-def oddities(image: ImageFile.ImageFile) -> tuple[str, ...]:
-    """What is odd, though it is read, of an image file just opened, not yet decoded: "DFnnn what"."""
+def oddities(image: ImageFile.ImageFile, name: str) -> tuple[Problem, ...]:
+    """What is odd, though it is read, of the image file of this name, just opened, not yet decoded."""
     by_name = Image.registered_extensions().get(Path(os.fsdecode(image.filename)).suffix.lower(), image.format)
-    odd = {
-        f"DF104 does not end as {image.format} does; was it cut off, or something added?": not ends(image),
-        f"DF105 is {image.format} by its content; rename it": image.format not in (by_name, "MPO"),
-        "DF120 has 16 bits a channel, of which 8 are kept": has_16_bits(image),
-        "DF122 has black and white alone; grey levels would train better, if the original has them": image.mode == "1",
-        f"DF125 is in {image.mode}, converted to RGB without a colour profile": image.mode in ("CMYK", "LAB", "YCbCr"),
-    }
-    return tuple(note for note, there in odd.items() if there)
+    grey = "grey levels would train better, if the original has them"
+    without_profile = f"is in {image.mode}, converted to RGB without a colour profile"
+    odd = (
+        (not ends(image), "DF104", f"does not end as {image.format} does", "was it cut off, or something added?"),
+        (image.format not in (by_name, "MPO"), "DF105", f"is {image.format} by its content", "rename it"),
+        (has_16_bits(image), "DF120", "has 16 bits a channel, of which 8 are kept", ""),
+        (image.mode == "1", "DF122", "has black and white alone", grey),
+        (image.mode in ("CMYK", "LAB", "YCbCr"), "DF125", without_profile, ""),
+    )
+    return tuple(Problem(code, name, what, fix) for there, code, what, fix in odd if there)
 
 
 def ends(image: ImageFile.ImageFile) -> bool:

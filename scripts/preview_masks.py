@@ -21,7 +21,7 @@ from defectfill.runs.cases import repeat_seed
 from defectfill.runs.files import save_image
 from defectfill.runs.flags import add_input_flags, check_input_flags
 from defectfill.runs.inputs import read_cases, read_source
-from defectfill_dataset import find_foreground, load_masks, principal_axis
+from defectfill_dataset import Problem, find_foreground, load_masks, principal_axis
 from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
 
 
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
         case, seed = cases[place], repeat_seed(args.seed, repeat)
         image, placed = case.draw(seed, source)
         if placed is None:
-            without.append(f"DF340 {case.image.name}, picture {repeat + 1}: no place for its mask")
+            without.append(Problem("DF340", f"{case.image.name}, picture {repeat + 1}", "no place for its mask"))
             continue
         areas = case.load()[1]
         if args.foreground == "none":
@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
         references = load_masks(args.reference_data, args.object, args.split, defect, held_out=False)
         print(f"references: {figures_of([(mask.pixels, mask.pixels.size) for mask in references])}")
     if without:
-        raise SystemExit(f"Without a mask, {len(without)} of {number}:\n" + "\n".join(without))
+        raise SystemExit(f"Without a mask, {len(without)} of {number}:\n" + "\n".join(map(str, without)))
 
 
 def command() -> None:

@@ -58,16 +58,16 @@ from defectfill.selection import REJECTIONS, Measures, QualityFilter, Scorer, ma
 from defectfill_dataset import (
     Box,
     InputError,
-    Placed,
+    PlacedMask,
     Problem,
-    cut,
+    component_boxes,
+    crop_boxes,
+    crop_mask,
     image_tensor,
     open_image,
-    piece_boxes,
+    pool_mask,
     tensor_image,
-    to_grid,
     upright_exif,
-    zoom_boxes,
 )
 from defectfill_dataset.commands import exit_on_input_error
 
@@ -90,7 +90,7 @@ class Crop(NamedTuple):
     latent_mask: torch.Tensor  # (1, G, G)
 
 
-class Painted(NamedTuple):
+class Inpainted(NamedTuple):
     """A finished crop that is not yet in the image."""
 
     crop: Crop
@@ -103,13 +103,13 @@ class Canvas:
     """A planned image while it is made: the crops finished so far, and what is left.
 
     Args:
-        image: RGB, with the finished crops pasted in, but for `painted`.
+        image: RGB, with the finished crops pasted in, but for `inpainted`.
         grey: whether the source file is grey, and so the image that is written.
         placed: its mask; None if there is no place for one.
         mask_left: (H, W) bool, the pixels of the mask that no pasted crop has inpainted.
         boxes: of all crops, in their order.
         crop: the next to inpaint, once it is cut out.
-        painted: the crop finished last, until it is pasted.
+        inpainted: the crop finished last, until it is pasted.
         lines: the manifest's entry of each finished crop.
         contact_rows: of the pasted crops.
         attempt: at the next crop, from 1.
@@ -120,11 +120,11 @@ class Canvas:
     planned: PlannedImage
     image: Image.Image
     grey: bool
-    placed: Placed | None = None
+    placed: PlacedMask | None = None
     mask_left: np.ndarray | None = None
     boxes: list[Box] = dataclasses.field(default_factory=list)
     crop: Crop | None = None
-    painted: Painted | None = None
+    inpainted: Inpainted | None = None
     lines: list[dict] = dataclasses.field(default_factory=list)
     contact_rows: list[Image.Image] = dataclasses.field(default_factory=list)
     attempt: int = 1
@@ -134,12 +134,12 @@ class Canvas:
 
 def start_canvas(planned: PlannedImage, resolution: int, scale_factor: int) -> Canvas:
     """The source image with its mask and its first crop, nothing inpainted yet."""
-    image, placed = planned.case.draw(planned.seed, planned.recipe.mask_source)
-    grey = open_image(planned.case.image).mode in ("1", "L")
+    image, placed = planned.source_image.load_with_mask(planned.seed, planned.recipe.mask_source)
+    grey = open_image(planned.source_image.file).mode in ("1", "L")
     if placed is None:
         what = "no place for its mask"
-        return Canvas(planned, image, grey, problem=Problem("DF340", planned.case.image.name, what))
-    boxes = zoom_boxes(placed.mask, resolution, planned.recipe.zoom)
+        return Canvas(planned, image, grey, problem=Problem("DF340", planned.source_image.file.name, what))
+    boxes = crop_boxes(placed.mask, resolution, planned.recipe.zoom)
     canvas = Canvas(planned, image, grey, placed, placed.mask.copy(), boxes)
     next_crop(canvas, resolution, scale_factor)
     return canvas
@@ -153,10 +153,10 @@ def is_unfinished(canvas: Canvas) -> bool:
 def next_crop(canvas: Canvas, resolution: int, scale_factor: int) -> Crop:
     """The first unfinished crop, as the crops before it left the image; cut out once, whatever the attempts at it."""
     if canvas.crop is None:
-        paste_painted(canvas)
+        paste_inpainted(canvas)
         box = canvas.boxes[len(canvas.lines)]
-        mask, source = cut(canvas.mask_left, box), image_tensor(canvas.image.crop(box), resolution)
-        canvas.crop = Crop(box, mask, source, to_grid(mask, resolution), to_grid(mask, resolution // scale_factor))
+        mask, source = crop_mask(canvas.mask_left, box), image_tensor(canvas.image.crop(box), resolution)
+        canvas.crop = Crop(box, mask, source, pool_mask(mask, resolution), pool_mask(mask, resolution // scale_factor))
     return canvas.crop
 
 
@@ -164,8 +164,8 @@ def candidate_seeds(canvas: Canvas, number: int) -> list[int]:
     """The seeds of the next crop's candidates; others in each attempt."""
     first = len(canvas.lines) * number
     again = ["attempt", canvas.attempt] if canvas.attempt > 1 else []
-    case, seed = canvas.planned.case, canvas.planned.seed
-    return [case.derive_seed(seed, *again, first + i) for i in range(number)]
+    source_image, seed = canvas.planned.source_image, canvas.planned.seed
+    return [source_image.derive_seed(seed, *again, first + i) for i in range(number)]
 
 
 def retry_crop(canvas: Canvas, max_attempts: int) -> None:
@@ -177,7 +177,7 @@ def retry_crop(canvas: Canvas, max_attempts: int) -> None:
     filtered = canvas.rejected["no defect"] or canvas.rejected["artefact"]
     advice = "relax --min_change or --max_deviation, or train longer" if filtered else "use --mixed_precision no"
     rejected = f"all candidates rejected in {max_attempts} attempts: {counts}"
-    canvas.problem = Problem("DF342", canvas.planned.case.image.name, rejected, advice)
+    canvas.problem = Problem("DF342", canvas.planned.source_image.file.name, rejected, advice)
 
 
 def finish_crop(canvas: Canvas, candidates: torch.Tensor, seeds: list[int], measures: Measures, chosen: int) -> None:
@@ -193,15 +193,15 @@ def finish_crop(canvas: Canvas, candidates: torch.Tensor, seeds: list[int], meas
         "refused": canvas.rejected,
     }
     canvas.lines.append(line)
-    canvas.crop, canvas.painted = None, Painted(canvas.crop, candidates.cpu(), line)
+    canvas.crop, canvas.inpainted = None, Inpainted(canvas.crop, candidates.cpu(), line)
     canvas.attempt, canvas.rejected = 1, dict.fromkeys(REJECTIONS, 0)
 
 
-def paste_painted(canvas: Canvas) -> None:
+def paste_inpainted(canvas: Canvas) -> None:
     """Pastes the chosen candidate of the crop finished last, if there is one, into the image; adds its contact row."""
-    if canvas.painted is None:
+    if canvas.inpainted is None:
         return
-    crop, candidates, line = canvas.painted
+    crop, candidates, line = canvas.inpainted
     if len(canvas.contact_rows) < SHEET_CROPS:
         results = torch.where(crop.pixel_mask > 0.5, candidates * 2 - 1, crop.source)
         cells = [thumbnail(in_source_mode(canvas, tensor_image(result))) for result in results]
@@ -210,7 +210,7 @@ def paste_painted(canvas: Canvas) -> None:
     result = composite(canvas.image.crop(crop.box), candidates[line["chosen"]], crop.mask)
     canvas.image.paste(result, crop.box[:2])
     crop.mask[:] = False
-    canvas.painted = None
+    canvas.inpainted = None
 
 
 def finite(values: Sequence[float | None]) -> list[float | None]:
@@ -225,18 +225,18 @@ def in_source_mode(canvas: Canvas, image: Image.Image) -> Image.Image:
 
 def write_image(canvas: Canvas, folder: Path, keep_metadata: bool) -> dict:
     """Writes image, mask and contact rows of a finished canvas; returns the line of the manifest."""
-    paste_painted(canvas)
-    planned, mask, parts = canvas.planned, canvas.placed.mask, canvas.placed.parts
+    paste_inpainted(canvas)
+    planned, mask, defects = canvas.planned, canvas.placed.mask, canvas.placed.defects
     files = {kind: f"{kind}/{planned.name}.png" for kind in KINDS}
-    exif = upright_exif(planned.case.image) if keep_metadata else b""
+    exif = upright_exif(planned.source_image.file) if keep_metadata else b""
     save_image(in_source_mode(canvas, canvas.image), folder / files["images"], exif)
     save_image(Image.fromarray(mask).convert("L"), folder / files["masks"])
     save_image(stack(canvas.contact_rows), folder / files["contact"])
     return planned.line | {
         "image": files["images"],
         "mask": files["masks"],
-        "mask_parts": [{"from": part.name, "top": part.top, "left": part.left} for part in parts],
-        "boxes": piece_boxes(mask),
+        "mask_parts": [{"from": defect.name, "top": defect.top, "left": defect.left} for defect in defects],
+        "boxes": component_boxes(mask),
         "windows": canvas.lines,
     }
 
@@ -387,7 +387,7 @@ def parse_args(input_args: list[str] | None = None) -> GenerationCommand:
 def prepare(command: GenerationCommand, device: torch.device) -> PreparedGeneration:
     """Reads and checks everything that can be wrong."""
     plan = make_plan(read_inputs(command.requests, command.cache_dir))
-    check_output_dir(command.output_dir, [planned.case for planned in plan])
+    check_output_dir(command.output_dir, [planned.source_image for planned in plan])
     recipes = list({id(planned.recipe): planned.recipe for planned in plan}.values())
     name, revision, resolution = choose_base(command, recipes)
     base = read_base(name, revision, command.cache_dir)

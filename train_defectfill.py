@@ -60,17 +60,16 @@ from defectfill.runs.record import LossLog, StepClock, log_image, lora_record, r
 from defectfill.runs.signals import StopSignal
 from defectfill.sampling import composite, ddim, inpaint
 from defectfill_dataset import (
+    CropRule,
     InputError,
     Problem,
     PromptPair,
     TokenizedPrompts,
     TrainingSamples,
-    Zoom,
     binarise,
     build_prompts,
     check_pairs,
-    choose_zoom,
-    cover,
+    choose_crop_rule,
     data_digest,
     derive_seed,
     heat_overlay,
@@ -84,6 +83,7 @@ from defectfill_dataset import (
     tensor_image,
     to_words,
     tokenize_prompts,
+    upsample_mask,
 )
 from defectfill_dataset.commands import exit_on_input_error
 
@@ -414,27 +414,27 @@ def x0_errors(models: Models, batch: dict, sample: NoiseSample) -> tuple[torch.T
 
 @torch.no_grad()
 def validation_image(
-    models: Models, pipe: StableDiffusionInpaintPipeline, cases: list[dict], options: LossOptions, inference_steps: int
+    models: Models, pipe: StableDiffusionInpaintPipeline, items: list[dict], options: LossOptions, inference_steps: int
 ) -> Image.Image:
     """One row for each case: good image | mask | result | the phrase's attention over the result.
 
     Args:
-        cases: items like those of `TrainingSamples`, with `prompt` and a good image as `pixel_values`.
+        items: like those of `TrainingSamples`, with `prompt` and a good image as `pixel_values`.
     """
     rows = []
-    for case in cases:
-        image, mask = case["pixel_values"], case["mask"]
+    for item in items:
+        image, mask = item["pixel_values"], item["mask"]
         models.store.stop()
-        result = inpaint(pipe, image[None], mask[None], case["prompt"], [[case["seed"]]], inference_steps)[0, 0]
+        result = inpaint(pipe, image[None], mask[None], item["prompt"], [[item["seed"]]], inference_steps)[0, 0]
         size = image.shape[-1]
-        pixels = cover(mask, size // mask.shape[-1])[0].numpy() > 0.5
+        pixels = upsample_mask(mask, size // mask.shape[-1])[0].numpy() > 0.5
         good = tensor_image(image)
         inpainted = composite(good, result, pixels)
-        item = {k: v for k, v in case.items() if k != "prompt"} | {
+        inpainted_item = {k: v for k, v in item.items() if k != "prompt"} | {
             "pixel_values": image_tensor(inpainted, size),
             "random_mask": mask,
         }
-        batch = collate([item], pipe.device)
+        batch = collate([inpainted_item], pipe.device)
         sample = sample_noise(models, batch)
         t = torch.full_like(sample.timesteps, models.noise_scheduler.config.num_train_timesteps // 2)
         attention = training_losses(models, batch, sample._replace(timesteps=t), options)["attention_map"][0]
@@ -457,7 +457,7 @@ class PreparedTraining(NamedTuple):
     tokenizer: CLIPTokenizer
     tokens: TokenizedPrompts
     samples: TrainingSamples
-    zoom: Zoom | None
+    zoom: CropRule | None
     record: dict  # of the LoRA file, all but its steps
     split: dict[str, list[str]]  # image names of train and test, of all defect types
     identity: dict  # what must be the same when the run is resumed
@@ -669,7 +669,7 @@ def stop_if_not_finite(terms: dict, norm: float, step: int, samples, batch: dict
     """Raises FloatingPointError, before the weights change, if a loss or an unscaled gradient is not finite."""
     if all(map(math.isfinite, terms.values())) and (scaled or math.isfinite(norm)):
         return
-    names = ", ".join(samples.windows[i].source_file for i in batch["index"].tolist())
+    names = ", ".join(samples.crops[i].source_file for i in batch["index"].tolist())
     shown = ", ".join(f"{k} {v:g}" for k, v in terms.items())
     raise FloatingPointError(
         f"Step {step + 1}: {shown}, gradient norm {norm:g}, last images {names}. The weights were not changed "
@@ -682,15 +682,15 @@ def make_validation(
 ) -> Callable:
     """The function that makes the validation image of a step, for the disk and the trackers."""
     folder = args.output_dir / "validation"
-    pipe, cases = make_pipeline(prepared, models), []
+    pipe, items = make_pipeline(prepared, models), []
     if args.validation_steps and accelerator.is_main_process:
-        cases = prepared.samples.validation_cases(prepared.data.get("good"), args.num_validation_images)
+        items = prepared.samples.validation_items(prepared.data.get("good"), args.num_validation_images)
         folder.mkdir(exist_ok=True)
 
     def validate(step: int) -> None:
         if accelerator.is_main_process:
             with evaluating(models, accelerator):
-                image = validation_image(models, pipe, cases, options, args.validation_inference_steps)
+                image = validation_image(models, pipe, items, options, args.validation_inference_steps)
             save_image(image, folder / f"step-{step:06d}.png")
             log_image(accelerator.trackers, image, step)
         accelerator.wait_for_everyone()
@@ -786,7 +786,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
     base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
     check_resolution(base, args.resolution)
     check_images(args, data, base)
-    zoom = choose_zoom(args.zoom, args.zoom_context, args.zoom_min_area, map(binarise, data["train"]["mask"]))
+    zoom = choose_crop_rule(args.zoom, args.zoom_context, args.zoom_min_area, map(binarise, data["train"]["mask"]))
     object_words = args.object_words or to_words(data["train"]["object"][0])
     defects = sorted(data["train"].unique("defect"))
     prompts = build_prompts(defects, object_words, args.phrase, args.defect_prompt, args.object_prompt)

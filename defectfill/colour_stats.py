@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from defectfill_dataset import TrainingSamples, image_tensor, to_grid
+from defectfill_dataset import TrainingSamples, image_tensor, pool_mask
 
 
 COLOUR_NOISE = 16 / 255  # standard deviation of the noise that any image may have, in each channel
@@ -65,8 +65,8 @@ def reference_statistics(references: Sequence[torch.Tensor]) -> dict:
 def statistics_by_defect(samples: TrainingSamples) -> dict[str, dict]:
     """The colour statistics of each defect type that is trained on; all crops of an image count as one reference."""
     colours: dict[str, dict[str, torch.Tensor]] = {}  # defect type -> source image -> (n, 3)
-    for crop in samples.windows:
-        image, mask = image_tensor(crop.image, samples.resolution), to_grid(crop.mask, samples.resolution)
+    for crop in samples.crops:
+        image, mask = image_tensor(crop.image, samples.resolution), pool_mask(crop.mask, samples.resolution)
         found, of_type = defect_colours(image / 2 + 0.5, mask), colours.setdefault(crop.defect, {})
         of_type[crop.source_file] = torch.cat([of_type.get(crop.source_file, found[:0]), found])
     return {defect: reference_statistics(list(of_type.values())) for defect, of_type in colours.items()}

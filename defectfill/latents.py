@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from diffusers import AutoencoderKL
 
-from defectfill_dataset import TrainingSamples, cover
+from defectfill_dataset import TrainingSamples, upsample_mask
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor, masks: list[to
         masks: (B, 1, h, w) each; the pixels cut out are those their cells cover.
     """
     factor = pixel_values.shape[-1] // masks[0].shape[-1]
-    images = torch.cat([pixel_values, *(pixel_values * (1 - cover(mask, factor)) for mask in masks)])
+    images = torch.cat([pixel_values, *(pixel_values * (1 - upsample_mask(mask, factor)) for mask in masks)])
     latents = vae.encode(images.to(vae.dtype)).latent_dist
     mean, *masked = latents.mean.float().chunk(1 + len(masks))
     return ImageLatents(mean, latents.std[: len(pixel_values)].float(), tuple(masked))

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from defectfill_dataset import InputError, Problem, cover, tensor_image
+from defectfill_dataset import InputError, Problem, tensor_image, upsample_mask
 
 from .base_model import BaseModel
 
@@ -80,7 +80,7 @@ def encode_images(
 ) -> Conditions:
     """The conditions of (P, 3, S, S) images in [-1, 1] and (P, 1, G, G) masks, on the pipeline's device."""
     images, latent_masks = (x.to(pipe.device, pipe.vae.dtype) for x in (images, latent_masks))
-    pixel_masks = cover(latent_masks, pipe.vae_scale_factor)
+    pixel_masks = upsample_mask(latent_masks, pipe.vae_scale_factor)
     both = torch.cat([images, images * (1 - pixel_masks)])
     # The mode, not a sample: a sample would take its noise from one candidate's seed and give it to all.
     latents = pipe.vae.encode(both).latent_dist.mode() * pipe.vae.config.scaling_factor

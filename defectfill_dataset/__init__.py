@@ -17,11 +17,11 @@ from .builder import (
     select_defects,
 )
 from .checks import check_pairs
-from .crops import Box, Zoom, choose_zoom, cut, zoom_boxes
+from .crops import Box, CropRule, choose_crop_rule, crop_boxes, crop_mask
 from .errors import InputError, Problem
 from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image, upright_exif
 from .mask_values import MaskClasses, binarise
-from .masks import boxes_mask, cover, piece_boxes, random_boxes, random_mask, to_grid
+from .masks import boxes_mask, component_boxes, pool_mask, random_boxes, random_mask, upsample_mask
 from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_words, tokenize_prompts
 from .readers import LAYOUTS, find_objects
 from .samples import TrainingSamples, sampling_schedule
@@ -30,7 +30,7 @@ from .splits import split_names
 from .synthesis.foreground import find_foreground
 from .synthesis.placement import (
     MaskSource,
-    Placed,
+    PlacedMask,
     PlacedShapes,
     held_out_source,
     load_masks,
@@ -49,7 +49,7 @@ __all__ = [
     "InputError",
     "MaskClasses",
     "MaskSource",
-    "Placed",
+    "PlacedMask",
     "PlacedShapes",
     "Prompt",
     "Problem",
@@ -57,14 +57,14 @@ __all__ = [
     "SHAPES",
     "TokenizedPrompts",
     "TrainingSamples",
-    "Zoom",
+    "CropRule",
     "binarise",
     "boxes_mask",
     "build_prompts",
     "check_pairs",
-    "choose_zoom",
-    "cover",
-    "cut",
+    "choose_crop_rule",
+    "upsample_mask",
+    "crop_mask",
     "data_digest",
     "derive_seed",
     "file_digest",
@@ -80,7 +80,7 @@ __all__ = [
     "masks_digest",
     "open_image",
     "other_types",
-    "piece_boxes",
+    "component_boxes",
     "principal_axis",
     "procedural_shapes",
     "random_boxes",
@@ -90,10 +90,10 @@ __all__ = [
     "sampling_schedule",
     "select_defects",
     "tensor_image",
-    "to_grid",
+    "pool_mask",
     "to_words",
     "tokenize_prompts",
     "upright_exif",
     "split_names",
-    "zoom_boxes",
+    "crop_boxes",
 ]

@@ -13,7 +13,7 @@ import datasets
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from .checks import problems_of, refused, skippable, without
+from .checks import find_problems, refusal, skippable, without
 from .errors import InputError, Problem, did_you_mean
 from .images import UNREADABLE
 from .mask_values import MaskClasses
@@ -111,7 +111,7 @@ def _encode_masks(rows: list[Row], root: str | Path) -> list[str | dict | None]:
     try:
         return [_encode_mask(row.mask) if row.mask else None for row in rows]
     except UNREADABLE as error:
-        raise refused(problems_of(rows, root)) from error
+        raise refusal(find_problems(rows, root)) from error
 
 
 class DefectData(DatasetDict):
@@ -147,14 +147,14 @@ def load_defect_pairs(
     reading = read_object(root, name, layout, MaskClasses.parse(mask_classes))
     skipped: list[str] = []
     if skip_problems:
-        bad = [*reading.problems, *problems_of(reading.rows, root, good=True)]
+        bad = [*reading.problems, *find_problems(reading.rows, root, good=True)]
         if all(skippable(problem) for problem in bad):
             for problem in bad:
                 logger.warning("left out: %s", problem)
             skipped = sorted({problem.image for problem in bad if problem.image})
             reading = without(reading, skipped, root)
     if reading.problems:  # what is wrong with the pixels is told at once
-        raise refused([*reading.problems, *problems_of(reading.rows, root)])
+        raise refusal([*reading.problems, *find_problems(reading.rows, root)])
     rows = reading.rows
     if all(row.mask is None for row in rows):
         what = f"no defect images, only {len(rows)} good ones"

@@ -12,11 +12,11 @@ import xxhash
 from datasets import Dataset
 from PIL import Image
 
-from .crops import Zoom, cut, zoom_boxes
+from .crops import CropRule, crop_boxes, crop_mask
 from .errors import InputError, Problem
-from .images import ORIENTATION, UNREADABLE, load_image, oddities, open_image
+from .images import ORIENTATION, UNREADABLE, file_warnings, load_image, open_image
 from .mask_values import binarise
-from .masks import Mask, MaskFiles, MaskUnion, to_grid
+from .masks import Mask, MaskFiles, MaskUnion, pool_mask
 from .readers import IMAGE_EXTENSIONS, Reading, Row, relative
 from .readers.files import is_hidden
 
@@ -29,7 +29,7 @@ BESIDE_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".yml", ".m
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class ImageReport:
     """What one image of a dataset is like.
 
     Args:
@@ -40,7 +40,7 @@ class Look:
         area: share of the image that the mask marks; 0 for a good image, or where there are problems.
         cells: cells of the latent grid that it marks, pooled as training does.
         zoomed: cells that it marks of the least of its zoom windows.
-        crowded: zoom windows that show defects of other types too, and `windows` all of them.
+        crowded: zoom windows that show defects of other types too, and `crops` all of them.
         nearest: cells that nearest-neighbour sampling would leave.
         mask: digest of the mask's pixels.
         odd: what a person should know of it.
@@ -54,29 +54,29 @@ class Look:
     area: float = 0.0
     cells: int = 0
     zoomed: int = 0
-    windows: int = 0
+    crops: int = 0
     crowded: int = 0
     nearest: int = 0
     mask: str = ""
-    odd: tuple[Problem, ...] = ()
+    warnings: tuple[Problem, ...] = ()
 
 
-def look(
+def inspect_row(
     row: Row,
     root: str | Path,
     resolution: int = 512,
     grid: int = 64,
     with_zoom: bool = False,
     others: Mask | None = None,
-) -> Look:
-    """`look_at` for one row of a dataset's folder; `others` marks the image's defects of other types."""
+) -> ImageReport:
+    """`inspect_image` for one row of a dataset's folder; `others` marks the image's defects of other types."""
     name = relative(row.image, root)
     render, render_others = (mask.render if mask else None for mask in (row.mask, others))
-    seen = look_at(name, row.defect, row.image, render, resolution, grid, with_zoom, render_others)
+    seen = inspect_image(name, row.defect, row.image, render, resolution, grid, with_zoom, render_others)
     if os.path.realpath(row.image).startswith(os.path.realpath(root) + os.sep):
         return seen
     link = Problem("DF114", name, "is a link to a file outside the dataset")
-    return dataclasses.replace(seen, odd=(*seen.odd, link))
+    return dataclasses.replace(seen, warnings=(*seen.warnings, link))
 
 
 def other_types(rows: Sequence[Row]) -> list[Mask | None]:
@@ -89,7 +89,7 @@ def other_types(rows: Sequence[Row]) -> list[Mask | None]:
     return [MaskUnion.of(of_others) if of_others else None for of_others in found]
 
 
-def look_at(
+def inspect_image(
     name: str,
     defect: str,
     file: Path | io.BytesIO,
@@ -98,7 +98,7 @@ def look_at(
     grid: int = 64,
     with_zoom: bool = False,
     others: Callable[[], np.ndarray] | None = None,
-) -> Look:
+) -> ImageReport:
     """Opens one image and its mask, which `render` gives.
 
     Its problems: DF103 unreadable, DF130 too small, DF140 sizes differ, DF142 no mask, DF145 an empty and DF146 a full
@@ -109,45 +109,45 @@ def look_at(
         with_zoom: lay zoom windows too.
     """
 
-    def refused(code: str, what: str, fix: str = "") -> tuple[Problem, ...]:
+    def one_problem(code: str, what: str, fix: str = "") -> tuple[Problem, ...]:
         return (Problem(code, name, what, fix, name),)
 
     try:
         opened = open_image(file)
-        odd, image = oddities(opened, name), load_image(opened)
+        warnings, image = file_warnings(opened, name), load_image(opened)
     except UNREADABLE as error:
-        return Look(name, defect, refused("DF103", f"the image cannot be read: {error}"))
+        return ImageReport(name, defect, one_problem("DF103", f"the image cannot be read: {error}"))
     if image.getcolors(1):
-        odd += (Problem("DF124", name, "is of a single colour"),)
+        warnings += (Problem("DF124", name, "is of a single colour"),)
     orientation = opened.getexif().get(ORIENTATION, 1)
     if orientation not in range(9):
-        odd += (Problem("DF126", name, "has an EXIF orientation that means nothing", "it is not turned"),)
+        warnings += (Problem("DF126", name, "has an EXIF orientation that means nothing", "it is not turned"),)
     elif render and (orientation in (2, 3, 4) or (orientation > 4 and image.width == image.height)):
         fix = "look whether the outline fits"
-        odd += (Problem("DF127", name, "is turned by its EXIF tag, and so must its mask be drawn", fix),)
-    seen = Look(name, defect, (), digest(image), image.size, odd=odd)
+        warnings += (Problem("DF127", name, "is turned by its EXIF tag, and so must its mask be drawn", fix),)
+    seen = ImageReport(name, defect, (), digest(image), image.size, warnings=warnings)
     if min(image.size) < LEAST_SIDE:
         fix = f"give an image of at least {LEAST_SIDE} pixels a side"
-        return dataclasses.replace(seen, problems=refused("DF130", f"is {image.width}x{image.height}", fix))
+        return dataclasses.replace(seen, problems=one_problem("DF130", f"is {image.width}x{image.height}", fix))
     if render is None:
-        missing = () if defect == "good" else refused("DF142", "its mask is missing", "add it")
+        missing = () if defect == "good" else one_problem("DF142", "its mask is missing", "add it")
         return dataclasses.replace(seen, problems=missing)
     try:
         inside = render()
     except UNREADABLE as error:
-        return dataclasses.replace(seen, problems=refused("DF103", f"its mask cannot be read: {error}"))
+        return dataclasses.replace(seen, problems=one_problem("DF103", f"its mask cannot be read: {error}"))
     if problems := area_problems(name, image.size, inside):
         return dataclasses.replace(seen, problems=tuple(problems))
     rows, columns = ((np.arange(grid) * side) // grid for side in inside.shape)
     apart = others() if others and with_zoom else None
-    boxes = zoom_boxes(inside, resolution, Zoom(), apart) if with_zoom else []
+    boxes = crop_boxes(inside, resolution, CropRule(), apart) if with_zoom else []
     return dataclasses.replace(
         seen,
         area=np.count_nonzero(inside) / inside.size,
-        cells=int(to_grid(inside, grid).sum()),
-        zoomed=min((int(to_grid(cut(inside, box), grid).sum()) for box in boxes), default=0),
-        windows=len(boxes),
-        crowded=0 if apart is None else sum(bool(cut(apart, box).any()) for box in boxes),
+        cells=int(pool_mask(inside, grid).sum()),
+        zoomed=min((int(pool_mask(crop_mask(inside, box), grid).sum()) for box in boxes), default=0),
+        crops=len(boxes),
+        crowded=0 if apart is None else sum(bool(crop_mask(apart, box).any()) for box in boxes),
         nearest=int(inside[np.ix_(rows, columns)].sum()),
         mask=xxhash.xxh128(np.packbits(inside).data).hexdigest(),
     )
@@ -176,7 +176,7 @@ def area_problems(name: str, size: tuple[int, int], inside: np.ndarray, what: st
     return []
 
 
-def refused(problems: Sequence[Problem]) -> InputError:
+def refusal(problems: Sequence[Problem]) -> InputError:
     """The refusal of a dataset's folder, which says whether `--skip_problems` would help."""
     images = {problem.image for problem in problems if problem.image}
     if not images or not all(map(skippable, problems)):
@@ -195,20 +195,22 @@ def check_pairs(
         of_folder: the images are a folder's, for which there is `--skip_problems`.
 
     Raises:
-        InputError: no images at all (DF163), or all problems that `look_at` finds.
+        InputError: no images at all (DF163), or all problems that `inspect_image` finds.
     """
     if not len(references):
         raise InputError(Problem("DF163", "", "no defect images to train on", "check --defect and --split"))
-    looks = [_look_at_row(row, resolution, grid) for split in (references, *more) for row in _encoded(split)]
-    if problems := [problem for seen in looks for problem in seen.problems]:
-        raise refused(problems) if of_folder else InputError(*problems)
-    return suspicions(looks, set(references["source_file"]), resolution)
+    image_reports = [
+        _inspect_example(row, resolution, grid) for split in (references, *more) for row in _encoded(split)
+    ]
+    if problems := [problem for seen in image_reports for problem in seen.problems]:
+        raise refusal(problems) if of_folder else InputError(*problems)
+    return dataset_warnings(image_reports, set(references["source_file"]), resolution)
 
 
-def problems_of(rows: Iterable[Row], root: str | Path, good: bool = False) -> list[Problem]:
+def find_problems(rows: Iterable[Row], root: str | Path, good: bool = False) -> list[Problem]:
     """All problems of the pixels of the defect images among `rows`, and with `good` of the good ones too."""
-    looks = [look(row, root) for row in rows if row.mask or good]
-    return [problem for seen in looks for problem in seen.problems]
+    image_reports = [inspect_row(row, root) for row in rows if row.mask or good]
+    return [problem for seen in image_reports for problem in seen.problems]
 
 
 def skippable(problem: Problem) -> bool:
@@ -229,12 +231,12 @@ def _encoded(split: Dataset) -> Dataset:
     return split.cast_column("image", lazy).cast_column("mask", lazy)
 
 
-def _look_at_row(row: dict, resolution: int, grid: int) -> Look:
+def _inspect_example(row: dict, resolution: int, grid: int) -> ImageReport:
     name, image, mask = row["source_file"], row["image"], row["mask"]
     if image is None:
-        return Look(name, row["defect"], (Problem("DF103", name, "its row holds no image", image=name),))
+        return ImageReport(name, row["defect"], (Problem("DF103", name, "its row holds no image", image=name),))
     render = (lambda: _read_mask(mask)) if mask else None
-    return look_at(name, row["defect"], _file(image), render, resolution, grid)
+    return inspect_image(name, row["defect"], _file(image), render, resolution, grid)
 
 
 def _file(encoded: dict) -> Path | io.BytesIO:
@@ -246,19 +248,21 @@ def _read_mask(encoded: dict) -> np.ndarray:
     return MaskFiles((file,)).render() if isinstance(file, Path) else binarise(open_image(file))
 
 
-def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> list[Problem]:
+def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str], resolution: int) -> list[Problem]:
     """What a person should look at; nothing here stops a training.
 
-    What `oddities` finds, DF114 a link, DF124 one colour, DF131 long and thin, DF132 enlarged, DF150 inverted masks,
-    DF151 a defect of fewer than four latent cells, DF153 one picture twice, DF154 a picture both among the references
-    and held out, or both defective and good, DF155 one mask for all, DF157 windows with defects of other types.
+    What `file_warnings` finds, DF114 a link, DF124 one colour, DF131 long and thin, DF132 enlarged, DF150 inverted
+    masks, DF151 a defect of fewer than four latent cells, DF153 one image twice, DF154 an image both among the
+    references and held out, or both defective and good, DF155 one mask for all, DF157 crops with defects of other
+    types.
 
     Args:
         references: names of the images that train.
         resolution: of the training to come.
     """
-    notes = odd_notes(looks)
-    opened, marked = list({x.name: x for x in looks if x.size[0]}.values()), [x for x in looks if x.area]
+    notes = image_warnings(image_reports)
+    opened = list({x.name: x for x in image_reports if x.size[0]}.values())
+    marked = [x for x in image_reports if x.area]
     long = [x.name for x in opened if max(x.size) > MOST_ASPECT * min(x.size)]
     if long:
         what = f"over {MOST_ASPECT} times as long as wide, squeezed to a square"
@@ -282,11 +286,11 @@ def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> 
         notes.append(Problem("DF151", _some(x.name for x in tiny), what, fix))
     crowded = [x for x in marked if x.crowded]
     if crowded:
-        number, windows = sum(x.crowded for x in crowded), sum(x.windows for x in marked)
-        what = f"{number} of {windows} zoom windows show defects of other types too, which lie too close"
+        number, crops = sum(x.crowded for x in crowded), sum(x.crops for x in marked)
+        what = f"{number} of {crops} zoom windows show defects of other types too, which lie too close"
         fix = "leave these images out if the types get mixed"
         notes.append(Problem("DF157", _some(x.name for x in crowded), what, fix))
-    same: dict[str, list[Look]] = {}
+    same: dict[str, list[ImageReport]] = {}
     for x in opened:
         same.setdefault(x.pixels, []).append(x)
     for group in (group for group in same.values() if len(group) > 1):
@@ -299,16 +303,16 @@ def suspicions(looks: Sequence[Look], references: set[str], resolution: int) -> 
     return notes
 
 
-def odd_notes(looks: Iterable[Look]) -> list[Problem]:
+def image_warnings(image_reports: Iterable[ImageReport]) -> list[Problem]:
     """A note for each kind of oddity, with the names of the images."""
     names: dict[Problem, list[str]] = {}
-    for x in looks:
-        for note in x.odd:
+    for x in image_reports:
+        for note in x.warnings:
             names.setdefault(dataclasses.replace(note, where=""), []).append(x.name)
     return [dataclasses.replace(note, where=_some(n)) for note, n in names.items()]
 
 
-def passed_over(rows: Iterable[Row], root: Path) -> list[Problem]:
+def ignored_files(rows: Iterable[Row], root: Path) -> list[Problem]:
     """A note (DF107) of what lies beside the images and is not read, if anything."""
     files = sorted(
         f for folder in {row.image.parent for row in rows} for f in folder.iterdir() if not is_hidden(f.name)

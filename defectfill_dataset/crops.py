@@ -18,7 +18,7 @@ MAX_ENLARGEMENT = 4  # a window is at least 1/4 of the model's size a side: enla
 PLACES = 33  # of a box that are tried along each side
 
 
-class Zoom(NamedTuple):
+class CropRule(NamedTuple):
     """How windows are laid around a defect.
 
     Args:
@@ -30,7 +30,9 @@ class Zoom(NamedTuple):
     min_area: float = 0.01
 
 
-def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None, others: np.ndarray | None = None) -> list[Box]:
+def crop_boxes(
+    mask: np.ndarray, resolution: int, zoom: CropRule | None, others: np.ndarray | None = None
+) -> list[Box]:
     """Square boxes inside the image which hold every pixel of a (H, W) mask; the whole image without zoom.
 
     A defect that covers too little of its window, because it is long and thin or consists of several, is halved along
@@ -49,7 +51,7 @@ def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None, others: np.
     least = min(math.ceil(resolution / MAX_ENLARGEMENT), greatest)
     boxes: list[Box] = []
     left, top, *_ = marked = bounds(mask)
-    pieces = [np.argwhere(cut(mask, marked)) + (top, left)]
+    pieces = [np.argwhere(crop_mask(mask, marked)) + (top, left)]
     while pieces:
         points = pieces.pop()
         if _covered(points, boxes):
@@ -71,7 +73,7 @@ def zoom_boxes(mask: np.ndarray, resolution: int, zoom: Zoom | None, others: np.
 
 def _apart(box: Box, low: np.ndarray, high: np.ndarray, others: np.ndarray, least: int) -> Box:
     """The box, or else the largest and nearest around the piece from `low` to `high` (y, x) without other defects."""
-    if not cut(others, box).any():
+    if not crop_mask(others, box).any():
         return box
     height, width = others.shape
     sums = np.pad(others.cumsum(axis=0, dtype=np.int64).cumsum(axis=1), ((1, 0), (1, 0)))
@@ -99,7 +101,7 @@ def _covered(points: np.ndarray, boxes: list[Box]) -> bool:
     return not len(points)
 
 
-def cut(mask: np.ndarray, box: Box) -> np.ndarray:
+def crop_mask(mask: np.ndarray, box: Box) -> np.ndarray:
     """The part of a (H, W) mask inside a box, as a view."""
     left, top, right, bottom = box
     return mask[top:bottom, left:right]
@@ -112,8 +114,8 @@ def fit_box(box: Box, size: tuple[int, int], other: tuple[int, int]) -> Box:
     return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
-def choose_zoom(mode: str, context: float, min_area: float, masks: Iterable[np.ndarray]) -> Zoom | None:
+def choose_crop_rule(mode: str, context: float, min_area: float, masks: Iterable[np.ndarray]) -> CropRule | None:
     """The zoom that `--zoom` asks for; `auto` zooms if the median mask covers less of its image than `min_area`."""
     if mode == "off" or (mode == "auto" and np.median([mask.mean() for mask in masks]) >= min_area):
         return None
-    return Zoom(context, min_area)
+    return CropRule(context, min_area)

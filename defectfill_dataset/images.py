@@ -56,19 +56,19 @@ def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
     return image
 
 
-def oddities(image: ImageFile.ImageFile, name: str) -> tuple[Problem, ...]:
+def file_warnings(image: ImageFile.ImageFile, name: str) -> tuple[Problem, ...]:
     """What is odd, though it is read, of the image file of this name, just opened, not yet decoded."""
     by_name = Image.registered_extensions().get(Path(os.fsdecode(image.filename)).suffix.lower(), image.format)
     grey = "grey levels would train better, if the original has them"
     without_profile = f"is in {image.mode}, converted to RGB without a colour profile"
-    odd = (
+    checks = (
         (not ends(image), "DF104", f"does not end as {image.format} does", "was it cut off, or something added?"),
         (image.format not in (by_name, "MPO"), "DF105", f"is {image.format} by its content", "rename it"),
         (has_16_bits(image), "DF120", "has 16 bits a channel, of which 8 are kept", ""),
         (image.mode == "1", "DF122", "has black and white alone", grey),
         (image.mode in ("CMYK", "LAB", "YCbCr"), "DF125", without_profile, ""),
     )
-    return tuple(Problem(code, name, what, fix) for there, code, what, fix in odd if there)
+    return tuple(Problem(code, name, what, fix) for there, code, what, fix in checks if there)
 
 
 def ends(image: ImageFile.ImageFile) -> bool:
@@ -111,7 +111,7 @@ def upright_size(file: Path) -> tuple[int, int]:
         return (image.height, image.width) if turned else (image.width, image.height)
 
 
-def tells_more(image: ImageFile.ImageFile) -> bool:
+def has_metadata(image: ImageFile.ImageFile) -> bool:
     """Whether an image file just opened holds more than pixels and colours: EXIF, XMP, text, comments, previews.
 
     XMP that names a licence and nothing else, as in MVTec AD's files, may stay, and a comment beside it.

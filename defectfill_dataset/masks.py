@@ -62,16 +62,16 @@ class MaskFiles:
         Raises:
             ValueError: a file that cannot be read, files of different sizes, or what `binarise` says.
         """
-        parts = {}
+        masks = {}
         for path in self.paths:
             try:
-                parts[path] = self._read(open_image(path))
+                masks[path] = self._read(open_image(path))
             except UNREADABLE as error:
                 raise ValueError(f"{path.name}: {error}") from error
-        if len({part.shape for part in parts.values()}) > 1:
-            sizes = ", ".join(f"{path.name} {part.shape[1]}x{part.shape[0]}" for path, part in parts.items())
+        if len({mask.shape for mask in masks.values()}) > 1:
+            sizes = ", ".join(f"{path.name} {mask.shape[1]}x{mask.shape[0]}" for path, mask in masks.items())
             raise ValueError(f"its mask files differ in size: {sizes}")
-        return np.logical_or.reduce(list(parts.values()))
+        return np.logical_or.reduce(list(masks.values()))
 
     def _read(self, mask: Image.Image) -> np.ndarray:
         if not self.classes:
@@ -107,11 +107,11 @@ class MaskShapes:
             mask |= polygon_mask(polygon, self.size)
         for counts in self.rles:
             rle = {"size": list(self.size[::-1]), "counts": counts.encode()}
-            part = coco_mask.decode(rle)
+            decoded = coco_mask.decode(rle)
             # Too few run lengths leave the decoder's memory as it was.
-            if coco_mask.encode(part)["counts"] != rle["counts"]:
+            if coco_mask.encode(decoded)["counts"] != rle["counts"]:
                 raise ValueError(f"its run lengths do not fill {self.size[0]}x{self.size[1]} pixels")
-            mask |= part > 0
+            mask |= decoded > 0
         return mask
 
 
@@ -119,7 +119,7 @@ class MaskShapes:
 class MaskUnion:
     """Several masks of one image as one: everything that any of them marks."""
 
-    parts: tuple[MaskFiles | MaskShapes, ...]
+    masks: tuple[MaskFiles | MaskShapes, ...]
     plain: ClassVar[None] = None
 
     @staticmethod
@@ -131,16 +131,16 @@ class MaskUnion:
         if len(shapes) == len(masks) and len({mask.size for mask in shapes}) == 1:
             polygons = tuple(polygon for mask in shapes for polygon in mask.polygons)
             return MaskShapes(shapes[0].size, polygons, tuple(rle for mask in shapes for rle in mask.rles))
-        parts = [part for mask in masks for part in (mask.parts if isinstance(mask, MaskUnion) else (mask,))]
-        return MaskUnion(tuple(parts))
+        flat = [each for mask in masks for each in (mask.masks if isinstance(mask, MaskUnion) else (mask,))]
+        return MaskUnion(tuple(flat))
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        return tuple(path for part in self.parts if isinstance(part, MaskFiles) for path in part.paths)
+        return tuple(path for mask in self.masks if isinstance(mask, MaskFiles) for path in mask.paths)
 
     def render(self) -> np.ndarray:
-        """The (H, W) bool array; raises ValueError as its parts do, or where they differ in size."""
-        areas = [part.render() for part in self.parts]
+        """The (H, W) bool array; raises ValueError as its masks do, or where they differ in size."""
+        areas = [mask.render() for mask in self.masks]
         if len({area.shape for area in areas}) > 1:
             raise ValueError("its masks differ in size: " + ", ".join(f"{a.shape[1]}x{a.shape[0]}" for a in areas))
         return np.logical_or.reduce(areas)
@@ -149,16 +149,18 @@ class MaskUnion:
 Mask = MaskFiles | MaskShapes | MaskUnion
 
 
-def pieces(mask: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+def components(mask: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
     """(left, top, its (h, w) bool array) of each piece of an (H, W) mask; pixels that touch at a corner are one."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
         yield columns.start, rows.start, labels[rows, columns] == number
 
 
-def piece_boxes(mask: np.ndarray) -> list[tuple[int, int, int, int]]:
+def component_boxes(mask: np.ndarray) -> list[tuple[int, int, int, int]]:
     """(left, top, right, bottom) of each connected piece of an (H, W) mask."""
-    return [(left, top, left + piece.shape[1], top + piece.shape[0]) for left, top, piece in pieces(mask)]
+    return [
+        (left, top, left + component.shape[1], top + component.shape[0]) for left, top, component in components(mask)
+    ]
 
 
 def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -167,13 +169,13 @@ def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def to_grid(mask: np.ndarray, size: int) -> torch.Tensor:
+def pool_mask(mask: np.ndarray, size: int) -> torch.Tensor:
     """Max-pools an (H, W) mask to (1, size, size): a cell is 1 if any of its pixels is, so no crack is lost."""
     pixels = torch.from_numpy(np.asarray(mask, dtype=np.float32))
     return F.adaptive_max_pool2d(pixels[None], size)
 
 
-def cover(grid: torch.Tensor, factor: int) -> torch.Tensor:
+def upsample_mask(grid: torch.Tensor, factor: int) -> torch.Tensor:
     """The pixels that the cells of (..., h, w) cover: (..., h*factor, w*factor).
 
     Nearest upsampling, which the nearest downsampling of diffusers' inpainting pipelines undoes exactly: with this

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .checks import Look, look, other_types, passed_over, skippable, suspicions, without
+from .checks import ImageReport, dataset_warnings, ignored_files, inspect_row, other_types, skippable, without
 from .errors import InputError, Problem
 from .mask_values import NO_CLASSES, MaskClasses
 from .masks import Mask, MaskShapes
@@ -24,7 +24,7 @@ class ObjectReport:
     """What `check_object` finds.
 
     Args:
-        rows: all images, without those that were left out, and `looks` what each is like, in the same order.
+        rows: all images, without those that were left out, and `image_reports` what each is like, in the same order.
         problems: why training would refuse the object.
         notes: what a person should look at.
         skipped: what was left out, and why.
@@ -34,7 +34,7 @@ class ObjectReport:
     name: str
     root: Path
     rows: list[Row]
-    looks: list[Look]
+    image_reports: list[ImageReport]
     problems: list[Problem]
     notes: list[Problem]
     skipped: list[Problem]
@@ -46,8 +46,8 @@ class ObjectReport:
 
     def figures(self) -> dict[str, dict]:
         """Figures of each defect type, and of the good images."""
-        types = sorted({x.defect for x in self.looks}, key=lambda defect: (defect == GOOD, defect))
-        found = {defect: figures([x for x in self.looks if x.defect == defect]) for defect in types}
+        types = sorted({x.defect for x in self.image_reports}, key=lambda defect: (defect == GOOD, defect))
+        found = {defect: figures([x for x in self.image_reports if x.defect == defect]) for defect in types}
         for row in self.rows:
             if isinstance(row.mask, MaskShapes):
                 found[row.defect].setdefault("shapes", 0)
@@ -66,26 +66,26 @@ class ObjectReport:
         }
 
 
-def _look_at_all(rows: Sequence[Row], root: Path, name: str, resolution: int, grid: int) -> list[Look]:
-    one = functools.partial(look, root=root, resolution=resolution, grid=grid, with_zoom=True)
+def _inspect_all(rows: Sequence[Row], root: Path, name: str, resolution: int, grid: int) -> list[ImageReport]:
+    one = functools.partial(inspect_row, root=root, resolution=resolution, grid=grid, with_zoom=True)
     reuse = Image.core.set_blocks_max  # of Pillow's memory, which to get anew for each image costs a sixth of the time
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), initializer=reuse, initargs=(16,)) as pool:
-        looks = pool.map(functools.partial(_with_others, one), rows, other_types(rows), chunksize=8)
-        return list(tqdm(looks, desc=name, total=len(rows)))
+        image_reports = pool.map(functools.partial(_with_others, one), rows, other_types(rows), chunksize=8)
+        return list(tqdm(image_reports, desc=name, total=len(rows)))
 
 
-def _with_others(one: Callable[..., Look], row: Row, others: Mask | None) -> Look:
+def _with_others(one: Callable[..., ImageReport], row: Row, others: Mask | None) -> ImageReport:
     return one(row, others=others)
 
 
-def figures(looks: Sequence[Look]) -> dict:
+def figures(image_reports: Sequence[ImageReport]) -> dict:
     """Number, and least, median and greatest of their sizes, their masks' share of the image and its latent cells."""
 
     def spread(values: list, digits: int | None = None) -> list:
         return [round(float(q), digits) for q in np.quantile(values, (0, 0.5, 1))]
 
-    opened, marked = [x for x in looks if x.size[0]], [x for x in looks if x.area]
-    found: dict = {"images": len(looks)}
+    opened, marked = [x for x in image_reports if x.size[0]], [x for x in image_reports if x.area]
+    found: dict = {"images": len(image_reports)}
     if opened:
         found |= {name: spread([x.size[i] for x in opened]) for i, name in enumerate(("width", "height"))}
     if marked:
@@ -113,26 +113,26 @@ def check_object(
         skip_problems: leave out images that cannot be used, if the others can be without them.
     """
     reading = read_object(root, name, layout, mask_classes)
-    looks = _look_at_all(reading.rows, root, name, resolution, grid)
-    problems = [*reading.problems, *(problem for x in looks for problem in x.problems)]
+    image_reports = _inspect_all(reading.rows, root, name, resolution, grid)
+    problems = [*reading.problems, *(problem for x in image_reports for problem in x.problems)]
     skipped: list[Problem] = []
     if skip_problems and problems and all(map(skippable, problems)):
         skipped, problems = problems, []
         names = {problem.image for problem in skipped if problem.image}
-        kept = [i for i, x in enumerate(looks) if x.name not in names]
-        reading, looks = without(reading, names, root), [looks[i] for i in kept]
+        kept = [i for i, x in enumerate(image_reports) if x.name not in names]
+        reading, image_reports = without(reading, names, root), [image_reports[i] for i in kept]
     splits: dict[str, list[Row]] = {}
     try:
         splits = split_rows(reading.rows, root, split)
     except InputError as error:
         problems += error.problems
-    report = ObjectReport(name, root, reading.rows, looks, problems, [], skipped, splits)
+    report = ObjectReport(name, root, reading.rows, image_reports, problems, [], skipped, splits)
     if not problems and not splits["train"]:
         what = f"--split {split}" if any(row.mask for row in reading.rows) else root
         problems.append(Problem("DF163", what, "leaves no defect image to train on", "add at least one with its mask"))
     report.notes = [
         *reading.notes,
-        *suspicions(looks, set(report.images("train")), resolution),
-        *passed_over(reading.rows, root),
+        *dataset_warnings(image_reports, set(report.images("train")), resolution),
+        *ignored_files(reading.rows, root),
     ]
     return report

@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from .crops import Box, Zoom, cut, fit_box, zoom_boxes
+from .crops import Box, CropRule, crop_boxes, crop_mask, fit_box
 from .images import image_tensor, load_image
 from .mask_values import binarise
-from .masks import boxes_mask, random_boxes, to_grid
+from .masks import boxes_mask, pool_mask, random_boxes
 from .prompts import PromptPair, TokenizedPrompts
 from .seeds import derive_seed
 
@@ -32,7 +32,7 @@ def sampling_schedule(start: int, stop: int, batch_size: int, rank: int = 0, wor
     return [[(step, first + i, total) for i in range(batch_size)] for step in range(start, stop)]
 
 
-class Window(NamedTuple):
+class Crop(NamedTuple):
     """A part of a reference image that holds its defect or a piece of it."""
 
     source_file: str
@@ -98,21 +98,21 @@ class TrainingSamples(torch.utils.data.Dataset):
         max_scale: float = 1.125,
         center_crop: bool = False,
         number_of_boxes: int = 30,
-        zoom: Zoom | None = None,
+        zoom: CropRule | None = None,
         others: Dataset | None = None,
         variants: int = 0,
     ):
-        self.windows: list[Window] = []
+        self.crops: list[Crop] = []
         all_types = AllTypes(dataset, *([others] if others else []))
         for row in dataset:
             image, mask = load_image(row["image"]), binarise(row["mask"])
             apart = all_types.other_mask(row["source_file"], row["defect"]) if zoom else None
-            self.windows += [
-                Window(row["source_file"], row["defect"], image.crop(box), cut(mask, box).copy(), box, image.size)
-                for box in zoom_boxes(mask, resolution, zoom, apart)
+            self.crops += [
+                Crop(row["source_file"], row["defect"], image.crop(box), crop_mask(mask, box).copy(), box, image.size)
+                for box in crop_boxes(mask, resolution, zoom, apart)
             ]
         self.prompts = prompts
-        pairs = [prompts[window.defect] for window in self.windows]
+        pairs = [prompts[crop.defect] for crop in self.crops]
         self.prompt_rows = [(tokens.index[pair.defect], tokens.index[pair.object]) for pair in pairs]
         self.resolution = resolution
         self.grid_size = resolution // vae_scale_factor
@@ -123,56 +123,56 @@ class TrainingSamples(torch.utils.data.Dataset):
         self.variants = variants
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self.crops)
 
-    def window_index(self, position: int) -> int:
+    def crop_index(self, position: int) -> int:
         """Which window stands at `position` of the endless stream of shuffled epochs."""
         epoch, offset = divmod(position, len(self))
         return int(np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(len(self))[offset])
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
         step, sample, total = key
-        index = self.window_index(step * total + sample)
+        index = self.crop_index(step * total + sample)
         rng = np.random.default_rng(derive_seed(self.seed, "augment", step, sample))
         seed = derive_seed(self.seed, "draws", step, sample)
         if self.variants:
             numbers = {"variant": int(rng.integers(self.variants)), "boxes": int(rng.integers(BOXES_PER_VARIANT))}
             return self._numbers(index, seed) | numbers
-        image, mask = self.resize_and_crop(self.windows[index].image, self.windows[index].mask, rng)
+        image, mask = self.resize_and_crop(self.crops[index].image, self.crops[index].mask, rng)
         return self._item(index, image, mask, rng, seed)
 
     def variant(self, index: int, variant: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pixels (3, resolution, resolution), mask (1, G, G) and random masks (BOXES_PER_VARIANT, 1, G, G)."""
-        window, seed = self.windows[index], derive_seed(self.seed, "variant", index, variant)
-        image, mask = self.resize_and_crop(window.image, window.mask, np.random.default_rng(seed))
+        crop, seed = self.crops[index], derive_seed(self.seed, "variant", index, variant)
+        image, mask = self.resize_and_crop(crop.image, crop.mask, np.random.default_rng(seed))
         seeds = [derive_seed(seed, "boxes", boxes) for boxes in range(BOXES_PER_VARIANT)]
         return image, mask, torch.stack([self._random_mask(np.random.default_rng(seed)) for seed in seeds])
 
     def references(self) -> Iterator[dict]:
         """Every window once, whole and not augmented, its boxes and seed fixed: for figures that can be compared."""
-        for index, window in enumerate(self.windows):
+        for index, crop in enumerate(self.crops):
             seed = derive_seed(self.seed, "reference", index)
             rng = np.random.default_rng(seed)
-            image, mask = image_tensor(window.image, self.resolution), to_grid(window.mask, self.grid_size)
+            image, mask = image_tensor(crop.image, self.resolution), pool_mask(crop.mask, self.grid_size)
             yield self._item(index, image, mask, rng, seed)
 
-    def validation_cases(self, good: Dataset | None, number: int) -> list[dict]:
+    def validation_items(self, good: Dataset | None, number: int) -> list[dict]:
         """Up to `number` good images with the references' windows in turn; the references if there are none.
 
         Each is an item as above, with the object prompt's text as `prompt`.
         """
         references = list(itertools.islice(self.references(), number))
-        cases = []
+        items = []
         for i in range(number if good else len(references)):
-            case = references[i % len(references)]
-            window = self.windows[case["index"]]
+            item = references[i % len(references)]
+            crop = self.crops[item["index"]]
             if good:
                 image = load_image(good[i % len(good)]["image"])
-                crop = image.crop(fit_box(window.box, window.image_size, image.size))
-                case["pixel_values"] = image_tensor(crop, self.resolution)
-            text = self.prompts[window.defect].object.text
-            cases.append(case | {"prompt": text, "seed": derive_seed(self.seed, "validation", i)})
-        return cases
+                view = image.crop(fit_box(crop.box, crop.image_size, image.size))
+                item["pixel_values"] = image_tensor(view, self.resolution)
+            text = self.prompts[crop.defect].object.text
+            items.append(item | {"prompt": text, "seed": derive_seed(self.seed, "validation", i)})
+        return items
 
     def _item(self, index: int, image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator, seed: int) -> dict:
         images = {"pixel_values": image, "mask": mask, "random_mask": self._random_mask(rng)}
@@ -183,7 +183,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         return {"defect_prompt": defect_prompt, "object_prompt": object_prompt, "seed": seed, "index": index}
 
     def _random_mask(self, rng: np.random.Generator) -> torch.Tensor:
-        return to_grid(boxes_mask(random_boxes(rng, self.number_of_boxes), self.resolution), self.grid_size)
+        return pool_mask(boxes_mask(random_boxes(rng, self.number_of_boxes), self.resolution), self.grid_size)
 
     def resize_and_crop(
         self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator
@@ -197,9 +197,9 @@ class TrainingSamples(torch.utils.data.Dataset):
             size = round(self.resolution * scale)
             spare = size - self.resolution
             top, left = (spare // 2,) * 2 if self.center_crop else rng.integers(0, spare + 1, 2)
-            resized = to_grid(mask, size)[0].numpy()
+            resized = pool_mask(mask, size)[0].numpy()
             cropped = resized[top : top + self.resolution, left : left + self.resolution]
             if cropped.any():
                 break
         pixels = image_tensor(image, size)[:, top : top + self.resolution, left : left + self.resolution]
-        return pixels, to_grid(cropped, self.grid_size)
+        return pixels, pool_mask(cropped, self.grid_size)

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from .checks import Look
-from .crops import Box, cut, fit_box
+from .checks import ImageReport
+from .crops import Box, crop_mask, fit_box
 from .images import load_image, open_image
 from .letters import Letters
-from .masks import pieces
+from .masks import components
 from .readers import GOOD, Row
 from .report import ObjectReport
 
@@ -65,7 +65,7 @@ def contact_sheet(report: ObjectReport) -> Image.Image:
         An RGB picture, at most `COLUMNS` pictures wide.
     """
     types = [*(t for t in report.figures() if t != GOOD), GOOD]
-    found = {t: [(row, x) for row, x in zip(report.rows, report.looks) if row.defect == t] for t in types}
+    found = {t: [(row, x) for row, x in zip(report.rows, report.image_reports) if row.defect == t] for t in types}
     marks = {row.image: mark for split, mark in (("train", "reference"), ("test", "held out"), ("good", "good"))
              for row in report.splits.get(split, [])}  # fmt: skip
     unknown = "not used" if report.splits else ""
@@ -93,7 +93,7 @@ def fair_shares(numbers: Sequence[int], most: int) -> list[int]:
     return shares
 
 
-def section_title(defect: str, found: Sequence[tuple[Row, Look]], marks: dict[Path, str], shown: int) -> str:
+def section_title(defect: str, found: Sequence[tuple[Row, ImageReport]], marks: dict[Path, str], shown: int) -> str:
     kinds = [marks.get(row.image, "") for row, _ in found]
     numbers = {
         "images": len(found),
@@ -107,7 +107,7 @@ def section_title(defect: str, found: Sequence[tuple[Row, Look]], marks: dict[Pa
     return f"{defect}: {', '.join(told)}"
 
 
-def entry(row: Row, x: Look, split: str) -> Entry:
+def entry(row: Row, x: ImageReport, split: str) -> Entry:
     mask = row.mask.render() if row.mask else None  # before the image, so that memory need not hold more
     image = load_image(open_image(row.image))
     size = f"{image.width} x {image.height} px"
@@ -116,17 +116,17 @@ def entry(row: Row, x: Look, split: str) -> Entry:
         return Entry((whole,), split, f"{x.defect}, {size}\n{x.name}")
     share = np.format_float_positional(100 * x.area, 3, fractional=False, trim="-")
     caption = f"{x.defect}, {share} % of {size}\n{x.name}"
-    window = zoom_window(mask)
-    if not window:
+    detail = detail_box(mask)
+    if not detail:
         return Entry((whole,), split, caption)
-    left, top, right, bottom = fit_box(window, image.size, whole.size)
+    left, top, right, bottom = fit_box(detail, image.size, whole.size)
     far = max(1, 9 - (right - left) // 2)  # the frame must not hide what it is drawn around
     for i, colour in ((0, "black"), (1, "white")):
         ends = min(right + far, whole.width - 1) - i, min(bottom + far, whole.height - 1) - i
         ImageDraw.Draw(whole).rectangle((max(left - far, 0) + i, max(top - far, 0) + i, *ends), outline=colour)
-    side = window[2] - window[0]
+    side = detail[2] - detail[0]
     told = f"right: the {side} x {side} px in the frame, at {100 * CELL / side:.0f} %"
-    return Entry((whole, picture(image, window, mask)), split, f"{caption}\n{told}")
+    return Entry((whole, picture(image, detail, mask)), split, f"{caption}\n{told}")
 
 
 def fitted(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -141,7 +141,7 @@ def picture(image: Image.Image, box: Box, mask: np.ndarray | None) -> Image.Imag
     way = Image.Resampling.BICUBIC if size[0] > box[2] - box[0] else Image.Resampling.BOX
     pixels = np.array(image.resize(size, way, box))
     if mask is not None:
-        inside = pooled(cut(mask, box), size)
+        inside = pooled(crop_mask(mask, box), size)
         for colour, reach in ((FAR, 3), (NEAR, 2)):
             pixels[ndimage.binary_dilation(inside, np.ones((3, 3)), reach) & ~inside] = colour
     pixels[[0, -1]] = pixels[:, [0, -1]] = 150  # where a white picture ends
@@ -154,23 +154,24 @@ def pooled(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.logical_or.reduceat(np.logical_or.reduceat(mask, starts[0], axis=0), starts[1], axis=1)
 
 
-def zoom_window(mask: np.ndarray) -> Box | None:
+def detail_box(mask: np.ndarray) -> Box | None:
     """The square of the image around the largest connected piece of an (H, W) mask, if its thumbnail shows too little.
 
     A piece that is too short is shown in its surroundings, of one that is long but too thin a part of its middle.
     """
     height, width = mask.shape
     coarse = fitted((width, height), min(COARSE, max(width, height)))
-    left, top, piece = max(pieces(pooled(mask, coarse)), key=lambda found: np.count_nonzero(found[2]))
-    box = fit_box((left, top, left + piece.shape[1], top + piece.shape[0]), coarse, (width, height))
+    left, top, component = max(components(pooled(mask, coarse)), key=lambda found: np.count_nonzero(found[2]))
+    box = fit_box((left, top, left + component.shape[1], top + component.shape[0]), coarse, (width, height))
     longer, scale = max(box[2] - box[0], box[3] - box[1]), CELL / max(width, height)
-    if longer * scale >= SMALL and np.count_nonzero(cut(mask, box)) / longer * scale >= THIN:
+    if longer * scale >= SMALL and np.count_nonzero(crop_mask(mask, box)) / longer * scale >= THIN:
         return None
     side = min(max(CONTEXT * longer if longer * scale < SMALL else CELL // 2, LEAST), width, height)
     if 2 * side > max(width, height):
         return None
-    cells = np.argwhere(piece) + 0.5
-    y, x = cells[np.abs(cells - np.array(piece.shape) / 2).sum(axis=1).argmin()] + (top, left)  # on it, at its middle
+    cells = np.argwhere(component) + 0.5
+    # On the component, at its middle.
+    y, x = cells[np.abs(cells - np.array(component.shape) / 2).sum(axis=1).argmin()] + (top, left)
     left = int(np.clip(x * width / coarse[0] - side / 2, 0, width - side))
     top = int(np.clip(y * height / coarse[1] - side / 2, 0, height - side))
     return left, top, left + side, top + side

@@ -25,7 +25,7 @@ import train_defectfill
 from defectfill.lora import load_lora, read_lora
 from defectfill.runs.files import exclusive_lock, write_json
 from defectfill.sampling import ddim, inpaint
-from defectfill_dataset import derive_seed, tensor_image, to_grid
+from defectfill_dataset import derive_seed, pool_mask, tensor_image
 from defectfill_scripts import make_demo_data
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
 
@@ -111,7 +111,7 @@ def inpaint_parts(
         load_lora(pipe, read_lora(lora))
     inpainted = []
     for i, (image, mask) in enumerate(zip(good, masks)):
-        grid = to_grid(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor)
+        grid = pool_mask(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor)
         seeds = [[derive_seed(seed, "ablation", i)]]
         steps, guidance = args.num_inference_steps, args.guidance_scale
         candidates = inpaint(pipe, image[None], grid[None], prompt, seeds, steps, guidance)

@@ -29,7 +29,7 @@ from defectfill.random_base import random_sd2_pipeline
 from defectfill.runs.files import atomic_write
 from defectfill.sampling import SCHEDULERS, inpaint, load_pipeline
 from defectfill.selection import rmse_score
-from defectfill_dataset import cover, derive_seed, to_grid
+from defectfill_dataset import derive_seed, pool_mask, upsample_mask
 from defectfill_dataset.commands import exit_on_input_error
 from defectfill_scripts.train_segmenter import drawn_pairs
 
@@ -43,7 +43,7 @@ class Pairs(NamedTuple):
     seeds: list[list[int]]  # (P, N)
 
 
-class Way(NamedTuple):
+class Variant(NamedTuple):
     steps: int
     batch_size: int | None = None  # None: each candidate by a call of the stock pipeline
     together: int = 1  # pairs in a batch
@@ -51,16 +51,16 @@ class Way(NamedTuple):
     interval: tuple[float, float] = (0, 1)  # guided steps
 
 
-def make_ways(steps: int, fast_steps: int, candidates: int, batch_size: int) -> dict[str, Way]:
+def make_variants(steps: int, fast_steps: int, candidates: int, batch_size: int) -> dict[str, Variant]:
     """The ways by their names, each with what the one before it has."""
     together = batch_size // candidates
     return {
-        "stock pipeline, a call for each candidate": Way(steps),
-        "image, mask and prompt encoded once a pair": Way(steps, 1),
-        "candidates of a pair in one batch": Way(steps, candidates),
-        f"candidates of {together} pairs in one batch": Way(steps, batch_size, together),
-        f"UniPC, {fast_steps} steps": Way(fast_steps, batch_size, together, "unipc"),
-        "guidance in the first half of the steps": Way(fast_steps, batch_size, together, "unipc", (0, 0.5)),
+        "stock pipeline, a call for each candidate": Variant(steps),
+        "image, mask and prompt encoded once a pair": Variant(steps, 1),
+        "candidates of a pair in one batch": Variant(steps, candidates),
+        f"candidates of {together} pairs in one batch": Variant(steps, batch_size, together),
+        f"UniPC, {fast_steps} steps": Variant(fast_steps, batch_size, together, "unipc"),
+        "guidance in the first half of the steps": Variant(fast_steps, batch_size, together, "unipc", (0, 0.5)),
     }
 
 
@@ -68,7 +68,11 @@ def stock(pipe: StableDiffusionInpaintPipeline, pairs: Pairs, steps: int) -> tor
     """(P, N, 3, S, S) candidates in [0, 1], everything encoded for each of them anew."""
     candidates = []
     for image, grid, seeds in zip(pairs.images / 2 + 0.5, pairs.grids, pairs.seeds):
-        given = {"image": image[None], "mask_image": cover(grid, pipe.vae_scale_factor)[None], "output_type": "pt"}
+        given = {
+            "image": image[None],
+            "mask_image": upsample_mask(grid, pipe.vae_scale_factor)[None],
+            "output_type": "pt",
+        }
         size = {"height": image.shape[-2], "width": image.shape[-1], "num_inference_steps": steps}
         for seed in seeds:
             noise = torch.Generator().manual_seed(seed)
@@ -76,20 +80,22 @@ def stock(pipe: StableDiffusionInpaintPipeline, pairs: Pairs, steps: int) -> tor
     return torch.cat(candidates).unflatten(0, (len(pairs.seeds), -1))
 
 
-def inpaint_pairs(pipe: StableDiffusionInpaintPipeline, pairs: Pairs, way: Way) -> torch.Tensor:
+def inpaint_pairs(pipe: StableDiffusionInpaintPipeline, pairs: Pairs, variant: Variant) -> torch.Tensor:
     """(P, N, 3, S, S) candidates in [0, 1], sampled in this way with guidance 7.5."""
-    if way.batch_size is None:
-        return stock(pipe, pairs, way.steps)
+    if variant.batch_size is None:
+        return stock(pipe, pairs, variant.steps)
     candidates = []
-    for i in range(0, len(pairs.seeds), way.together):
-        images, grids, seeds = (of_all[i : i + way.together] for of_all in pairs)
-        candidates.append(inpaint(pipe, images, grids, PROMPT, seeds, way.steps, 7.5, way.batch_size, way.interval))
+    for i in range(0, len(pairs.seeds), variant.together):
+        images, grids, seeds = (of_all[i : i + variant.together] for of_all in pairs)
+        candidates.append(
+            inpaint(pipe, images, grids, PROMPT, seeds, variant.steps, 7.5, variant.batch_size, variant.interval)
+        )
     return torch.cat(candidates)
 
 
 def score(candidates: torch.Tensor, pairs: Pairs, at_once: int) -> list[list[float]]:
     """(P, N) scores, of so many candidates of a pair at once."""
-    masks = cover(pairs.grids, candidates.shape[-1] // pairs.grids.shape[-1])
+    masks = upsample_mask(pairs.grids, candidates.shape[-1] // pairs.grids.shape[-1])
     normals = pairs.images / 2 + 0.5
     return [
         [x for some in of_pair.split(at_once) for x in rmse_score(some, normal, mask)]
@@ -101,7 +107,7 @@ def encode_images(pipe: StableDiffusionInpaintPipeline, pairs: Pairs) -> None:
     """Does of the first way's work only the encoding of images and masks."""
     for image, grid, seeds in zip(pairs.images, pairs.grids, pairs.seeds):
         for _ in seeds:
-            masked = image * (1 - cover(grid, pipe.vae_scale_factor))
+            masked = image * (1 - upsample_mask(grid, pipe.vae_scale_factor))
             pipe.vae.encode(masked[None].to(pipe.device, pipe.vae.dtype)).latent_dist.sample()
 
 
@@ -135,36 +141,36 @@ def measure(args: argparse.Namespace, pipe: StableDiffusionInpaintPipeline) -> s
     """Markdown: a row a way, then what encoding is worth."""
     images, _ = drawn_pairs([("nut", None)], args.images, args.resolution, seed=1)
     _, masks = drawn_pairs([("nut", "hole")], args.images, args.resolution, seed=2)
-    grids = torch.stack([to_grid(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor) for mask in masks])
+    grids = torch.stack([pool_mask(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor) for mask in masks])
     seeds = [[derive_seed(0, i, k) for k in range(args.num_candidates)] for i in range(args.images)]
     pairs, schedule = Pairs(images.to(pipe.device), grids.to(pipe.device), seeds), pipe.scheduler
-    ways = make_ways(args.num_inference_steps, args.fast_steps, args.num_candidates, args.batch_size)
+    variants = make_variants(args.num_inference_steps, args.fast_steps, args.num_candidates, args.batch_size)
     rows: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
 
-    def run(way: Way) -> None:
-        pipe.scheduler = SCHEDULERS[way.scheduler](schedule)
+    def run(variant: Variant) -> None:
+        pipe.scheduler = SCHEDULERS[variant.scheduler](schedule)
         rows.clear()
-        score(inpaint_pairs(pipe, pairs, way), pairs, min(way.batch_size or 1, args.num_candidates))
+        score(inpaint_pairs(pipe, pairs, variant), pairs, min(variant.batch_size or 1, args.num_candidates))
 
     def encode_prompts() -> None:
         for _ in range(args.images * args.num_candidates):
             pipe.encode_prompt(PROMPT, pipe.device, 1, True)
 
-    times: dict[str, list[float]] = {name: [] for name in (*ways, "prompts", "images")}
+    times: dict[str, list[float]] = {name: [] for name in (*variants, "prompts", "images")}
     counts = {}
-    for way in ways.values():
-        run(way._replace(steps=2))  # kernels are chosen and memory is taken before the clock runs
+    for variant in variants.values():
+        run(variant._replace(steps=2))  # kernels are chosen and memory is taken before the clock runs
     for _ in range(args.rounds):
-        for name, way in ways.items():
-            times[name].append(seconds_of(pipe.device, run, way))
+        for name, variant in variants.items():
+            times[name].append(seconds_of(pipe.device, run, variant))
             counts[name] = sum(rows) / (args.images * args.num_candidates)
         times["prompts"].append(seconds_of(pipe.device, encode_prompts))
         times["images"].append(seconds_of(pipe.device, encode_images, pipe, pairs))
 
-    first = times[next(iter(ways))]
+    first = times[next(iter(variants))]
     text = ["| | UNet rows a candidate | pictures a second | times as fast as the first |", "|---|---|---|---|"]
-    for name in ways:
+    for name in variants:
         ratios = [a / b for a, b in zip(first, times[name])]
         speed = args.images / statistics.median(times[name])
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"

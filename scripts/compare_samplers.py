@@ -19,13 +19,13 @@ from diffusers import StableDiffusionInpaintPipeline, UNet2DModel
 from defectfill.lora import load_lora, read_lora
 from defectfill.runs.files import atomic_write
 from defectfill.sampling import SCHEDULERS, inpaint
-from defectfill_dataset import derive_seed, to_grid
+from defectfill_dataset import derive_seed, pool_mask
 from defectfill_scripts.ablate import defect_features, figures_of
 from defectfill_scripts.train_segmenter import drawn_pairs
 
 
 # Scheduler, steps, whether guided, and where; the first is what the others are compared with.
-WAYS = {
+VARIANTS = {
     "DDIM, 50 steps": ("ddim", 50, True, (0, 1)),
     "DDIM, 20": ("ddim", 20, True, (0, 1)),
     "DPM-Solver++, 20": ("dpmsolver++", 20, True, (0, 1)),
@@ -49,12 +49,12 @@ def measure(args: argparse.Namespace, path: Path, seed: int) -> list[dict]:
     pipe = StableDiffusionInpaintPipeline.from_pretrained(args.base, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     load_lora(pipe, lora)
-    grids = torch.stack([to_grid(m[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor) for m in masks])
+    grids = torch.stack([pool_mask(m[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor) for m in masks])
     seeds = [[derive_seed(seed, "noise", i)] for i in range(args.images)]
     rows: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     lines, first, given = [], None, pipe.scheduler
-    for way, (scheduler, steps, guided, interval) in WAYS.items():
+    for variant, (scheduler, steps, guided, interval) in VARIANTS.items():
         pipe.scheduler = SCHEDULERS[scheduler](given)
         rows.clear()
         scale = args.guidance_scale if guided else 1.0
@@ -65,23 +65,26 @@ def measure(args: argparse.Namespace, path: Path, seed: int) -> list[dict]:
             one = slice(i, i + 1)
             change = (pictures - first)[i][:, masks[i, 0] > 0.5].abs().mean().item() / 2
             figures = figures_of(segmenter, pictures[one], masks[one], real) | {"change": change}
-            lines.append({"way": way, "part": part, "rows": sum(rows) / args.images} | figures)
+            lines.append({"variant": variant, "part": part, "rows": sum(rows) / args.images} | figures)
     return lines
 
 
 def table(lines: list[dict]) -> str:
     """Markdown: means over the pictures of each way; of the paired difference of the IoU with its standard error."""
     parts = list(dict.fromkeys(line["part"] for line in lines))
-    ious = {way: np.array([line["segmenter_iou"] for line in lines if line["way"] == way]) for way in WAYS}
+    ious = {
+        variant: np.array([line["segmenter_iou"] for line in lines if line["variant"] == variant])
+        for variant in VARIANTS
+    }
     heads = ["", "UNet rows", "segmenter IoU", *parts, "IoU to the first", "found", "distance to real", "change"]
     text = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for way in WAYS:
-        mine = [line for line in lines if line["way"] == way]
+    for variant in VARIANTS:
+        mine = [line for line in lines if line["variant"] == variant]
         mean = {k: np.mean([line[k] for line in mine]) for k in ("found", "distance", "change")}
         by_part = [np.mean([line["segmenter_iou"] for line in mine if line["part"] == part]) for part in parts]
-        paired = ious[way] - ious[next(iter(WAYS))]
+        paired = ious[variant] - ious[next(iter(VARIANTS))]
         error = paired.std(ddof=1) / np.sqrt(len(paired))
-        cells = [way, f"{mine[0]['rows']:.0f}", f"{ious[way].mean():.3f}", *(f"{x:.3f}" for x in by_part)]
+        cells = [variant, f"{mine[0]['rows']:.0f}", f"{ious[variant].mean():.3f}", *(f"{x:.3f}" for x in by_part)]
         cells += [f"{paired.mean():+.3f} ± {error:.3f}" if paired.any() else ""]
         cells += [f"{mean['found']:.3f}", f"{mean['distance']:.3f}", f"{mean['change']:.3f}"]
         text.append(f"| {' | '.join(cells)} |")

@@ -19,16 +19,16 @@ from tqdm.auto import tqdm
 from defectfill.runs.cards import write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill_dataset import InputError, Problem
-from defectfill_dataset.checks import look
+from defectfill_dataset.checks import inspect_row
 from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
 from defectfill_dataset.writers.datasets import WRITERS
 from defectfill_dataset.writers.exports import (
     EXPORTERS,
     NORMAL_ONLY,
-    Item,
+    ExportImage,
     read_generated,
+    read_good_images,
     read_items,
-    read_photographs,
     split_items,
 )
 
@@ -46,9 +46,9 @@ def check_options(args: argparse.Namespace) -> list[Problem]:
     return problems
 
 
-def checked_items(args: argparse.Namespace) -> list[Item]:
+def checked_items(args: argparse.Namespace) -> list[ExportImage]:
     """All images to export; raises InputError with every problem of every folder."""
-    problems, items = check_options(args), list[Item]()
+    problems, items = check_options(args), list[ExportImage]()
     for folder in args.generated:
         found, wrong = read_generated(folder, several=len(args.generated) > 1)
         items += found
@@ -58,21 +58,21 @@ def checked_items(args: argparse.Namespace) -> list[Item]:
         if len(objects) > 1:
             what = f"is of one object, the generated images of {', '.join(objects)}"
             problems.append(Problem("DF199", f"--good {args.good}", what, "export one object at a time"))
-        painted = {item.photograph for item in items}
-        good = read_photographs(args.good, "".join(objects[:1]), painted)
+        inpainted = {item.source for item in items}
+        good = read_good_images(args.good, "".join(objects[:1]), inpainted)
         if not good:
             fix = "give a folder of good photographs"
             problems.append(Problem("DF199", f"--good {args.good}", "no images in it", fix))
         items += good
-    problems += [problem for item in items for problem in look(item.row, item.root).problems]
+    problems += [problem for item in items for problem in inspect_row(item.row, item.root).problems]
     if problems := problems + same_names(items):
         raise InputError(*problems)
     return items
 
 
-def same_names(items: list[Item]) -> list[Problem]:
+def same_names(items: list[ExportImage]) -> list[Problem]:
     """A problem (DF198) for each two folders with images that would get one name."""
-    first: dict[str, Item] = {}
+    first: dict[str, ExportImage] = {}
     pairs: dict[tuple[Path, Path], str] = {}
     for item in items:
         other = first.setdefault(item.name, item)
@@ -84,7 +84,7 @@ def same_names(items: list[Item]) -> list[Problem]:
     ]
 
 
-def checked_splits(items: list[Item], args: argparse.Namespace) -> dict[str, list[Item]]:
+def checked_splits(items: list[ExportImage], args: argparse.Namespace) -> dict[str, list[ExportImage]]:
     """The items of each split that the format has; raises InputError (DF199) if one that it needs is empty."""
     splits = split_items(items, args.test_share, args.format in NORMAL_ONLY)
     if args.format in NORMAL_ONLY and not splits["train"]:
@@ -102,12 +102,12 @@ def checked_splits(items: list[Item], args: argparse.Namespace) -> dict[str, lis
     return {split: found for split, found in splits.items() if found}
 
 
-def shown(split: str, items: list[Item], bared: list[str]) -> Iterator[dict]:
+def shown(split: str, items: list[ExportImage], stripped: list[str]) -> Iterator[dict]:
     """`read_items` with a bar."""
-    yield from tqdm(read_items(items, bared), desc=split, total=len(items))
+    yield from tqdm(read_items(items, stripped), desc=split, total=len(items))
 
 
-def write(splits: dict[str, list[Item]], args: argparse.Namespace) -> None:
+def write(splits: dict[str, list[ExportImage]], args: argparse.Namespace) -> None:
     """Writes the export to the output folder, whole or not at all."""
     clear_leftovers(args.output_dir)
     counts = Counter(
@@ -115,11 +115,11 @@ def write(splits: dict[str, list[Item]], args: argparse.Namespace) -> None:
     )
     defects = sorted({item.row.defect for item in itertools.chain(*splits.values()) if item.row.mask})
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=args.output_dir) as temporary:
-        folder, bared = Path(temporary), list[str]()
-        examples = {split: shown(split, items, bared) for split, items in splits.items()}
+        folder, stripped = Path(temporary), list[str]()
+        examples = {split: shown(split, items, stripped) for split, items in splits.items()}
         last = EXPORTERS[args.format](folder, examples, defects)
         if args.format in WRITERS:
-            write_dataset_card(folder, counts, args.format, "photographs", None, None, len(bared), None)
+            write_dataset_card(folder, counts, args.format, "photographs", None, None, len(stripped), None)
         publish_dir(folder, args.output_dir, last)
     for (_, defect, split), number in sorted(counts.items(), key=lambda entry: entry[0][::-1]):
         print(f"{split} {defect}: {number}")

@@ -437,7 +437,7 @@ PARTS: dict[str, tuple[Part, dict[str, Defect]]] = {
 # Pictures and files
 
 
-def draw(part: str, defect: str | None, size: int, seed: tuple[int, ...]) -> tuple[Image.Image, Image.Image | None]:
+def render(part: str, defect: str | None, size: int, seed: tuple[int, ...]) -> tuple[Image.Image, Image.Image | None]:
     """A picture of a part, `size` pixels a side, and its mask (255 inside the defect), None for a good one."""
     rng = np.random.default_rng([*seed, *part.encode(), *(defect or "good").encode()])
     make, defects = PARTS[part]
@@ -476,7 +476,7 @@ def main(input_args: list[str] | None = None) -> None:
                 for i in range(args.defects)
             ]
     for part, defect, index, image_path, mask_path in tqdm(jobs, desc="Images"):
-        image, mask = draw(part, defect, args.size, (args.seed, index))
+        image, mask = render(part, defect, args.size, (args.seed, index))
         for picture, path in ((image, image_path), (mask, mask_path)):
             if picture is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,14 +49,14 @@ from defectfill_dataset import (
     InputError,
     Problem,
     boxes_mask,
-    cover,
     derive_seed,
     image_tensor,
     load_image,
+    pool_mask,
     random_boxes,
     random_mask,
-    to_grid,
     to_words,
+    upsample_mask,
 )
 from defectfill_dataset.commands import exit_on_input_error
 from defectfill_dataset.masks import bounds
@@ -65,10 +65,10 @@ from defectfill_scripts.make_demo_data import (
     PARTS,
     blob,
     distance_to,
-    draw,
     fractal,
     grid,
     jagged_line,
+    render,
     smoothstep,
     wandering_line,
 )
@@ -270,11 +270,11 @@ def draw_masks(rng: np.random.Generator, mark: np.ndarray | None, size: int, cel
         return distance_to(line, size)[0] < rng.uniform(0.02, 0.1)
 
     if mark is None or not mark.any():
-        return [to_grid(free(), cells) for _ in range(MASKS)]
+        return [pool_mask(free(), cells) for _ in range(MASKS)]
     left, top, right, bottom = bounds(mark)
     box = np.zeros_like(mark)
     box[top:bottom, left:right] = True
-    return [to_grid(mark, cells), to_grid(box, cells), to_grid(mark | free(), cells)]
+    return [pool_mask(mark, cells), pool_mask(box, cells), pool_mask(mark | free(), cells)]
 
 
 @dataclasses.dataclass
@@ -340,7 +340,7 @@ def make_scenes(
 
 
 def drawn_picture(part: str, size: int, seed: tuple[int, int]) -> tuple[Image.Image, str]:
-    return draw(part, None, size, seed)[0], part
+    return render(part, None, size, seed)[0], part
 
 
 def drawn_pictures(number: int, size: int, seed: int) -> list[Picture]:
@@ -513,7 +513,7 @@ def encode(vae: AutoencoderKL, scenes: Scenes, device: torch.device) -> dict[str
     for start in tqdm(range(0, len(scenes.pixels), number), desc="Latents", mininterval=5):
         x = torch.from_numpy(scenes.pixels[start : start + number]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         masks = scenes.masks[start : start + number].to(device).float()
-        holes = 1 - cover(masks, x.shape[-1] // masks.shape[-1])  # (B, K, 1, R, R)
+        holes = 1 - upsample_mask(masks, x.shape[-1] // masks.shape[-1])  # (B, K, 1, R, R)
         means = vae.encode(torch.cat([x, (x[:, None] * holes).flatten(0, 1)])).latent_dist.mean
         clean.append(means[: len(x)].cpu())
         cut.append(means[len(x) :].unflatten(0, (len(x), MASKS)).cpu())
@@ -606,11 +606,11 @@ def measure(pipe: StableDiffusionInpaintPipeline, scenes: Scenes) -> tuple[dict[
         reconstruction.append(psnr((x - y) / 2))
         rng = np.random.default_rng(index)
         pixel_mask = random_mask(rng, image.width, image.width) | random_mask(rng, image.width, image.width)
-        grid = to_grid(pixel_mask, image.width // pipe.vae_scale_factor)
+        grid = pool_mask(pixel_mask, image.width // pipe.vae_scale_factor)
         prompt = scenes.captions[index][0]
         seeds = [[derive_seed(0, index)]]
         [[z]] = inpaint(pipe, x[None], grid[None], prompt, seeds, num_inference_steps=30, guidance_scale=1.0) * 2 - 1
-        inside = cover(grid, pipe.vae_scale_factor)[0] > 0.5
+        inside = upsample_mask(grid, pipe.vae_scale_factor)[0] > 0.5
         inpainted.append(psnr((x - z)[:, inside] / 2))
         result = composite(image, (z.cpu() + 1) / 2, inside.cpu().numpy())
         cells = [x, y, x * ~inside.to(x.device), image_tensor(result, image.width).to(x)]

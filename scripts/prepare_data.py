@@ -67,17 +67,17 @@ def write(splits: Splits, args: argparse.Namespace, repo_id: str | None) -> None
     """Writes the dataset and its card to the output folder, whole or not at all."""
     clear_leftovers(args.output_dir)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=args.output_dir) as folder:
-        bared: list[str] = []
+        stripped: list[str] = []
         for split, rows in splits.items():
-            WRITERS[args.format](Path(folder), split, tqdm(read_examples(rows, bared), desc=split, total=len(rows)))
+            WRITERS[args.format](Path(folder), split, tqdm(read_examples(rows, stripped), desc=split, total=len(rows)))
         counts = Counter((name, row.defect, split) for split, rows in splits.items() for name, _, row in rows)
         write_dataset_card(
-            Path(folder), counts, args.format, args.split, args.license, args.source, len(bared), repo_id
+            Path(folder), counts, args.format, args.split, args.license, args.source, len(stripped), repo_id
         )
         publish_dir(Path(folder), args.output_dir, last="README.md")
-    if bared:
+    if stripped:
         print(
-            f"{len(bared)} of {counts.total()} images held metadata (EXIF, XMP, text, comments): "
+            f"{len(stripped)} of {counts.total()} images held metadata (EXIF, XMP, text, comments): "
             "written as PNG, upright, without them"
         )
     print(f"{args.output_dir}: " + ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))

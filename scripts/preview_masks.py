@@ -17,10 +17,10 @@ from PIL import Image
 from scipy import ndimage
 from tqdm.auto import tqdm
 
-from defectfill.runs.cases import repeat_seed
 from defectfill.runs.files import save_image
 from defectfill.runs.flags import add_input_flags, check_input_flags
-from defectfill.runs.inputs import read_cases, read_source
+from defectfill.runs.inputs import read_source, read_source_images
+from defectfill.runs.source_images import repeat_seed
 from defectfill_dataset import Problem, find_foreground, load_masks, principal_axis
 from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
 
@@ -82,24 +82,26 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     [defect] = args.defect or [None]
-    cases = read_cases(args)
+    source_images = read_source_images(args)
     source, _ = read_source(args, defect)
     pictures, shares, drawn, without = [], [], [], []
-    number = args.number or len(cases)
+    number = args.number or len(source_images)
     for index in tqdm(range(number), desc="Masks"):
-        repeat, place = divmod(index, len(cases))
-        case, seed = cases[place], repeat_seed(args.seed, repeat)
-        image, placed = case.draw(seed, source)
+        repeat, place = divmod(index, len(source_images))
+        source_image, seed = source_images[place], repeat_seed(args.seed, repeat)
+        image, placed = source_image.load_with_mask(seed, source)
         if placed is None:
-            without.append(Problem("DF340", f"{case.image.name}, picture {repeat + 1}", "no place for its mask"))
+            without.append(
+                Problem("DF340", f"{source_image.file.name}, picture {repeat + 1}", "no place for its mask")
+            )
             continue
-        areas = case.load()[1]
+        areas = source_image.load()[1]
         if args.foreground == "none":
             part = np.ones_like(placed.mask)
         else:
             part = areas["foreground"] if "foreground" in areas else find_foreground(image)
         shares.append((part & placed.mask).sum() / placed.mask.sum())
-        shapes = [defect.shape for defect in placed.parts] or [placed.mask]
+        shapes = [defect.shape for defect in placed.defects] or [placed.mask]
         drawn += [(shape, placed.mask.size) for shape in shapes]
         if len(pictures) < args.shown:
             roi = [(areas["roi"], YELLOW)] if "roi" in areas else []

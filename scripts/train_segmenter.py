@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from defectfill.runs.files import exclusive_lock, write_json
 from defectfill_dataset import derive_seed
-from defectfill_scripts.make_demo_data import PARTS, draw
+from defectfill_scripts.make_demo_data import PARTS, render
 from defectfill_scripts.make_tiny_base import fit
 
 
@@ -47,7 +47,7 @@ def drawn_pairs(kinds: list, number: int, size: int, seed: int) -> tuple[torch.T
     """`number` pairs of each (part, defect), defect None for good parts: (n, 3, R, R) in [-1, 1], (n, 1, R, R)."""
     images, masks = [], []
     for part, defect in tqdm([kind for kind in kinds for _ in range(number)], desc="Pictures"):
-        image, mask = draw(part, defect, size, (seed, len(images)))
+        image, mask = render(part, defect, size, (seed, len(images)))
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1)
         masks.append(torch.from_numpy(np.array(mask))[None] / 255 if mask else torch.zeros(1, size, size))
     return torch.stack(images), torch.stack(masks)

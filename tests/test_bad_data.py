@@ -12,13 +12,13 @@ from PIL import Image
 from runs import check
 
 import train_defectfill
-from defectfill.runs.cases import Case, check_cases
+from defectfill.runs.source_images import SourceImage, check_source_images
 from defectfill_dataset import InputError, binarise, find_objects, load_defect_pairs, load_image
 from defectfill_dataset.images import open_image, upright_size
 
 
 @pytest.fixture
-def refused(train, monkeypatch):
+def refusal(train, monkeypatch):
     """The problems for which training refuses a dataset; fails the test if a model is loaded."""
 
     def problems(data) -> tuple[str, ...]:
@@ -41,15 +41,15 @@ def names_it(line: str, row: str, code: str, words: str) -> bool:
 
 
 @pytest.mark.parametrize("row", REFUSED)
-def test_a_bad_pair_is_refused(row, tmp_path, capsys, refused):
+def test_a_bad_pair_is_refused(row, tmp_path, capsys, refusal):
     make, code, words = REFUSED[row]
     make(make_pair(tmp_path / "bolt", row))
     status, lines = checked(tmp_path / "bolt", capsys)
     assert status == 2 and names_it(lines[0], row, code, words), lines
-    assert names_it(refused(tmp_path / "bolt")[0], row, code, words)
+    assert names_it(refusal(tmp_path / "bolt")[0], row, code, words)
 
 
-def test_all_bad_pairs_are_told_at_once_by_check_data_training_and_generation(tmp_path, capsys, refused):
+def test_all_bad_pairs_are_told_at_once_by_check_data_training_and_generation(tmp_path, capsys, refusal):
     pairs = {row: make_pair(tmp_path / "bolt", row) for row in REFUSED}
     for row, pair in pairs.items():
         REFUSED[row][0](pair)
@@ -57,10 +57,10 @@ def test_all_bad_pairs_are_told_at_once_by_check_data_training_and_generation(tm
     (found,) = json.loads((tmp_path / "report/report.json").read_text())["objects"]
     lines, printed = found["problems"], capsys.readouterr().out.splitlines()
     assert len([line for line in printed if line.startswith("DF103")]) == 21 and "more like these" in "".join(printed)
-    told = refused(tmp_path / "bolt")
-    cases = [Case(pair.image, pair.mask) for pair in pairs.values() if pair.mask.exists()]
+    told = refusal(tmp_path / "bolt")
+    source_images = [SourceImage(pair.image, pair.mask) for pair in pairs.values() if pair.mask.exists()]
     with pytest.raises(InputError) as caught:
-        check_cases(cases)
+        check_source_images(source_images)
     assert status == 2 and sum(file.stat().st_size for file in tmp_path.rglob("*.*") if file.is_file()) < 2e6
     for row, (_, code, words) in REFUSED.items():
         for found in (lines, told):
@@ -110,7 +110,7 @@ def test_training_and_generation_warn_of_what_is_odd(train, tmp_path, caplog, mo
     monkeypatch.setattr(train_defectfill, "train", lambda *args: None)
     with caplog.at_level(logging.WARNING):
         train("--split", "all", data=tmp_path / "bolt")
-        check_cases([Case(pair.image, pair.mask) for pair in pairs])
+        check_source_images([SourceImage(pair.image, pair.mask) for pair in pairs])
     told = [record.getMessage() for record in caplog.records]
     assert "DF104 test/hole/000.png, test/hole/001.png: does not end as PNG does" in told[0]
     assert told[-1].startswith(f"DF104 {pairs[0].image}, {pairs[1].image}: does not end") and len(told) == 2
@@ -121,26 +121,26 @@ def test_images_of_8192_pixels_a_side_are_no_bombs(tmp_path, recwarn):
     assert open_image(tmp_path / "large.png").size == (8192, 8192) and not recwarn.list
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path, refused):
+def test_a_file_that_may_not_be_read_is_named(tmp_path, refusal):
     image = make_pair(tmp_path / "bolt", "000").image
     image.chmod(0)
     if os.access(image, os.R_OK):
         pytest.skip("the superuser may read everything")
-    assert refused(tmp_path / "bolt")[0].startswith("DF103 test/hole/000.png: the image cannot be read: [Errno 13]")
+    assert refusal(tmp_path / "bolt")[0].startswith("DF103 test/hole/000.png: the image cannot be read: [Errno 13]")
 
 
 @pytest.mark.parametrize("row", FOLDERS)
-def test_a_bad_folder_is_refused(row, tmp_path, refused):
+def test_a_bad_folder_is_refused(row, tmp_path, refusal):
     make, code, words = FOLDERS[row]
     (tmp_path / "data").mkdir()
     folder = make(tmp_path / "data")
-    (told,) = refused(folder)
+    (told,) = refusal(folder)
     assert told.startswith(f"{code} ") and words in told and str(folder) in told
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bad_name_of_an_object_is_refused(name, tmp_path, refused):
-    told = refused(write_table(tmp_path / "bolt", name))
+def test_a_bad_name_of_an_object_is_refused(name, tmp_path, refusal):
+    told = refusal(write_table(tmp_path / "bolt", name))
     assert len(told) == 1 and "an object cannot be called" in told[0] and told[0].startswith(f"DF162 {tmp_path}")
     assert "\n" not in told[0]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from runs import check
 
 from defectfill_dataset import InputError, Problem, sheets
-from defectfill_dataset.checks import Look, suspicions
+from defectfill_dataset.checks import ImageReport, dataset_warnings
 from defectfill_dataset.errors import folded
 
 
@@ -83,11 +83,11 @@ def test_what_is_suspicious_is_told_and_does_not_stop(tmp_path, capsys):
 
 
 def test_small_defects_are_named_with_what_is_left_of_them():
-    looks = [
-        Look(f"{i}.png", "hole", (), str(i), (512, 512), 0.001, cells, mask=str(i))
+    image_reports = [
+        ImageReport(f"{i}.png", "hole", (), str(i), (512, 512), 0.001, cells, mask=str(i))
         for i, cells in enumerate((1, 3, 4))
     ]
-    (note,) = suspicions(looks, set(), 512)
+    (note,) = dataset_warnings(image_reports, set(), 512)
     assert str(note).startswith("DF151 0.png, 1.png: 2 of 3 defects cover fewer than 4 cells of the latent grid")
     problems = [Problem("DF100", "x", "is odd"), *(Problem("DF151", str(i), "is small") for i in range(25))]
     assert folded(problems)[-1] == "DF151 and 5 more like these"

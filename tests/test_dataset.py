@@ -20,19 +20,19 @@ from defectfill_dataset import (
     build_prompts,
     builder,
     check_pairs,
-    cover,
     data_digest,
     find_objects,
     load_defect_pairs,
     load_image,
     load_prepared,
+    pool_mask,
     random_boxes,
     random_mask,
     sampling_schedule,
     select_defects,
     split_names,
-    to_grid,
     tokenize_prompts,
+    upsample_mask,
 )
 from defectfill_dataset.splits import split_rows
 from defectfill_scripts.make_tiny_base import WORDS, make_tokenizer
@@ -358,14 +358,14 @@ def test_a_one_pixel_crack_survives_on_the_grid(offset):
     """A small defect vanishes under nearest and its loss is 0/0."""
     mask = np.zeros((64, 64), dtype=bool)
     mask[offset + 8, 8:40] = True
-    grid = to_grid(mask, 8)
+    grid = pool_mask(mask, 8)
     assert grid.shape == (1, 8, 8) and grid.sum() == 4 and grid[0, 1 + (offset + 8) // 16 * 0, 1:5].all()
     assert F.interpolate(torch.from_numpy(mask)[None, None].float(), (8, 8)).sum() in (0, 4)  # what nearest does
 
 
 def test_stock_nearest_downsampling_undoes_cover():
     grid = (torch.rand(1, 1, 8, 8) > 0.7).float()
-    pixels = cover(grid, 8)
+    pixels = upsample_mask(grid, 8)
     assert pixels.shape == (1, 1, 64, 64)
     assert torch.equal(F.interpolate(pixels, size=(8, 8)), grid)
 
@@ -374,7 +374,7 @@ def test_grids_of_odd_sizes_lose_nothing():
     for height, width in ((37, 101), (5, 7), (64, 64)):
         mask = np.zeros((height, width), dtype=bool)
         mask[height // 2, width // 3] = True
-        assert to_grid(mask, 16).sum() >= 1
+        assert pool_mask(mask, 16).sum() >= 1
 
 
 def test_thirty_random_boxes_within_their_range():
@@ -420,7 +420,7 @@ def test_each_sample_has_its_own_defects_prompt(three_types):
         defect = three_types["defect"][item["index"]]
         assert item["object_prompt"] == tokens.index[prompts[defect].object]
         assert item["defect_prompt"] == tokens.index[prompts[defect].defect]
-        inside = cover(item["mask"], 4)[0] > 0.5
+        inside = upsample_mask(item["mask"], 4)[0] > 0.5
         colour = (item["pixel_values"][:, inside] * 127.5 + 127.5).T
         nearest = (colour - torch.tensor(COLOURS[defect])).abs().sum(dim=1).min()
         assert nearest < 25  # the picture shows the defect that its prompt names
@@ -441,7 +441,7 @@ def test_every_random_number_is_a_function_of_seed_step_and_sample(three_types):
 
 def test_each_epoch_shows_every_image_once_and_epochs_differ(three_types):
     samples, *_ = make_samples(three_types)
-    epochs = [[samples.window_index(9 * e + i) for i in range(9)] for e in range(3)]
+    epochs = [[samples.crop_index(9 * e + i) for i in range(9)] for e in range(3)]
     assert all(sorted(epoch) == list(range(9)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
@@ -478,7 +478,7 @@ def test_image_and_mask_are_cropped_as_one(tmp_path):
         places.add(tuple(item["mask"][0].nonzero()[0].tolist()))
     assert len(places) > 5
     centred, *_ = make_samples(load_defect_pairs(folder)["train"], resolution=64, vae_scale_factor=1, center_crop=True)
-    assert torch.equal(centred.resize_and_crop(samples.windows[0].image, mask, FixedRandom())[1], to_grid(mask, 64))
+    assert torch.equal(centred.resize_and_crop(samples.crops[0].image, mask, FixedRandom())[1], pool_mask(mask, 64))
 
 
 class FixedRandom:

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from defectfill.runs.files import exclusive_lock
 from defectfill_dataset import InputError, binarise, find_objects
-from defectfill_dataset.masks import pieces, polygon_mask
+from defectfill_dataset.masks import components, polygon_mask
 from defectfill_dataset.readers.rows import SPLITS
 from defectfill_dataset.writers.exports import EXPORTERS, NORMAL_ONLY
 from defectfill_dataset.writers.polygons import exact_polygon, joined_polygon, outlines
@@ -57,18 +57,18 @@ def test_outlines_run_exactly_along_the_pixels():
     some_with_holes = some_exact = 0
     for mask in noise_masks():
         whole = np.zeros_like(mask)
-        for left, top, piece in pieces(mask):
+        for left, top, component in components(mask):
             place = np.zeros_like(mask)
-            place[top : top + piece.shape[0], left : left + piece.shape[1]] = piece
+            place[top : top + component.shape[0], left : left + component.shape[1]] = component
             whole |= place
-            outer, *holes = (line + [left, top] for line in outlines(piece))
+            outer, *holes = (line + [left, top] for line in outlines(component))
             assert np.array_equal(decoded(outer, mask.shape), ndimage.binary_fill_holes(place))
-            assert len(holes) == ndimage.label(~np.pad(piece, 1))[1] - 1
-            joined = joined_polygon(piece) + [left, top]
+            assert len(holes) == ndimage.label(~np.pad(component, 1))[1] - 1
+            joined = joined_polygon(component) + [left, top]
             assert np.array_equal(decoded(joined, mask.shape), place)
             seen = polygon_mask(joined, mask.shape[::-1])  # adds a pixel around what is under two pixels wide
             assert (seen >= place).all() and (seen <= ndimage.binary_dilation(place, np.ones((3, 3)))).all()
-            exact = exact_polygon(piece)
+            exact = exact_polygon(component)
             if exact is not None:
                 assert not holes and np.array_equal(polygon_mask(exact + [left, top], mask.shape[::-1]), place)
             some_with_holes, some_exact = some_with_holes + bool(holes), some_exact + (exact is not None)
@@ -161,8 +161,8 @@ def test_yolo_boxes_are_those_of_the_pieces(tmp_path, generated):
     found, _ = read_back(out)
     for name, (_, mask) in marks(generated).items():
         boxes = np.zeros_like(mask)
-        for left, top, piece in pieces(mask):
-            boxes[top : top + piece.shape[0], left : left + piece.shape[1]] = True
+        for left, top, component in components(mask):
+            boxes[top : top + component.shape[0], left : left + component.shape[1]] = True
         assert np.array_equal(found[name][1], boxes)
     texts = [f.read_text().splitlines() for f in (out / "labels").rglob("*.txt")]
     assert all(len(line.split()) == 5 for lines in texts for line in lines) and len(texts) == 12

@@ -28,7 +28,7 @@ from defectfill.base_model import read_base
 from defectfill.lora import LORA_FILE
 from defectfill.runs import files
 from defectfill.runs import report as page
-from defectfill_dataset import InputError, cover, image_tensor, to_grid
+from defectfill_dataset import InputError, image_tensor, pool_mask, upsample_mask
 
 
 GRID = RESOLUTION // 4
@@ -99,7 +99,7 @@ def test_background_latents_follow_the_clean_image_at_each_steps_noise_level(pip
     decoded = pipe.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     sampling.inpaint(pipe, good[None], grid[None], "a nut", [[5]], num_inference_steps=4, guidance_scale=1.0)
     record.remove(), decoded.remove()
-    pixels = cover(grid, 4)
+    pixels = upsample_mask(grid, 4)
     with torch.no_grad():
         both = (
             pipe.vae.encode(torch.stack([good, good * (1 - pixels)])).latent_dist.mode()
@@ -122,7 +122,7 @@ def test_background_latents_follow_the_clean_image_at_each_steps_noise_level(pip
 def plain_loop(pipe, image, grid, seed, steps, scale, interval):
     """One candidate by DDIM, guided in `interval`, without the pipeline's loop: the picture, and UNet rows a step."""
     factor = pipe.vae.config.scaling_factor
-    both = torch.stack([image, image * (1 - cover(grid, 4))])
+    both = torch.stack([image, image * (1 - upsample_mask(grid, 4))])
     clean, masked = (pipe.vae.encode(both).latent_dist.mode() * factor).chunk(2)
     noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed))[None]
     embeds, negative = pipe.encode_prompt("a nut", "cpu", 1, True)
@@ -264,9 +264,9 @@ def test_a_run_leaves_images_masks_scores_and_a_contact_sheet(trained, inputs, t
         assert np.array_equal(image[mask == 0], good[mask == 0]) and not np.array_equal(
             image[mask > 0], good[mask > 0]
         )
-        [window] = line["windows"]
-        assert window["box"] == [0, 0, *good.shape[1::-1]]
-        assert len(window["scores"]) == 3 and window["chosen"] == int(np.argmax(window["scores"]))
+        [crop] = line["windows"]
+        assert crop["box"] == [0, 0, *good.shape[1::-1]]
+        assert len(crop["scores"]) == 3 and crop["chosen"] == int(np.argmax(crop["scores"]))
         assert line["prompt"] == "A nut with sks"
     seeds = [s for line in lines for s in line["windows"][0]["candidate_seeds"]]
     assert len(set(seeds)) == 9
@@ -287,10 +287,10 @@ def test_the_lora_decides_what_is_painted(trained, base, inputs, tmp_path):
     pipe = sampling.load_pipeline(read_base(str(base)), None, None, "no", torch.device("cpu"))
     load_lora(pipe, read_lora(trained))
     image, mask = Image.open(tmp_path / "good/000.png"), np.asarray(Image.open(tmp_path / "masks/000_mask.png")) > 0
-    [window] = line["windows"]
-    good, grid = image_tensor(image, RESOLUTION)[None], to_grid(mask, GRID)[None]
-    [candidates] = sampling.inpaint(pipe, good, grid, line["prompt"], [window["candidate_seeds"]], 2, 7.5)
-    expected = sampling.composite(image, candidates[window["chosen"]], mask)
+    [crop] = line["windows"]
+    good, grid = image_tensor(image, RESOLUTION)[None], pool_mask(mask, GRID)[None]
+    [candidates] = sampling.inpaint(pipe, good, grid, line["prompt"], [crop["candidate_seeds"]], 2, 7.5)
+    expected = sampling.composite(image, candidates[crop["chosen"]], mask)
     assert np.array_equal(np.asarray(expected), np.asarray(Image.open(tmp_path / "out" / line["image"])))
 
 

@@ -112,7 +112,7 @@ def test_unet_gets_what_the_stock_pipeline_gives_it():
     pipe(
         "A nut with hole scratch",
         image=batch["pixel_values"] / 2 + 0.5,
-        mask_image=t.cover(batch["mask"], factor),
+        mask_image=t.upsample_mask(batch["mask"], factor),
         num_inference_steps=1,
         guidance_scale=1,
         height=RESOLUTION,
@@ -134,7 +134,7 @@ def test_both_passes_share_noise_timestep_and_noised_latent_and_see_the_clean_ma
     draws = t.sample_noise(models, batch)
     t.training_losses(models, batch, draws, t.LossOptions())
     assert len(unet.calls) == len(encoder.calls) == len(text.calls) == 1
-    clean, m, r = batch["pixel_values"], *(t.cover(batch[k], 4) for k in ("mask", "random_mask"))
+    clean, m, r = batch["pixel_values"], *(t.upsample_mask(batch[k], 4) for k in ("mask", "random_mask"))
     images = encoder.calls[0][0][0]
     assert torch.equal(images, torch.cat([clean, clean * (1 - m), clean * (1 - r)]))
     (model_input, timesteps), _ = unet.calls[0]

@@ -34,7 +34,7 @@ def rng(*seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def pieces(mask: np.ndarray) -> int:
+def count_components(mask: np.ndarray) -> int:
     return ndimage.label(mask, np.ones((3, 3)))[1]
 
 
@@ -60,7 +60,7 @@ def some_shapes() -> list[np.ndarray]:
 def test_a_transform_keeps_the_area_within_the_scale_and_tears_nothing(some_shapes, scale, angle):
     for i, shape in enumerate(some_shapes):
         changed = transform(shape, Transform(angle, scale, bool(i % 2), 0.02), rng(i))
-        assert is_cut(changed) and pieces(changed) <= pieces(shape)
+        assert is_cut(changed) and count_components(changed) <= count_components(shape)
         ratio = changed.sum() / shape.sum() / scale**2
         assert 0.97 < ratio < (1.1 if i != 1 else 3 / min(scale, 1))  # a hair gets no thinner than a pixel
 
@@ -96,7 +96,7 @@ def test_a_union_joins_both(some_shapes):
     spot, hair, _ = some_shapes
     for i in range(20):
         both = union(spot, hair, rng(i))
-        assert is_cut(both) and pieces(both) == 1
+        assert is_cut(both) and count_components(both) == 1
         assert max(spot.sum(), hair.sum()) <= both.sum() < spot.sum() + hair.sum()  # a pixel at least is shared
 
 
@@ -105,7 +105,7 @@ def test_a_union_joins_both(some_shapes):
 def test_drawn_shapes_are_whole_of_the_size_said_and_seeded(kind, side):
     drawn = [SHAPES[kind](rng(i), side) for i in range(30)]
     for shape in drawn:
-        assert is_cut(shape) and pieces(shape) == 1 and max(shape.shape) <= 0.65 * side + 3
+        assert is_cut(shape) and count_components(shape) == 1 and max(shape.shape) <= 0.65 * side + 3
     assert all(np.array_equal(shape, SHAPES[kind](rng(i), side)) for i, shape in enumerate(drawn))
     assert len({shape.tobytes() for shape in drawn}) >= 20
     if side == 200:
@@ -125,7 +125,7 @@ def test_the_nut_is_found_on_its_ground(size):
         surface = make_demo_data.nut(rng(i), size)
         image = Image.fromarray((make_demo_data.light(rng(i), surface, 1.0) * 255).astype(np.uint8))
         found = find_foreground(image)
-        assert found.shape == (size, size) and not found.all() and pieces(found) == 1
+        assert found.shape == (size, size) and not found.all() and count_components(found) == 1
         nut = ndimage.binary_dilation(surface.part, iterations=max(2, size // 12))  # `part` leaves its edge out
         assert (found & nut).sum() > 0.95 * found.sum() and (found & surface.part).sum() > 0.85 * surface.part.sum()
 
@@ -133,7 +133,7 @@ def test_the_nut_is_found_on_its_ground(size):
 @pytest.mark.parametrize("part", ["plate", "cloth"])
 @pytest.mark.parametrize("size", [48, 160])
 def test_a_surface_that_fills_the_picture_is_all_part(part, size):
-    assert all(find_foreground(make_demo_data.draw(part, None, size, (7, i))[0]).all() for i in range(4))
+    assert all(find_foreground(make_demo_data.render(part, None, size, (7, i))[0]).all() for i in range(4))
 
 
 def test_flat_pictures_and_small_marks_have_no_ground():
@@ -182,12 +182,12 @@ def test_the_one_place_is_found_by_searching_all_except_in_very_large_areas(monk
 
 @pytest.fixture(scope="module")
 def nut() -> Image.Image:
-    return make_demo_data.draw("nut", None, 160, (0, 0))[0]
+    return make_demo_data.render("nut", None, 160, (0, 0))[0]
 
 
 @pytest.fixture(scope="module")
 def references() -> list[NamedMask]:
-    masks = [make_demo_data.draw("nut", defect, 120, (0, 5))[1] for defect in ("hole", "crack")]
+    masks = [make_demo_data.render("nut", defect, 120, (0, 5))[1] for defect in ("hole", "crack")]
     return [NamedMask(name, np.asarray(mask) > 0) for name, mask in zip(("hole", "crack"), masks)]
 
 
@@ -207,13 +207,13 @@ def test_masks_lie_on_the_part_and_in_the_roi_and_apart(shapes, nut, coverage):
             continue
         placed += 1
         union = np.zeros((160, 160), dtype=int)
-        for name, top, left, shape in result.parts:
+        for name, top, left, shape in result.defects:
             window = np.s_[top : top + shape.shape[0], left : left + shape.shape[1]]
             assert name and (shape & part[window] & roi[window]).sum() >= coverage * shape.sum() > 0
             union[window] += shape
         assert union.max() == 1 and np.array_equal(union > 0, result.mask)
         one, other = (np.zeros((160, 160), dtype=bool) for _ in range(2))
-        for whole, (_, top, left, shape) in zip((one, other), result.parts):
+        for whole, (_, top, left, shape) in zip((one, other), result.defects):
             whole[top : top + shape.shape[0], left : left + shape.shape[1]] = shape
         assert ndimage.distance_transform_edt(~one)[other].min() > GAP * 160
     assert placed >= 6
@@ -246,12 +246,12 @@ def test_no_place_is_a_value(nut):
 
 
 def test_references_keep_their_share_of_the_image(references):
-    draw = reference_shapes(references[:1], 180)
+    sample_shape = reference_shapes(references[:1], 180)
     for size in ((60, 60), (120, 120), (480, 240)):
-        areas = [shape.sum() for name, shape in (draw(rng(i), size) for i in range(60)) if "+" not in name]
+        areas = [shape.sum() for name, shape in (sample_shape(rng(i), size) for i in range(60)) if "+" not in name]
         relative = np.array(areas) / np.prod(size) / references[0].pixels.mean()
         assert SCALES[0] ** 2 * 0.9 < relative.min() and relative.max() < SCALES[1] ** 2 * 1.15
-    names = [draw(rng(i), (60, 60))[0] for i in range(100)]
+    names = [sample_shape(rng(i), (60, 60))[0] for i in range(100)]
     assert set(names) == {"hole", "hole + hole"} and names.count("hole") > 70
 
 
@@ -261,9 +261,9 @@ def test_held_out_masks_are_taken_as_they_are_and_the_leak_is_named(references, 
     assert source(nut, 0) is None  # none of its size
     image = nut.resize((120, 120))
     taken = [source(image, seed) for seed in range(10)]
-    assert {placed.parts[0].name for placed in taken} == {"hole", "crack"}
+    assert {placed.defects[0].name for placed in taken} == {"hole", "crack"}
     pixels = {mask.name: mask.pixels for mask in references}
-    assert all(np.array_equal(placed.mask, pixels[placed.parts[0].name]) for placed in taken)
+    assert all(np.array_equal(placed.mask, pixels[placed.defects[0].name]) for placed in taken)
 
 
 def test_masks_of_a_dataset(tmp_path):
@@ -324,7 +324,7 @@ def test_placed_masks_through_the_command(trained, folder, source):
         roi = np.asarray(Image.open(folder / "rois" / line["good_image"])) > 0
         assert mask.any() and not (mask & ~(find_foreground(good) & roi)).any()
         kinds = {"blob", "scratch"} if source == "procedural" else {"test/hole/000.png", "test/hole/001.png"}
-        assert len(line["mask_parts"]) == 2 and pieces(mask) == 2
+        assert len(line["mask_parts"]) == 2 and count_components(mask) == 2
         assert {name for part in line["mask_parts"] for name in part["from"].split(" + ")} <= kinds
         painted = np.asarray(Image.open(folder / "a" / line["image"]))
         assert np.array_equal(painted[~mask], np.asarray(good)[~mask])
@@ -506,7 +506,7 @@ def test_the_preview_of_given_and_random_masks_and_without_a_place(folder, capsy
 
 def test_the_random_source_is_random_mask_as_it_was():
     placed = random_source(Image.new("RGB", (50, 40)), 5)
-    assert placed.mask.shape == (40, 50) and placed.parts == []
+    assert placed.mask.shape == (40, 50) and placed.defects == []
     rows, columns = np.nonzero(placed.mask)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (21, 27, 39, 47)
 

@@ -29,8 +29,8 @@ import generate_defectfill as g
 import train_defectfill
 from defectfill import colour_stats
 from defectfill.lora import LORA_FILE, read_lora
-from defectfill_dataset import InputError, image_tensor, load_defect_pairs, to_grid
-from defectfill_dataset.masks import piece_boxes
+from defectfill_dataset import InputError, image_tensor, load_defect_pairs, pool_mask
+from defectfill_dataset.masks import component_boxes
 
 
 FAST = ["--num_inference_steps", 1, "--num_candidates", 2, "--selection", "rmse"]
@@ -88,7 +88,7 @@ def test_the_manifest_says_what_each_picture_is_and_is_a_table_too(trained, good
     lines = read_lines(out / "manifest.jsonl")
     for line in lines:
         mask = np.asarray(Image.open(out / line["mask"])) > 0
-        assert [tuple(box) for box in line["boxes"]] == piece_boxes(mask) and line["boxes"]
+        assert [tuple(box) for box in line["boxes"]] == component_boxes(mask) and line["boxes"]
         assert line["defect"] == "hole" and line["object"] == "nut" and len(line["mask_parts"]) == 2
     table = pq.read_table(out / "manifest.parquet").to_pylist()
     assert [row["name"] for row in table] == [line["name"] for line in lines]
@@ -134,7 +134,7 @@ def test_the_page_lists_what_was_not_painted(trained, good, tmp_path, monkeypatc
 def test_piece_boxes_are_those_of_connected_pieces():
     mask = np.zeros((20, 30), dtype=bool)
     mask[2:5, 3:9], mask[5, 9], mask[15, 20] = True, True, True
-    assert piece_boxes(mask) == [(3, 2, 10, 6), (20, 15, 21, 16)]
+    assert component_boxes(mask) == [(3, 2, 10, 6), (20, 15, 21, 16)]
 
 
 @pytest.mark.slow
@@ -374,7 +374,7 @@ def test_the_record_says_how_the_references_look(lora, data, number, request):
         colours = []
         for row in (row for row in train if row["defect"] == defect):
             picture = image_tensor(row["image"].convert("RGB"), RESOLUTION) / 2 + 0.5
-            mask = to_grid(np.asarray(row["mask"].convert("L")) > 127, RESOLUTION)
+            mask = pool_mask(np.asarray(row["mask"].convert("L")) > 127, RESOLUTION)
             colours.append(colour_stats.defect_colours(picture, mask))
         assert known == colour_stats.reference_statistics(colours) and len(colours) == number
 
@@ -390,12 +390,12 @@ def test_windows_of_one_photograph_are_one_reference(base, tmp_path):
     argv = options(base, data, tmp_path / "lora", "--zoom", "on", "--split", "all")
     job = train_defectfill.prepare(train_defectfill.parse_args(argv), train_defectfill.Accelerator(cpu=True))
     reset_accelerate()
-    windows = job.samples.windows
-    assert len(windows) == 4
+    crops = job.samples.crops
+    assert len(crops) == 4
     colours = [
         torch.cat([
-            colour_stats.defect_colours(image_tensor(w.image, RESOLUTION) / 2 + 0.5, to_grid(w.mask, RESOLUTION))
-            for w in windows
+            colour_stats.defect_colours(image_tensor(w.image, RESOLUTION) / 2 + 0.5, pool_mask(w.mask, RESOLUTION))
+            for w in crops
             if w.source_file == name
         ])
         for name in job.data["train"]["source_file"]
@@ -448,12 +448,12 @@ def test_a_picture_without_a_defect_is_painted_again_and_given_up_at_last(traine
     ):
         generate(*argv, "--min_change", 1.5, "--output_dir", tmp_path / "out")
     lines = {line["name"]: line["windows"][0] for line in read_lines(tmp_path / "out/manifest.jsonl")}
-    assert {name: window["attempts"] for name, window in lines.items()} == {"000": 3, "002": 1}
-    assert [window["refused"] for window in lines.values()] == [refusals(no_defect=4), refusals()]
+    assert {name: crop["attempts"] for name, crop in lines.items()} == {"000": 3, "002": 1}
+    assert [crop["refused"] for crop in lines.values()] == [refusals(no_defect=4), refusals()]
     page = (tmp_path / "out/summary.html").read_text()  # planned, made, retried, not painted
     assert "<tr><td>nut<td>hole<td>3<td>2<td>1<td>1<td>0<td>4<td>0" in page and "<li>DF342 001.png" in page
-    for window in lines.values():
-        assert min(window["changes"]) > 1.5
+    for crop in lines.values():
+        assert min(crop["changes"]) > 1.5
     assert [len(seeds) for seeds in calls] == [3, 2, 2] and len({s for c in calls for row in c for s in row}) == 14
     calls.clear()
     generate(*argv, "--max_attempts", 1, "--output_dir", tmp_path / "ungated")
@@ -471,9 +471,9 @@ def test_an_artefact_is_never_kept_however_far_it_is_from_the_good_image(trained
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", *FAST]
     generate(*argv, "--max_deviation", 1.25, "--output_dir", tmp_path / "out")
     for line in read_lines(tmp_path / "out/manifest.jsonl"):
-        [window] = line["windows"]
-        assert (window["chosen"], window["attempts"], window["refused"]) == (1, 2, refusals(artefact=3))
-        assert window["deviations"][1] < 1.25 < window["deviations"][0]
+        [crop] = line["windows"]
+        assert (crop["chosen"], crop["attempts"], crop["refused"]) == (1, 2, refusals(artefact=3))
+        assert crop["deviations"][1] < 1.25 < crop["deviations"][0]
         mask = np.asarray(Image.open(tmp_path / "out" / line["mask"])) > 0
         colours = np.asarray(Image.open(tmp_path / "out" / line["image"]))[mask]
         np.testing.assert_allclose(colours - np.array(COLOURS["hole"]), 0, atol=1)
@@ -490,8 +490,8 @@ def test_what_is_not_a_number_or_black_is_painted_again(trained, good, tmp_path,
     argv = ["--lora", trained, "--image", good, "--mask_source", "random", *FAST]
     with pytest.raises(SystemExit, match="DF342 000.png: .* in 3 attempts: 6 broken.* use --mixed_precision no"):
         generate(*argv, "--output_dir", tmp_path / "out")
-    windows = [line["windows"][0] for line in read_lines(tmp_path / "out/manifest.jsonl")]
-    assert [(window["attempts"], window["refused"]) for window in windows] == [(2, refusals(broken=2))] * 2
+    crops = [line["windows"][0] for line in read_lines(tmp_path / "out/manifest.jsonl")]
+    assert [(crop["attempts"], crop["refused"]) for crop in crops] == [(2, refusals(broken=2))] * 2
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from toy_model import toy_pipeline
 
 from defectfill.random_base import random_sd2_pipeline
 from defectfill.sampling import ddim, inpaint
-from defectfill_dataset import InputError, binarise, check_pairs, cover, image_tensor, load_defect_pairs
+from defectfill_dataset import InputError, binarise, check_pairs, image_tensor, load_defect_pairs, upsample_mask
 from defectfill_scripts import ablate, compare_samplers, make_demo_data, make_tiny_base, train_segmenter
 from defectfill_scripts import benchmark_generation as benchmark
 
@@ -52,9 +52,9 @@ def test_a_defect_changes_the_picture_inside_its_mask_alone(part, defect):
 
 
 def test_pictures_are_a_function_of_their_seed():
-    first, second = (make_demo_data.draw("nut", "hole", 48, (0, 3)) for _ in range(2))
+    first, second = (make_demo_data.render("nut", "hole", 48, (0, 3)) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(first, second))
-    other = make_demo_data.draw("nut", "hole", 48, (0, 4))
+    other = make_demo_data.render("nut", "hole", 48, (0, 4))
     assert not np.array_equal(first[0], other[0]) and not np.array_equal(first[1], other[1])
     assert set(np.unique(np.asarray(first[1]))) == {0, 255} and binarise(first[1]).any()
 
@@ -130,11 +130,11 @@ def test_the_base_that_ships_fills_a_hole_with_the_parts_own_texture():
     pipe = StableDiffusionInpaintPipeline.from_pretrained(TINY_BASE, dtype=torch.float32)
     pipe.scheduler = ddim(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
-    image, _ = make_demo_data.draw("nut", None, 128, (5, 5))
+    image, _ = make_demo_data.render("nut", None, 128, (5, 5))
     x, grid = image_tensor(image, 128), torch.zeros(1, 32, 32)
     grid[:, 13:18, 13:18] = 1
     [[painted]] = inpaint(pipe, x[None], grid[None], "A photo of a nut", [[0]], 10, guidance_scale=1.0) * 2 - 1
-    inside = cover(grid, 4)[0] > 0.5
+    inside = upsample_mask(grid, 4)[0] > 0.5
     assert (painted - x)[:, inside].square().mean() < 0.25 * x[:, inside].square().mean()
 
 
@@ -250,7 +250,7 @@ def test_samplers_are_compared_on_the_same_parts(base, segmenter, trained, tmp_p
     compare_samplers.main(compare_samplers.parse_args(command.split()))
     head, _, *lines, _, number = (tmp_path / "table.md").read_text().splitlines()
     rows = {cells[1]: cells[2:-1] for cells in ([c.strip() for c in line.split("|")] for line in lines)}
-    assert "| nut |" in head and number == "2 pictures a way." and list(rows) == list(compare_samplers.WAYS)
+    assert "| nut |" in head and number == "2 pictures a way." and list(rows) == list(compare_samplers.VARIANTS)
     assert [int(cells[0]) for cells in rows.values()] == [100, 40, 40, 40, 20, 30, 30, 20]
     changes = [float(cells[-1]) for cells in rows.values()]
     assert changes[0] == 0 and rows["DDIM, 50 steps"][3] == "" and all(0 < x < 1 for x in changes[1:])
@@ -273,8 +273,8 @@ def quiet_pipeline():
 @pytest.mark.slow
 def test_ways_that_only_save_work_paint_the_same(toy_pairs):
     pipe = quiet_pipeline()
-    _, *same, fast, half = benchmark.make_ways(6, 4, candidates=2, batch_size=4).values()
-    alone, in_pairs, together = (benchmark.inpaint_pairs(pipe, toy_pairs, way) for way in same)
+    _, *same, fast, half = benchmark.make_variants(6, 4, candidates=2, batch_size=4).values()
+    alone, in_pairs, together = (benchmark.inpaint_pairs(pipe, toy_pairs, variant) for variant in same)
     assert alone.shape == (3, 2, 3, 32, 32)
     assert torch.allclose(alone, in_pairs, atol=2e-4) and torch.allclose(alone, together, atol=2e-4)
     one_by_one, at_once = (torch.tensor(benchmark.score(alone, toy_pairs, number)) for number in (1, 2))
@@ -286,7 +286,7 @@ def test_ways_that_only_save_work_paint_the_same(toy_pairs):
 @pytest.mark.slow
 def test_the_stock_way_differs_in_the_sampled_latents_and_the_background_alone(toy_pairs, monkeypatch):
     pipe = quiet_pipeline()
-    stock, once, *_ = benchmark.make_ways(6, 4, candidates=2, batch_size=4).values()
+    stock, once, *_ = benchmark.make_variants(6, 4, candidates=2, batch_size=4).values()
     whole = toy_pairs._replace(grids=torch.ones_like(toy_pairs.grids))  # no background to replace
     assert not torch.allclose(
         benchmark.inpaint_pairs(pipe, toy_pairs, stock), benchmark.inpaint_pairs(pipe, toy_pairs, once), atol=1e-2
@@ -307,7 +307,7 @@ def test_generation_is_measured_in_every_way(base, tmp_path, monkeypatch, model)
     benchmark.main(benchmark.parse_args([*command.split(), *which]))
     _, _, *lines, _, note = (tmp_path / "speed.md").read_text().splitlines()
     rows = {cells[1]: cells[2:-1] for cells in ([c.strip() for c in line.split("|")] for line in lines)}
-    assert list(rows) == list(benchmark.make_ways(4, 2, 2, 4)) and len(rows) == 6
+    assert list(rows) == list(benchmark.make_variants(4, 2, 2, 4)) and len(rows) == 6
     assert [int(cells[0]) for cells in rows.values()] == [8, 8, 8, 8, 4, 3]
     assert [*rows.values()][0][2] == "1.00 (1.00 to 1.00)" and all(float(cells[1]) > 0 for cells in rows.values())
     assert "2 pictures of 2 candidates, 32 px, 2 rounds" in note and note.count("%") == 2

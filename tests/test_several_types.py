@@ -12,19 +12,19 @@ from PIL import Image
 from runs import check, read_lines
 
 from defectfill_dataset import (
+    CropRule,
     InputError,
     TrainingSamples,
-    Zoom,
     binarise,
     build_prompts,
     check_pairs,
+    crop_boxes,
     load_defect_pairs,
     other_types,
     select_defects,
     split_names,
-    zoom_boxes,
 )
-from defectfill_dataset.crops import cut
+from defectfill_dataset.crops import crop_mask
 from defectfill_scripts import prepare_data
 
 
@@ -77,13 +77,13 @@ def test_crops_leave_out_other_types_where_they_can(tmp_path):
     row = next(row for row in chosen if row["source_file"] == "images/02.png")
     mask = binarise(row["mask"])
     rest = sum(binarise(o["mask"]) for o in others if o["source_file"] == "images/02.png").astype(bool)
-    (free,), (box,) = (zoom_boxes(mask, 200, Zoom(15, 0.001), o) for o in (None, rest))
-    assert cut(rest, free).any() and not cut(rest, box).any() and cut(mask, box).sum() == mask.sum()
+    (free,), (box,) = (crop_boxes(mask, 200, CropRule(15, 0.001), o) for o in (None, rest))
+    assert crop_mask(rest, free).any() and not crop_mask(rest, box).any() and crop_mask(mask, box).sum() == mask.sum()
     assert box[2] - box[0] == box[3] - box[1] and 0 <= min(box) and max(box) <= SIZE
-    assert zoom_boxes(mask, 200, Zoom(15, 0.001), rest * False) == [free]
+    assert crop_boxes(mask, 200, CropRule(15, 0.001), rest * False) == [free]
     near = load_defect_pairs(make_boards(tmp_path / "near", near=True), split="all")["train"]
     masks = [binarise(r["mask"]) for r in near if r["source_file"] == "images/00.png"]
-    assert cut(masks[1], zoom_boxes(masks[0], 400, Zoom(3), masks[1])[0]).any()  # no room: the crop stays
+    assert crop_mask(masks[1], crop_boxes(masks[0], 400, CropRule(3), masks[1])[0]).any()  # no room: the crop stays
 
 
 @pytest.mark.parametrize("defects", [["open"], None])
@@ -94,15 +94,15 @@ def test_training_windows_show_one_type(tmp_path, defects):
     places = {prompt: i for i, prompt in enumerate(p for pair in prompts.values() for p in (pair.defect, pair.object))}
     tokens = type("Tokens", (), {"index": places})
     samples = TrainingSamples(
-        chosen, prompts, tokens, 200, 8, 0, zoom=Zoom(15, 0.001),
+        chosen, prompts, tokens, 200, 8, 0, zoom=CropRule(15, 0.001),
         others=other_types(data["train"], chosen),
     )  # fmt: skip
-    assert len(samples.windows) == len(chosen)
+    assert len(samples.crops) == len(chosen)
     marks = {(row["source_file"], row["defect"]): binarise(row["mask"]) for row in data["train"]}
-    for window in samples.windows:
-        assert window.mask.any()
+    for crop in samples.crops:
+        assert crop.mask.any()
         for (name, defect), mask in marks.items():
-            assert name != window.source_file or defect == window.defect or not cut(mask, window.box).any()
+            assert name != crop.source_file or defect == crop.defect or not crop_mask(mask, crop.box).any()
 
 
 def test_check_data_says_where_types_are_too_close(tmp_path, capsys):

@@ -109,13 +109,13 @@ def test_a_defect_too_small_or_thin_to_see_is_shown_enlarged_too(tmp_path, monke
         assert whole.size == (CELL, round(0.8 * CELL)) and zoomed.size == (CELL, CELL)
         assert (np.asarray(zoomed) == sheets.NEAR).all(axis=-1).sum() > 4 * 40  # its outline there
         assert (np.asarray(whole) == (255, 255, 255)).all(axis=-1).sum() >= 4 * 14  # the frame around the place
-    assert sheets.zoom_window(np.pad(np.ones((4, 4), bool), 22)) is None  # 48 pixels are enlarged as they are
+    assert sheets.detail_box(np.pad(np.ones((4, 4), bool), 22)) is None  # 48 pixels are enlarged as they are
 
 
 def test_the_window_lies_on_the_largest_piece_and_in_the_image():
     mask = np.zeros((8192, 4096), bool)
     mask[10:13, 10:13] = mask[8000:8030, 4070:4096] = True
-    left, top, right, bottom = sheets.zoom_window(mask)
+    left, top, right, bottom = sheets.detail_box(mask)
     assert (right, top <= 8000, bottom >= 8030, right - left) == (4096, True, True, bottom - top)
     assert mask[top:bottom, left:right].sum() == 30 * 26
     for shape, size in (((8192, 4096), (113, 226)), ((3, 5), (50, 30)), ((7, 7), (7, 7))):

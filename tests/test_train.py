@@ -27,7 +27,7 @@ from defectfill.runs import flags as option_checks
 from defectfill_dataset import InputError
 
 
-def refused(call, *args, **kwargs) -> str:
+def refusal(call, *args, **kwargs) -> str:
     with pytest.raises(InputError) as caught:
         call(*args, **kwargs)
     return str(caught.value)
@@ -333,7 +333,7 @@ def test_the_lora_of_all_layers_says_its_ranks_and_fits_its_base_alone(train, ba
     assert "rank 4 (2 for convolutions), alpha 8.0, layers: all" in " ".join((out / "README.md").read_text().split())
     check_fits(lora, read_base(str(base)))
     toy_pipeline(unet_channels=(32, 32, 32)).save_pretrained(tmp_path / "wider")
-    assert refused(check_fits, lora, read_base(str(tmp_path / "wider"))).startswith("DF410")
+    assert refusal(check_fits, lora, read_base(str(tmp_path / "wider"))).startswith("DF410")
 
 
 @pytest.mark.parametrize(
@@ -547,7 +547,7 @@ def broken_good_image(data):
 )
 def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
     break_data(data)
-    told = refused(train, "--validation_steps", "2")
+    told = refusal(train, "--validation_steps", "2")
     assert told.startswith(code) and words in told
 
 
@@ -595,16 +595,16 @@ def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
 )
 def test_bad_options_are_refused(train, no_models, flags, code, words):
-    told = refused(train, *flags)
+    told = refusal(train, *flags)
     assert told.startswith(code) and words in told
 
 
 def test_xformers_without_cuda_is_refused(train, no_models, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "needs a CUDA device" in refused(train, "--enable_xformers_memory_efficient_attention")
+    assert "needs a CUDA device" in refusal(train, "--enable_xformers_memory_efficient_attention")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(option_checks, "is_xformers_available", lambda: False)
-    assert "xformers is not installed" in refused(train, "--enable_xformers_memory_efficient_attention")
+    assert "xformers is not installed" in refusal(train, "--enable_xformers_memory_efficient_attention")
 
 
 def test_xformers_keeps_the_recording_processors(base, monkeypatch):
@@ -629,12 +629,12 @@ def test_xformers_keeps_the_recording_processors(base, monkeypatch):
 
 def test_8bit_adam_without_bitsandbytes_is_refused(train, no_models, monkeypatch):
     monkeypatch.setattr(option_checks, "is_bitsandbytes_available", lambda: False)
-    assert "pip install bitsandbytes" in refused(train, "--use_8bit_adam")
+    assert "pip install bitsandbytes" in refusal(train, "--use_8bit_adam")
 
 
 def test_a_base_without_its_tokenizer_is_refused(train, no_models, tmp_path, base):
     shutil.copytree(base, tmp_path / "other", ignore=shutil.ignore_patterns("tokenizer"))
-    told = refused(train, base=tmp_path / "other")
+    told = refusal(train, base=tmp_path / "other")
     assert told.startswith("DF180") and "cannot read tokenizer/tokenizer_config.json" in told
 
 
@@ -642,26 +642,26 @@ def test_a_base_that_is_no_inpainting_model_is_refused(train, no_models, tmp_pat
     config = json.loads((base / "unet/config.json").read_text()) | {"in_channels": 4}
     shutil.copytree(base, tmp_path / "other")
     (tmp_path / "other/unet/config.json").write_text(json.dumps(config))
-    assert "takes 4 channels, not 9" in refused(train, base=tmp_path / "other")
+    assert "takes 4 channels, not 9" in refusal(train, base=tmp_path / "other")
 
 
 def test_a_base_of_pickles_is_refused(train, no_models, tmp_path, base):
     shutil.copytree(base, tmp_path / "other")
     weights = tmp_path / "other/unet/diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    assert refused(train, base=tmp_path / "other").startswith("DF182")
+    assert refusal(train, base=tmp_path / "other").startswith("DF182")
 
 
 def test_an_unknown_prediction_type_is_refused(train, no_models, tmp_path, base):
     shutil.copytree(base, tmp_path / "other")
     file = tmp_path / "other/scheduler/scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "sample"}))
-    assert refused(train, base=tmp_path / "other").startswith("DF183")
+    assert refusal(train, base=tmp_path / "other").startswith("DF183")
 
 
 def test_an_earlier_run_is_not_overwritten(train, no_models, trained):
     before = (trained / LORA_FILE).read_bytes()
-    assert refused(train, output=trained).startswith("DF186")
+    assert refusal(train, output=trained).startswith("DF186")
     assert (trained / LORA_FILE).read_bytes() == before
 
 
@@ -690,11 +690,11 @@ def test_a_lora_of_foreign_names_or_broken_numbers_is_refused(trained, tmp_path)
     }
     for code, content in cases.items():
         save_file(content, tmp_path / "x.safetensors")
-        assert refused(read_lora, tmp_path / "x.safetensors").startswith(code)
+        assert refusal(read_lora, tmp_path / "x.safetensors").startswith(code)
     (tmp_path / "x.safetensors").write_bytes((trained / LORA_FILE).read_bytes()[:5000])
-    assert refused(read_lora, tmp_path / "x.safetensors").startswith("DF401")
-    assert refused(read_lora, tmp_path / "nowhere").startswith("DF400")
-    assert refused(read_lora, tmp_path).startswith("DF400")
+    assert refusal(read_lora, tmp_path / "x.safetensors").startswith("DF401")
+    assert refusal(read_lora, tmp_path / "nowhere").startswith("DF400")
+    assert refusal(read_lora, tmp_path).startswith("DF400")
 
 
 def test_half_a_lora_does_not_load_silently(trained, tmp_path):
@@ -702,7 +702,7 @@ def test_half_a_lora_does_not_load_silently(trained, tmp_path):
         header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     half = {name: tensor for name, tensor in tensors.items() if ".up_blocks." not in name}
     save_file(half, tmp_path / "half.safetensors", metadata=header)
-    assert refused(read_lora, tmp_path / "half.safetensors").startswith("DF404")
+    assert refusal(read_lora, tmp_path / "half.safetensors").startswith("DF404")
     wrong = {name.replace("attentions.0", "attentions.9"): tensor for name, tensor in tensors.items()}
     save_file(wrong, tmp_path / "wrong.safetensors", metadata=header)
     with pytest.raises((RuntimeError, ValueError)):

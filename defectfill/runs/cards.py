@@ -86,8 +86,8 @@ The split: {{ split }}.
 
 Each row has `image`, `mask`, `object`, `defect` and `source_file` (the image's name at its source).
 A mask is a PNG of its image's size, upright: 255 inside the defect, 0 outside; good images have none.
-{% if bared %}
-{{ bared }} image{{ "" if bared == 1 else "s" }} held metadata (EXIF, XMP, text or comments): written as PNG, upright,
+{% if stripped %}
+{{ stripped }} image{{ "s" if stripped != 1 }} held metadata (EXIF, XMP, text or comments): written as PNG, upright,
 without them. All others are the source's files, byte for byte.
 {% else %}
 Images are the source's files, byte for byte.
@@ -147,7 +147,7 @@ def write_dataset_card(
     split: str,
     license: str | None,
     source: str | None,
-    bared: int,
+    stripped: int,
     repo_id: str | None,
 ) -> None:
     """Writes README.md: what the dataset is, where it is from, its licence, and how to load it.
@@ -156,7 +156,7 @@ def write_dataset_card(
         counts: number of images of each (object, defect, split).
         file_format: "parquet" or "imagefolder".
         split: a rule of `split_rows`, or a split file.
-        bared: number of images that were written without their metadata.
+        stripped: number of images that were written without their metadata.
     """
     paths = {
         name: f"data/{name}-*" if file_format == "parquet" else f"{name}/**"
@@ -194,7 +194,7 @@ def write_dataset_card(
         source=_source_in_words(source),
         license=license,
         split=SPLITS_IN_WORDS.get(split, "a split file's"),
-        bared=bared,
+        stripped=stripped,
         own_good=own_good,
         repo_id=repo_id or "path/to/this/folder",
     )

@@ -16,9 +16,9 @@ from defectfill_dataset import (
 )
 
 from ..lora import LoraFile, read_lora
-from .cases import Case, check_cases, find_cases
 from .plan import RequestInputs, choose_defects, make_recipe
 from .requests import GenerationRequest
+from .source_images import SourceImage, check_source_images, find_source_images
 
 
 # What decides a mask source.
@@ -34,7 +34,7 @@ def read_inputs(requests: Sequence[GenerationRequest], cache_dir: str | None) ->
     Raises:
         InputError: whatever is wrong with the files, the LoRAs, or the defect types asked of them.
     """
-    images: dict[tuple[str, ...], list[Case]] = {}
+    images: dict[tuple[str, ...], list[SourceImage]] = {}
     loras: dict[str, LoraFile] = {}
     sources: dict[tuple[str | None, ...], tuple[MaskSource | None, dict]] = {}
     inputs = []
@@ -55,20 +55,20 @@ def read_inputs(requests: Sequence[GenerationRequest], cache_dir: str | None) ->
     return inputs
 
 
-def read_images(request: GenerationRequest) -> list[Case]:
+def read_images(request: GenerationRequest) -> list[SourceImage]:
     """The source images of a request, with the masks and areas given for each: opened, checked and hashed."""
-    cases = read_cases(request)
-    for case in cases:
-        _ = case.digests  # cached there: planning reads no file
-    return cases
+    source_images = read_source_images(request)
+    for source_image in source_images:
+        _ = source_image.digests  # cached there: planning reads no file
+    return source_images
 
 
-def read_cases(request: GenerationRequest) -> list[Case]:
+def read_source_images(request: GenerationRequest) -> list[SourceImage]:
     """The cases of the flags, every file opened and checked."""
     foreground = Path(request.foreground) if request.foreground not in ("auto", "none") else None
-    cases = find_cases(request.image, request.mask, foreground, request.roi)
-    check_cases(cases)
-    return cases
+    source_images = find_source_images(request.image, request.mask, foreground, request.roi)
+    check_source_images(source_images)
+    return source_images
 
 
 def read_source(

@@ -15,18 +15,18 @@ import pyarrow.parquet as pq
 
 from defectfill_dataset import InputError, Problem
 
-from .cases import Case
 from .files import atomic_write
+from .source_images import SourceImage
 
 
 PLAN, MANIFEST, PARTS = "plan.jsonl", "manifest.jsonl", "manifest-part-*.jsonl"
 KINDS = ("images", "masks", "contact")  # folders of PNG files
 
 
-def check_output_dir(folder: Path, cases: Iterable[Case]) -> None:
+def check_output_dir(folder: Path, source_images: Iterable[SourceImage]) -> None:
     """Raises InputError (DF192) if the run would write among its inputs, or into folders of something else."""
     written = {folder.resolve(), *((folder / kind).resolve() for kind in KINDS)}
-    for file in [f for case in cases for f in (case.image, *case.areas.values())]:
+    for file in [f for source_image in source_images for f in (source_image.file, *source_image.areas.values())]:
         if file.resolve().parent in written:
             what = f"would overwrite {file}"
             raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))

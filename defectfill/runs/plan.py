@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from defectfill_dataset import InputError, MaskSource, Problem, Zoom
+from defectfill_dataset import CropRule, InputError, MaskSource, Problem
 from defectfill_dataset.errors import did_you_mean
 
 from ..lora import LoraFile
-from .cases import Case, repeat_seed
 from .requests import GenerationRequest
+from .source_images import SourceImage, repeat_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Recipe:
 
     lora: LoraFile
     mask_source: MaskSource | None
-    zoom: Zoom | None
+    zoom: CropRule | None
     settings: dict
 
     @property
@@ -46,7 +46,7 @@ class RequestInputs(NamedTuple):
     """A request, its source images, and its recipes."""
 
     request: GenerationRequest
-    cases: list[Case]
+    source_images: list[SourceImage]
     recipes: list[Recipe]
 
 
@@ -55,15 +55,18 @@ class PlannedImage:
     """One image to make."""
 
     name: str
-    case: Case
+    source_image: SourceImage
     recipe: Recipe
     seed: int
 
     @property
     def line(self) -> dict:
         """Its line of the plan: everything that decides its pixels, except what the whole run shares."""
-        given = {"good_image": self.case.image.name, "given_mask": self.case.mask and self.case.mask.name}
-        return {"name": self.name, **given, **self.case.digests, **self.recipe.settings, "seed": self.seed}
+        given = {
+            "good_image": self.source_image.file.name,
+            "given_mask": self.source_image.mask and self.source_image.mask.name,
+        }
+        return {"name": self.name, **given, **self.source_image.digests, **self.recipe.settings, "seed": self.seed}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,7 +124,7 @@ def choose_prompt(
     raise InputError(Problem("DF411", f"--defect {defect}", what))
 
 
-def choose_crops(request: GenerationRequest, lora: LoraFile) -> Zoom | None:
+def choose_crops(request: GenerationRequest, lora: LoraFile) -> CropRule | None:
     """How crops are laid around a defect, None for whole images: by the flags, and else as the LoRA was trained.
 
     Raises:
@@ -135,7 +138,7 @@ def choose_crops(request: GenerationRequest, lora: LoraFile) -> Zoom | None:
             what = "there is no zoom here"
             raise InputError(Problem("DF413", "--zoom_context, --zoom_min_area", what, "add --zoom on"))
         return None
-    return Zoom(**(trained or {}) | given)
+    return CropRule(**(trained or {}) | given)
 
 
 def make_recipe(
@@ -174,13 +177,13 @@ def make_plan(inputs: Sequence[RequestInputs]) -> list[PlannedImage]:
     Raises:
         InputError: the same image is asked for twice (DF415).
     """
-    wanted: list[tuple[Case, Recipe, int]] = []
-    for request, cases, recipes in inputs:
+    wanted: list[tuple[SourceImage, Recipe, int]] = []
+    for request, source_images, recipes in inputs:
         for recipe in recipes:
-            for i in range(request.num_images or len(cases)):
-                repeat, place = divmod(i, len(cases))
-                wanted.append((cases[place], recipe, repeat_seed(request.seed, repeat)))
-    names = unique_names([(case, recipe) for case, recipe, _ in wanted])
+            for i in range(request.num_images or len(source_images)):
+                repeat, place = divmod(i, len(source_images))
+                wanted.append((source_images[place], recipe, repeat_seed(request.seed, repeat)))
+    names = unique_names([(source_image, recipe) for source_image, recipe, _ in wanted])
     plan = [PlannedImage(name, *image) for name, image in zip(names, wanted)]
     asked: set[str] = set()
     for image in plan:
@@ -188,19 +191,21 @@ def make_plan(inputs: Sequence[RequestInputs]) -> list[PlannedImage]:
         if key in asked:
             what = f"is asked for twice with --seed {image.seed}"
             fix = "change one seed"
-            raise InputError(Problem("DF415", f"{image.case.image.name}, {defect_label(image.recipe)}", what, fix))
+            raise InputError(
+                Problem("DF415", f"{image.source_image.file.name}, {defect_label(image.recipe)}", what, fix)
+            )
         asked.add(key)
     return plan
 
 
-def unique_names(images: Sequence[tuple[Case, Recipe]]) -> list[str]:
+def unique_names(images: Sequence[tuple[SourceImage, Recipe]]) -> list[str]:
     """A file name for each image, without its suffix: the source image's, the defect type if there are several, and a
     number where that is taken."""
     several = len({(recipe.settings["lora_sha256"], recipe.settings["defect"]) for _, recipe in images}) > 1
     names: dict[str, None] = {}
     numbers: Counter[str] = Counter()
-    for case, recipe in images:
-        name = stem = f"{case.name}-{defect_label(recipe)}" if several else case.name
+    for source_image, recipe in images:
+        name = stem = f"{source_image.name}-{defect_label(recipe)}" if several else source_image.name
         while name in names:
             numbers[stem] += 1
             name = f"{stem}-{numbers[stem]:04d}"

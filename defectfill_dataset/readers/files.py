@@ -211,7 +211,7 @@ def pair_by_name(images: list[Path], masks: list[Path], root: Path) -> tuple[dic
 
 def pair_rows(
     images: Path, masks: Path, root: Path, defect: str, split: str | None = None, nonzero: bool = False,
-    passed_over: frozenset[str] = frozenset(),
+    ignored_folders: frozenset[str] = frozenset(),
 ) -> Reading:  # fmt: skip
     """The rows of one defect type, in `images` and in any folders below it, with masks in the same places of `masks`.
 
@@ -220,7 +220,7 @@ def pair_rows(
         passed_over: sub-folders (of the first level) that are no part of this type, in any capitals.
     """
     files = image_files(images)
-    apart = {spelt(name).casefold() for name in passed_over}
+    apart = {spelt(name).casefold() for name in ignored_folders}
     below = {f.name for place in (images, masks) for f in folders_in(place) if spelt(f.name).casefold() not in apart}
     nested = {name for name in below if all_images(images / name)}
     candidates = [*image_files(masks), *(f for f in folders_in(masks) if f.name in below - nested)]

@@ -215,7 +215,7 @@ def read_folder(root: Path) -> Reading:
     """A folder of one's own: images/ with masks/, in sub-folders by defect type or without, and good/."""
     images, masks = child(root, "images"), child(root, "masks")
     types = frozenset(f.name for f in folders_in(images) if f.name.casefold() != "good")
-    reading = pair_rows(images, masks, root, ONE_TYPE, passed_over=types | {"good"})
+    reading = pair_rows(images, masks, root, ONE_TYPE, ignored_folders=types | {"good"})
     for defect in sorted(types):
         reading += pair_rows(images / defect, child(masks, defect), root, defect)
     return with_good(reading, root, "good", "images/good")

@@ -53,8 +53,8 @@ def read_anomalib(root: Path) -> Reading:
     reading = Reading()
     masks = next(found for name in MASK_FOLDERS if (found := child(root, name)).is_dir())
     types = list(_anomalib_types(root, masks))
-    for defect, of_images, of_masks, passed_over in types:
-        reading += pair_rows(of_images, of_masks, root, defect, passed_over=passed_over)
+    for defect, of_images, of_masks, ignored_folders in types:
+        reading += pair_rows(of_images, of_masks, root, defect, ignored_folders=ignored_folders)
     known = {place for _, _, of_masks, _ in types for place in (of_masks, of_masks.parent)} - {masks}
     for folder in folders_in(masks):
         if folder not in known and not GOOD_FOLDER.fullmatch(folder.name):

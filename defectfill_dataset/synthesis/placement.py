@@ -42,7 +42,7 @@ class NamedMask(NamedTuple):
     pixels: np.ndarray
 
 
-class Part(NamedTuple):
+class PlacedDefect(NamedTuple):
     """One defect of a mask: what it was made from, and its (h, w) shape with its upper left corner in the image."""
 
     name: str
@@ -51,15 +51,15 @@ class Part(NamedTuple):
     shape: np.ndarray
 
 
-class Placed(NamedTuple):
+class PlacedMask(NamedTuple):
     """A mask, (H, W) bool, and the defects it consists of, as far as they are known."""
 
     mask: np.ndarray
-    parts: list[Part]
+    defects: list[PlacedDefect]
 
 
 # (image, seed, foreground, roi) -> the mask, None where there is no place for it. The areas are (H, W) bool or None.
-MaskSource = Callable[[Image.Image, int, np.ndarray | None, np.ndarray | None], Placed | None]
+MaskSource = Callable[[Image.Image, int, np.ndarray | None, np.ndarray | None], PlacedMask | None]
 # (rng, (height, width) of the image) -> a shape and its name
 ShapeSource = Callable[[np.random.Generator, tuple[int, int]], tuple[str, np.ndarray]]
 
@@ -108,30 +108,30 @@ def reference_shapes(masks: Sequence[NamedMask], max_rotation: float) -> ShapeSo
     Areas keep their share of the image, but for the transform's own scale.
     """
 
-    def draw_one(rng: np.random.Generator, size: tuple[int, int]) -> tuple[str, np.ndarray]:
+    def sample_one(rng: np.random.Generator, size: tuple[int, int]) -> tuple[str, np.ndarray]:
         name, pixels = masks[int(rng.integers(len(masks)))]
         change = random_transform(rng, max_rotation)
         change = dataclasses.replace(change, scale=change.scale * math.sqrt(math.prod(size) / pixels.size))
         return name, transform(cut_out(pixels), change, rng)
 
-    def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[str, np.ndarray]:
-        name, shape = draw_one(rng, size)
+    def sample_shape(rng: np.random.Generator, size: tuple[int, int]) -> tuple[str, np.ndarray]:
+        name, shape = sample_one(rng, size)
         if rng.random() >= UNION_SHARE:
             return name, shape
-        other, second = draw_one(rng, size)
+        other, second = sample_one(rng, size)
         return f"{name} + {other}", union(shape, second, rng)
 
-    return draw
+    return sample_shape
 
 
 def procedural_shapes(kinds: Sequence[str]) -> ShapeSource:
     """Drawn shapes of these kinds of `SHAPES`, each as often."""
 
-    def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[str, np.ndarray]:
+    def sample_shape(rng: np.random.Generator, size: tuple[int, int]) -> tuple[str, np.ndarray]:
         kind = kinds[int(rng.integers(len(kinds)))]
         return kind, SHAPES[kind](rng, min(size))
 
-    return draw
+    return sample_shape
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,11 +192,11 @@ def _search(
     return int(window[0].start) + top, int(window[1].start) + left
 
 
-def with_gap(part: Part, gap: float, taken: np.ndarray) -> None:
-    """Marks in `taken`, (H, W) bool, the pixels of a part and those nearer to it than `gap` pixels."""
+def mark_taken(defect: PlacedDefect, gap: float, taken: np.ndarray) -> None:
+    """Marks in `taken`, (H, W) bool, the pixels of a defect and those nearer to it than `gap` pixels."""
     margin = math.ceil(gap)
-    near = ndimage.distance_transform_edt(~np.pad(part.shape, margin)) <= gap
-    top, left = part.top - margin, part.left - margin
+    near = ndimage.distance_transform_edt(~np.pad(defect.shape, margin)) <= gap
+    top, left = defect.top - margin, defect.left - margin
     inside = near[max(0, -top) :, max(0, -left) :]
     area = taken[max(0, top) : top + near.shape[0], max(0, left) : left + near.shape[1]]
     area |= inside[: area.shape[0], : area.shape[1]]
@@ -207,44 +207,44 @@ class PlacedShapes:
     """A mask source: shapes on the part, inside the ROI, none over another.
 
     Args:
-        draw: where shapes come from.
+        sample_shape: where shapes come from.
         foreground: finds the part, (H, W) bool, in an RGB image for which none is given; None: it fills the image.
         coverage: least share of each shape's pixels on the part and in the ROI, in (0, 1].
         number: of shapes in an image.
     """
 
-    draw: ShapeSource
+    sample_shape: ShapeSource
     foreground: Callable[[Image.Image], np.ndarray] | None = find_foreground
     coverage: float = 0.99
     number: int = 1
 
     def __call__(
         self, image: Image.Image, seed: int, foreground: np.ndarray | None, roi: np.ndarray | None
-    ) -> Placed | None:
+    ) -> PlacedMask | None:
         """The mask of `number` shapes; None if for one of them `TRIES` shapes found no place."""
         if foreground is None and self.foreground:
             foreground = self.foreground(image)
         allowed = np.ones((image.height, image.width), dtype=bool)
         for area in (foreground, roi):
             allowed = allowed & area if area is not None else allowed
-        mask, taken, parts = np.zeros_like(allowed), np.zeros_like(allowed), []
+        mask, taken, defects = np.zeros_like(allowed), np.zeros_like(allowed), []
         for index in range(self.number):
-            part = self._place(derive_seed(seed, index), allowed, taken)
-            if part is None:
+            defect = self._place(derive_seed(seed, index), allowed, taken)
+            if defect is None:
                 return None
-            parts.append(part)
-            with_gap(part, 1 + GAP * min(allowed.shape), taken)
-            height, width = part.shape.shape
-            mask[part.top : part.top + height, part.left : part.left + width] |= part.shape
-        return Placed(mask, parts)
+            defects.append(defect)
+            mark_taken(defect, 1 + GAP * min(allowed.shape), taken)
+            height, width = defect.shape.shape
+            mask[defect.top : defect.top + height, defect.left : defect.left + width] |= defect.shape
+        return PlacedMask(mask, defects)
 
-    def _place(self, seed: int, allowed: np.ndarray, taken: np.ndarray) -> Part | None:
+    def _place(self, seed: int, allowed: np.ndarray, taken: np.ndarray) -> PlacedDefect | None:
         for attempt in range(TRIES):
             rng = np.random.default_rng(derive_seed(seed, attempt))
-            name, shape = self.draw(rng, (allowed.shape[0], allowed.shape[1]))
+            name, shape = self.sample_shape(rng, (allowed.shape[0], allowed.shape[1]))
             place = find_place(shape, allowed, taken, self.coverage, rng)
             if place:
-                return Part(name, *place, shape)
+                return PlacedDefect(name, *place, shape)
         return None
 
 
@@ -254,9 +254,9 @@ class PlacedShapes:
 
 def random_source(
     image: Image.Image, seed: int, foreground: np.ndarray | None = None, roi: np.ndarray | None = None
-) -> Placed:
+) -> PlacedMask:
     """`random_mask` anywhere in the image."""
-    return Placed(random_mask(np.random.default_rng(seed), image.height, image.width), [])
+    return PlacedMask(random_mask(np.random.default_rng(seed), image.height, image.width), [])
 
 
 def held_out_source(masks: Sequence[NamedMask]) -> MaskSource:
@@ -272,11 +272,11 @@ def held_out_source(masks: Sequence[NamedMask]) -> MaskSource:
 
     def source(
         image: Image.Image, seed: int, foreground: np.ndarray | None = None, roi: np.ndarray | None = None
-    ) -> Placed | None:
+    ) -> PlacedMask | None:
         fitting = [mask for mask in masks if mask.pixels.shape == (image.height, image.width)]
         if not fitting:
             return None
         name, pixels = fitting[int(np.random.default_rng(seed).integers(len(fitting)))]
-        return Placed(pixels, [Part(name, 0, 0, pixels)])
+        return PlacedMask(pixels, [PlacedDefect(name, 0, 0, pixels)])
 
     return source

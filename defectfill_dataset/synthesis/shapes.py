@@ -89,13 +89,13 @@ def transform(shape: np.ndarray, change: Transform, rng: np.random.Generator) ->
     level = np.partition(field.ravel(), area - 1)[area - 1]
     result = field <= level
     for ridge in (-0.5, -0.25, 0):  # a hair that fell apart gets a pixel's breadth; `distance` along it is the ridge
-        if _pieces(result) <= _pieces(shape):
+        if _count_components(result) <= _count_components(shape):
             break
         result = field <= max(level, ridge + 0.5 / change.scale)
     return cut_out(result)
 
 
-def _pieces(mask: np.ndarray) -> int:
+def _count_components(mask: np.ndarray) -> int:
     return ndimage.label(mask, np.ones((3, 3)))[1]
 
 

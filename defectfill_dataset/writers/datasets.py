@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from ..builder import FEATURES
-from ..images import load_image, open_image, tells_more
+from ..images import has_metadata, load_image, open_image
 from ..masks import Mask
 from ..readers import Row, relative
 
@@ -25,9 +25,9 @@ PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
 
 
 def image_bytes(file: Path) -> tuple[bytes, bool]:
-    """An image file's content, and whether it `tells_more` and is a bare upright PNG of the same pixels instead."""
+    """An image file's content, and whether it `has_metadata` and is a bare upright PNG of the same pixels instead."""
     with open_image(file) as image:
-        if not tells_more(image):
+        if not has_metadata(image):
             return file.read_bytes(), False
         bare = ImageOps.exif_transpose(image) if image.mode in PNG_MODES else load_image(image)
     bare.info.clear()
@@ -45,13 +45,13 @@ def png_bytes(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def read_examples(rows: Iterable[tuple[str, Path, Row]], bared: list[str]) -> Iterator[dict]:
-    """The example of each (object, its folder, row); the names of images that became bare PNGs go to `bared`."""
+def read_examples(rows: Iterable[tuple[str, Path, Row]], stripped: list[str]) -> Iterator[dict]:
+    """The example of each (object, its folder, row); the names of images that became bare PNGs go to `stripped`."""
     for name, root, row in rows:
         source = relative(row.image, root)
         content, changed = image_bytes(row.image)
         if changed:
-            bared.append(source)
+            stripped.append(source)
         path = row.image.with_suffix(".png").name if changed else row.image.name
         yield {
             "image": {"bytes": content, "path": path},

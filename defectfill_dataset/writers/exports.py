@@ -21,7 +21,7 @@ from ..builder import file_digest
 from ..errors import Problem
 from ..images import ORIENTATION, load_image
 from ..mask_values import binarise
-from ..masks import MaskFiles, pieces
+from ..masks import MaskFiles, components
 from ..readers import NAME, ONE_TYPE, RESERVED, Row, file_inside, image_files
 from ..readers.marks import MALFORMED
 from ..seeds import derive_seed
@@ -30,25 +30,25 @@ from .polygons import exact_polygon, joined_polygon
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
+class ExportImage:
     """One image to export.
 
     Args:
         name: of its files, without suffix.
         root: the folder that its problems and `source_file` are relative to.
-        photograph: what the good photograph it was painted on is known by, or the good photograph that it is.
+        source: what identifies the good image that it was made from, or that it is.
     """
 
     name: str
     root: Path
     row: Row
-    photograph: str
+    source: str
 
 
 # In
 
 
-def read_generated(folder: Path, several: bool) -> tuple[list[Item], list[Problem]]:
+def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list[Problem]]:
     """The images that a generated folder's manifest lists, and what is wrong with it (DF196, DF197).
 
     Args:
@@ -59,7 +59,7 @@ def read_generated(folder: Path, several: bool) -> tuple[list[Item], list[Proble
     if not manifest.is_file():
         fix = "give a folder that generate_defectfill.py wrote"
         return [], [Problem("DF196", folder, "holds no manifest.jsonl", fix)]
-    items, problems = list[Item](), list[Problem]()
+    items, problems = list[ExportImage](), list[Problem]()
     for number, text in enumerate(manifest.read_bytes().splitlines(), 1):
         place = f"{manifest}, line {number}"
         try:
@@ -67,7 +67,7 @@ def read_generated(folder: Path, several: bool) -> tuple[list[Item], list[Proble
             image, mask = (file_inside(folder, folder, line[key]) for key in ("image", "mask"))
             missing = [line[key] for key, file in (("image", image), ("mask", mask)) if file is None]
             names = {"object": str(line["object"] or ""), "defect": str(line.get("defect") or ONE_TYPE)}
-            photograph = str(line.get("good_image_sha256") or line["good_image"])
+            source = str(line.get("good_image_sha256") or line["good_image"])
         except MALFORMED as error:
             problems.append(Problem("DF196", place, f"is not of a generated image ({error!r})", "generate it again"))
             continue
@@ -82,23 +82,23 @@ def read_generated(folder: Path, several: bool) -> tuple[list[Item], list[Proble
         if image and mask:
             stem = f"{folder.name}_{image.stem}" if several else image.stem
             row = Row(image, MaskFiles((mask,)), names["defect"], None, names["object"])
-            items.append(Item(stem, folder.parent, row, photograph))
+            items.append(ExportImage(stem, folder.parent, row, source))
     if not items and not problems:
         problems.append(Problem("DF196", manifest, "lists no image", "generate some"))
     return items, problems
 
 
-def read_photographs(folder: Path, name: str, painted: set[str]) -> list[Item]:
-    """The good photographs in a folder, of the object of this name; those `painted` on are known as they are there."""
+def read_good_images(folder: Path, name: str, inpainted: set[str]) -> list[ExportImage]:
+    """The good images in a folder, of the object of this name; those in `inpainted` are known as they are there."""
     folder = folder.expanduser().resolve()
     items = []
     for file in image_files(folder):
-        photograph = file.name if file.name in painted else file_digest(file)
-        items.append(Item(f"good_{file.stem}", folder.parent, Row(file, None, "good", None, name), photograph))
+        source = file.name if file.name in inpainted else file_digest(file)
+        items.append(ExportImage(f"good_{file.stem}", folder.parent, Row(file, None, "good", None, name), source))
     return items
 
 
-def split_items(items: Iterable[Item], share: float, normal_only: bool) -> dict[str, list[Item]]:
+def split_items(items: Iterable[ExportImage], share: float, normal_only: bool) -> dict[str, list[ExportImage]]:
     """The items of the splits train and test, by name; all that shows one photograph is in one of them.
 
     Args:
@@ -106,22 +106,22 @@ def split_items(items: Iterable[Item], share: float, normal_only: bool) -> dict[
         normal_only: training sees no defect, so that all photographs painted on are `test`.
     """
     items = sorted(items, key=lambda item: item.name)
-    number = {item.photograph: derive_seed(item.photograph) / 2**63 for item in items}
-    painted = {item.photograph for item in items if item.row.mask}
-    test = {photograph for photograph in number if number[photograph] < share} | (painted if normal_only else set())
-    wanted = {item.photograph for item in items if normal_only == (item.row.mask is None)}
+    number = {item.source: derive_seed(item.source) / 2**63 for item in items}
+    inpainted = {item.source for item in items if item.row.mask}
+    test = {source for source in number if number[source] < share} | (inpainted if normal_only else set())
+    wanted = {item.source for item in items if normal_only == (item.row.mask is None)}
     if share and wanted and not wanted & test:
         test.add(min(wanted, key=number.__getitem__))
     return {
-        "train": [item for item in items if item.photograph not in test],
-        "test": [item for item in items if item.photograph in test],
+        "train": [item for item in items if item.source not in test],
+        "test": [item for item in items if item.source in test],
     }
 
 
-def read_items(items: list[Item], bared: list[str]) -> Iterator[dict]:
-    """The example of each item; the names of images that became bare PNGs go to `bared`."""
+def read_items(items: list[ExportImage], stripped: list[str]) -> Iterator[dict]:
+    """The example of each item; the names of images that became bare PNGs go to `stripped`."""
     rows = ((item.row.object or "", item.root, item.row) for item in items)
-    for item, example in zip(items, read_examples(rows, bared)):
+    for item, example in zip(items, read_examples(rows, stripped)):
         yield {**example, "name": item.name}
 
 
@@ -211,21 +211,21 @@ def write_coco(folder: Path, splits: dict[str, Iterable[dict]], defects: list[st
 
 def _coco_shapes(mask: np.ndarray) -> Iterator[dict]:
     """The segmentation, area and box of each piece of an (H, W) mask."""
-    for left, top, piece in pieces(mask):
-        height, width = piece.shape
-        polygon = exact_polygon(piece)
+    for left, top, component in components(mask):
+        height, width = component.shape
+        polygon = exact_polygon(component)
         segmentation: list | dict = [] if polygon is None else [(polygon + [left, top]).ravel().tolist()]
         if not segmentation:
             whole = np.zeros(mask.shape, dtype=np.uint8, order="F")
-            whole[top : top + height, left : left + width] = piece
+            whole[top : top + height, left : left + width] = component
             rle = coco_mask.encode(whole)
             segmentation = {"size": list(mask.shape), "counts": rle["counts"].decode()}
-        yield {"segmentation": segmentation, "area": int(piece.sum()), "bbox": [left, top, width, height]}
+        yield {"segmentation": segmentation, "area": int(component.sum()), "bbox": [left, top, width, height]}
 
 
-def _box(piece: np.ndarray) -> np.ndarray:
+def _box(component: np.ndarray) -> np.ndarray:
     """The centre of an (h, w) piece and its size, (2, 2) as (x, y)."""
-    size = np.array(piece.shape[::-1])
+    size = np.array(component.shape[::-1])
     return np.stack([size / 2, size])
 
 
@@ -244,8 +244,8 @@ def write_yolo(folder: Path, splits: dict[str, Iterable[dict]], defects: list[st
             if not example["mask"]:
                 continue
             mask, lines = _inside(example), ""
-            for left, top, piece in pieces(mask):
-                points = _box(piece) + [[left, top], [0, 0]] if boxes else joined_polygon(piece) + [left, top]
+            for left, top, component in components(mask):
+                points = _box(component) + [[left, top], [0, 0]] if boxes else joined_polygon(component) + [left, top]
                 values = " ".join(f"{value:.6f}" for value in (points / mask.shape[::-1]).ravel())
                 lines += f"{defects.index(example['defect'])} {values}\n"
             _put(folder / "labels" / side / f"{example['name']}.txt", lines.encode())

@@ -10,9 +10,9 @@ STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # right, down, left, up, with the in
 STARTS = ((0, 0), (1, 0), (1, 1), (0, 1))  # the corner of its pixel from which each of them leaves
 
 
-def outlines(piece: np.ndarray) -> list[np.ndarray]:
+def outlines(component: np.ndarray) -> list[np.ndarray]:
     """The (n, 2) corners (x, y) of each closed line around an (h, w) piece: the outer one, then those of its holes."""
-    inside = np.pad(piece, 1)
+    inside = np.pad(component, 1)
     edges: dict[tuple[int, int, int], None] = {}  # (x, y, direction), in the order of the rows
     for direction, ((dx, dy), (right, down)) in enumerate(zip(STEPS, STARTS)):
         rows, columns = np.nonzero(inside & ~np.roll(inside, (dx, -dy), axis=(0, 1)))
@@ -36,17 +36,17 @@ def outlines(piece: np.ndarray) -> list[np.ndarray]:
     return lines
 
 
-def exact_polygon(piece: np.ndarray) -> np.ndarray | None:
+def exact_polygon(component: np.ndarray) -> np.ndarray | None:
     """The (n, 2) corners (x, y) of an (h, w) piece if `polygon_mask` gives just it back: no hole, and not too thin."""
-    outer = outlines(piece)[0]
-    height, width = piece.shape
+    outer = outlines(component)[0]
+    height, width = component.shape
     seen = polygon_mask([(x + 1, y + 1) for x, y in outer], (width + 2, height + 2))
-    return outer if np.array_equal(seen, np.pad(piece, 1)) else None
+    return outer if np.array_equal(seen, np.pad(component, 1)) else None
 
 
-def joined_polygon(piece: np.ndarray) -> np.ndarray:
+def joined_polygon(component: np.ndarray) -> np.ndarray:
     """The (n, 2) corners (x, y) of one closed line around an (h, w) piece, led into each hole and back by one way."""
-    whole, *holes = outlines(piece)
+    whole, *holes = outlines(component)
     for hole in holes:
         distances, nearest = cKDTree(whole).query(hole)
         there = int(distances.argmin())

@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 
 from defectfill_dataset.builder import file_digest
-from defectfill_dataset.checks import Look, area_problems, look_at, odd_notes
+from defectfill_dataset.checks import ImageReport, area_problems, inspect_image, image_warnings
 from defectfill_dataset.errors import InputError, Problem
 from defectfill_dataset.images import UNREADABLE, load_image, open_image
 from defectfill_dataset.mask_values import binarise
 from defectfill_dataset.readers import image_files, is_unicode, pair_by_name
 from defectfill_dataset.seeds import derive_seed
-from defectfill_dataset.synthesis.placement import MaskSource, Placed
+from defectfill_dataset.synthesis.placement import MaskSource, PlacedMask
 
 
 logger = logging.getLogger(__name__)
@@ -28,21 +28,21 @@ def repeat_seed(seed: int, repeat: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class SourceImage:
     """One good image and the files given for it: its mask (None: from a source), its foreground, its ROI.
 
     Everything random is drawn from the image's name and content, so that no two images share a number, in one run or
     in several; pictures of several defect types on one image do.
     """
 
-    image: Path
+    file: Path
     mask: Path | None = None
     foreground: Path | None = None
     roi: Path | None = None
 
     @property
     def name(self) -> str:
-        return self.image.stem
+        return self.file.stem
 
     @property
     def areas(self) -> dict[str, Path]:
@@ -53,7 +53,7 @@ class Case:
     @functools.cached_property
     def digests(self) -> dict[str, str | None]:
         """sha256 of its files: what a finished image was made from."""
-        files = {"good_image": self.image, "given_mask": None}
+        files = {"good_image": self.file, "given_mask": None}
         files |= {"given_zone" if flag == "roi" else f"given_{flag}": file for flag, file in self.areas.items()}
         return {f"{k}_sha256": file_digest(f) if f else None for k, f in files.items()}
 
@@ -62,20 +62,20 @@ class Case:
 
     def load(self) -> tuple[Image.Image, dict[str, np.ndarray]]:
         """The image as RGB and its (H, W) bool areas, by their flags."""
-        image = load_image(open_image(self.image))
+        image = load_image(open_image(self.file))
         return image, {flag: binarise(open_image(file)) for flag, file in self.areas.items()}
 
-    def draw(self, seed: int, source: MaskSource | None) -> tuple[Image.Image, Placed | None]:
+    def load_with_mask(self, seed: int, source: MaskSource | None) -> tuple[Image.Image, PlacedMask | None]:
         """The image and its mask, given or from `source`; None where that finds no place."""
         image, areas = self.load()
         if source is None:
-            return image, Placed(areas["mask"], [])
+            return image, PlacedMask(areas["mask"], [])
         return image, source(image, self.derive_seed(seed, "mask"), areas.get("foreground"), areas.get("roi"))
 
 
-def find_cases(
+def find_source_images(
     image: Path, mask: Path | None = None, foreground: Path | None = None, roi: Path | None = None
-) -> list[Case]:
+) -> list[SourceImage]:
     """The cases of one image or a folder of them, with their masks and areas: a file each, or folders paired by name.
 
     One foreground or ROI file may also serve a folder of images.
@@ -101,7 +101,7 @@ def find_cases(
     if twice := [", ".join(names) for names in stems.values() if len(names) > 1]:
         raise InputError(*(Problem("DF144", names, "one name twice", "rename one") for names in twice))
     files = {flag: pair_files(images, flag, path) for flag, path in given.items() if path}
-    return [Case(file, **{flag: pairs[file] for flag, pairs in files.items()}) for file in images]
+    return [SourceImage(file, **{flag: pairs[file] for flag, pairs in files.items()}) for file in images]
 
 
 def pair_files(images: list[Path], flag: str, path: Path) -> dict[Path, Path]:
@@ -116,26 +116,26 @@ def pair_files(images: list[Path], flag: str, path: Path) -> dict[Path, Path]:
     return {file: pairs[file.absolute()] for file in images}
 
 
-def check_cases(cases: list[Case]) -> None:
+def check_source_images(source_images: list[SourceImage]) -> None:
     """Opens every file and warns of what is odd; raises InputError with all problems: DF120, and those of training."""
-    looks: list[Look] = []
+    image_reports: list[ImageReport] = []
     problems: list[Problem] = []
-    for case in cases:
-        name = str(case.image)
-        seen = look_at(name, "good", case.image)
-        looks.append(seen)
+    for source_image in source_images:
+        name = str(source_image.file)
+        seen = inspect_image(name, "good", source_image.file)
+        image_reports.append(seen)
         problems += seen.problems
         if not is_unicode(name):
             problems.append(Problem("DF115", name, "the file's name is not UTF-8", "rename it"))
-        if any(odd.code == "DF120" for odd in seen.odd):
+        if any(odd.code == "DF120" for odd in seen.warnings):
             what = "has 16 bits a channel, and the result would have 8 everywhere, not only inside the mask"
             problems.append(Problem("DF120", name, what, "convert it to 8 bits"))
-        for flag, file in case.areas.items():
+        for flag, file in source_image.areas.items():
             try:
                 problems += area_problems(name, seen.size, binarise(open_image(file)), flag) if seen.pixels else []
             except UNREADABLE as error:
                 problems.append(Problem("DF103", name, f"its {flag} cannot be read: {file}: {error}"))
     if problems:
         raise InputError(*problems)
-    for note in odd_notes(looks):
+    for note in image_warnings(image_reports):
         logger.warning("%s", note)

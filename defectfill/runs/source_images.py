@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from defectfill_dataset.builder import file_digest
-from defectfill_dataset.checks import ImageReport, area_problems, inspect_image, image_warnings
+from defectfill_dataset.checks import ImageReport, area_problems, image_warnings, inspect_image
 from defectfill_dataset.errors import InputError, Problem
 from defectfill_dataset.images import UNREADABLE, load_image, open_image
 from defectfill_dataset.mask_values import binarise

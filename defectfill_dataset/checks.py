@@ -43,7 +43,7 @@ class ImageReport:
         crowded: zoom windows that show defects of other types too, and `crops` all of them.
         nearest: cells that nearest-neighbour sampling would leave.
         mask: digest of the mask's pixels.
-        odd: what a person should know of it.
+        warnings: what a person should know of it.
     """
 
     name: str
@@ -308,7 +308,7 @@ def image_warnings(image_reports: Iterable[ImageReport]) -> list[Problem]:
     names: dict[Problem, list[str]] = {}
     for x in image_reports:
         for note in x.warnings:
-            names.setdefault(dataclasses.replace(note, where=""), []).append(x.name)
+            names.setdefault(dataclasses.replace(note, where=""), []).append(str(note.where))
     return [dataclasses.replace(note, where=_some(n)) for note, n in names.items()]
 
 

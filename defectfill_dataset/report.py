@@ -128,8 +128,9 @@ def check_object(
         problems += error.problems
     report = ObjectReport(name, root, reading.rows, image_reports, problems, [], skipped, splits)
     if not problems and not splits["train"]:
-        what = f"--split {split}" if any(row.mask for row in reading.rows) else root
-        problems.append(Problem("DF163", what, "leaves no defect image to train on", "add at least one with its mask"))
+        where = f"--split {split}" if any(row.mask for row in reading.rows) else root
+        fix = "add at least one with its mask"
+        problems.append(Problem("DF163", where, "leaves no defect image to train on", fix))
     report.notes = [
         *reading.notes,
         *dataset_warnings(image_reports, set(report.images("train")), resolution),

@@ -137,7 +137,7 @@ def start_canvas(planned: PlannedImage, resolution: int, scale_factor: int) -> C
     image, placed = planned.source_image.load_with_mask(planned.seed, planned.recipe.mask_source)
     grey = open_image(planned.source_image.file).mode in ("1", "L")
     if placed is None:
-        what = "no place for its mask"
+        what = "no room for its mask"
         return Canvas(planned, image, grey, problem=Problem("DF340", planned.source_image.file.name, what))
     boxes = crop_boxes(placed.mask, resolution, planned.recipe.zoom)
     canvas = Canvas(planned, image, grey, placed, placed.mask.copy(), boxes)
@@ -259,7 +259,7 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
     """Makes this process's share of the images that are not done; returns the problem of each that cannot be made.
 
     A batch with an image to make is made whole, so that no pixel depends on what was done before. A batch without a
-    place for one of those is not made, and no weight is loaded for it. While the device paints one batch, threads
+    place for one of those is not made, and no weight is loaded for it. While the device samples one batch, threads
     prepare the next and write the one before.
     """
     command = run.command
@@ -435,7 +435,7 @@ def choose_base(command: GenerationCommand, recipes: Sequence[Recipe]) -> tuple[
     resolution = first.record.get("resolution") if command.resolution is None else command.resolution
     if not name or resolution is None:
         fix = "give --pretrained_model_name_or_path and --resolution"
-        raise InputError(Problem("DF412", first.path, "carries no record", fix))
+        raise InputError(Problem("DF412", first.path, "has no record of its base", fix))
     for recipe in recipes:
         for key, flag in BASE_FLAGS.items():
             theirs, ours = recipe.lora.record.get(key), first.record.get(key)

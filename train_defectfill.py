@@ -552,7 +552,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     models, bare_models, parameters, optimizer, lr_scheduler = training
     samples = prepared.samples
     if prepared.zoom:
-        logger.info(f"Zoom: {len(samples)} crops around the defects of {len(prepared.data['train'])} images")
+        logger.info(f"Training on {len(samples)} crops around the defects of {len(prepared.data['train'])} images")
 
     def measure_references() -> dict | None:
         if accelerator.is_main_process:
@@ -726,7 +726,7 @@ def finish(
     results = run_record(vars(args), prepared.identity, prepared.data) | measures | {"seconds": round(seconds, 1)}
     write_json(args.output_dir / "run_record.json", results)
     changes = (f"{k} {measures['before'][k]:.4f} -> {measures['after'][k]:.4f}" for k in ("loss", "attention_iou"))
-    logger.info(f"Over the references: {', '.join(changes)}")
+    logger.info(f"On the training images: {', '.join(changes)}")
     errors = (f"{k} {' '.join(f'{x:.2f}' for x in measures['after']['x0_error'][k].values())}" for k in PASSES)
     logger.info(f"Error of x_0 inside the mask at t = {' '.join(map(str, X0_TIMESTEPS))}: {', '.join(errors)} prompt")
     logger.info(f"LoRA saved in {args.output_dir}, reloaded and compared")
@@ -738,7 +738,7 @@ def finish(
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-# Options that must not change when a run resumes; they are also all that a tracker is told.
+# Options that must not change when a run resumes; they are also all that is logged to a tracker.
 IDENTITY = (
     "resolution", "max_resize_scale", "center_crop", "cache_latents", *LossOptions._fields, *NoiseOptions._fields,
     "num_random_boxes", "rank", "lora_alpha", "lora_targets", "conv_rank", "lora_dropout", "seed", "train_batch_size",
@@ -779,7 +779,7 @@ def check_images(args: argparse.Namespace, data: datasets.DatasetDict, base: Bas
 def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTraining:
     """Reads and checks everything that can be wrong, before a weight is loaded."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        what = "needs a GPU, and there is none here"
+        what = "needs a GPU, and none is available"
         raise InputError(Problem("DF189", "--mixed_precision fp16", what, "use bf16 or no"))
     every_type = read_data(args, accelerator)
     data = select_defects(every_type, args.defect)

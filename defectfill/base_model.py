@@ -84,7 +84,7 @@ def read_base(name: str, revision: str | None = None, cache_dir: str | None = No
     sha = None if folder.is_dir() else files["unet/config.json"].parents[1].name
     base = BaseModel(name, sha, unet, vae, text_encoder, scheduler)
     if unet.get("in_channels") != 9:
-        what = f"its UNet takes {unet.get('in_channels')} channels, not 9, so it is no inpainting model"
+        what = f"its UNet takes {unet.get('in_channels')} channels, not 9: not an inpainting model"
         raise InputError(Problem("DF181", name, what, f"use one, such as {SD2_MIRROR}"))
     if folder.is_dir():
         parts = [p for p in ("unet", "vae", "text_encoder") if not list((folder / p).glob("*.safetensors"))]

@@ -170,7 +170,7 @@ def read_lora(source: str | Path) -> LoraFile:
         what = f"{len(broken)} tensors are not finite, {broken[0]} first"
         raise InputError(Problem("DF403", path, what, "train again"))
     if len(tensors) != record.get("tensors", len(tensors)):
-        what = f"{len(tensors)} of {record['tensors']} tensors; the file was cut or changed"
+        what = f"{len(tensors)} of {record['tensors']} tensors; the file was truncated or changed"
         raise InputError(Problem("DF404", path, what))
     return LoraFile(path, tensors, record, file_digest(path))
 
@@ -215,7 +215,7 @@ def fuse_lora(pipe) -> Callable[[], None]:
     """Fuses the loaded LoRA into the weights of `pipe`; returns the function that takes it out again, bit for bit.
 
     The original weights are kept on the CPU: subtracting the LoRA, as diffusers' `unfuse_lora` does, would leave
-    rounding errors in the pictures of the next one.
+    rounding errors in the images of the next one.
     """
     modules = (module for model in (pipe.unet, pipe.text_encoder) for module in model.modules())
     fused = [module.get_base_layer().weight for module in modules if isinstance(module, BaseTunerLayer)]

@@ -38,7 +38,7 @@ def merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def random_sd2_pipeline(device: torch.device, dtype: torch.dtype) -> StableDiffusionInpaintPipeline:
-    """Random weights in the sizes of Stable Diffusion 2 inpainting, made on `device`, in seconds on a GPU."""
+    """Random weights of Stable Diffusion 2 inpainting's size, made on `device`, in seconds on a GPU."""
     text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
     with device:  # one model after the other, so that only one at a time is in fp32
         text_encoder = CLIPTextModel(CLIPTextConfig(**text, hidden_act="gelu")).to(dtype)

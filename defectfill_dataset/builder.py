@@ -153,7 +153,7 @@ def load_defect_pairs(
                 logger.warning("left out: %s", problem)
             skipped = sorted({problem.image for problem in bad if problem.image})
             reading = without(reading, skipped, root)
-    if reading.problems:  # what is wrong with the pixels is told at once
+    if reading.problems:  # problems of the pixels are reported at once
         raise refusal([*reading.problems, *find_problems(reading.rows, root)])
     rows = reading.rows
     if all(row.mask is None for row in rows):
@@ -258,7 +258,7 @@ def select_defects(data: DatasetDict, defects: Sequence[str] | None) -> DatasetD
 
 
 def other_types(rows: Dataset, selected: Dataset) -> Dataset:
-    """Of `rows`, those of further defect types in the images of `selected`: what its windows should not show."""
+    """Of `rows`, those of further defect types in the images of `selected`: what its crops should not show."""
     taken = set(zip(selected["source_file"], selected["defect"]))
     images = set(selected["source_file"])
     names = zip(rows["source_file"], rows["defect"])

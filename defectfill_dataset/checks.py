@@ -30,7 +30,7 @@ BESIDE_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".yml", ".m
 
 @dataclasses.dataclass(frozen=True)
 class ImageReport:
-    """What one image of a dataset is like.
+    """What is known of one image of a dataset after inspection.
 
     Args:
         name: relative to the object's folder.
@@ -39,11 +39,11 @@ class ImageReport:
         size: (W, H).
         area: share of the image that the mask marks; 0 for a good image, or where there are problems.
         cells: cells of the latent grid that it marks, pooled as training does.
-        zoomed: cells that it marks of the least of its zoom windows.
-        crowded: zoom windows that show defects of other types too, and `crops` all of them.
+        zoomed: cells that it marks in the smallest of its crops.
+        crowded: crops that also show defects of other types; `crops` counts all of them.
         nearest: cells that nearest-neighbour sampling would leave.
         mask: digest of the mask's pixels.
-        warnings: what a person should know of it.
+        warnings: what is unusual about it.
     """
 
     name: str
@@ -105,8 +105,8 @@ def inspect_image(
     mask.
 
     Args:
-        resolution: of the training to come; `grid` is the side of its latent grid.
-        with_zoom: lay zoom windows too.
+        resolution: to train at; `grid` is the side of its latent grid.
+        with_zoom: measure crops too.
     """
 
     def one_problem(code: str, what: str, fix: str = "") -> tuple[Problem, ...]:
@@ -118,13 +118,13 @@ def inspect_image(
     except UNREADABLE as error:
         return ImageReport(name, defect, one_problem("DF103", f"the image cannot be read: {error}"))
     if image.getcolors(1):
-        warnings += (Problem("DF124", name, "is of a single colour"),)
+        warnings += (Problem("DF124", name, "has a single colour"),)
     orientation = opened.getexif().get(ORIENTATION, 1)
     if orientation not in range(9):
-        warnings += (Problem("DF126", name, "has an EXIF orientation that means nothing", "it is not turned"),)
+        warnings += (Problem("DF126", name, "has an invalid EXIF orientation", "it is not rotated"),)
     elif render and (orientation in (2, 3, 4) or (orientation > 4 and image.width == image.height)):
-        fix = "look whether the outline fits"
-        warnings += (Problem("DF127", name, "is turned by its EXIF tag, and so must its mask be drawn", fix),)
+        fix = "check that the outline fits"
+        warnings += (Problem("DF127", name, "is rotated by its EXIF tag, so its mask must be rotated too", fix),)
     seen = ImageReport(name, defect, (), digest(image), image.size, warnings=warnings)
     if min(image.size) < LEAST_SIDE:
         fix = f"give an image of at least {LEAST_SIDE} pixels a side"
@@ -177,7 +177,7 @@ def area_problems(name: str, size: tuple[int, int], inside: np.ndarray, what: st
 
 
 def refusal(problems: Sequence[Problem]) -> InputError:
-    """The refusal of a dataset's folder, which says whether `--skip_problems` would help."""
+    """The error for a dataset's folder; it says whether `--skip_problems` would help."""
     images = {problem.image for problem in problems if problem.image}
     if not images or not all(map(skippable, problems)):
         return InputError(*problems)
@@ -188,10 +188,10 @@ def refusal(problems: Sequence[Problem]) -> InputError:
 def check_pairs(
     references: Dataset, *more: Dataset, resolution: int = 512, grid: int = 64, of_folder: bool = False
 ) -> list[Problem]:
-    """Proves that every image of a defect split, and of more splits, is fit to train; returns what is suspicious.
+    """Proves that every image of a defect split, and of more splits, can be trained on; returns warnings.
 
     Args:
-        resolution: of the training to come; `grid` is the side of its latent grid.
+        resolution: to train at; `grid` is the side of its latent grid.
         of_folder: the images are a folder's, for which there is `--skip_problems`.
 
     Raises:
@@ -249,7 +249,7 @@ def _read_mask(encoded: dict) -> np.ndarray:
 
 
 def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str], resolution: int) -> list[Problem]:
-    """What a person should look at; nothing here stops a training.
+    """Warnings about a dataset; none of them stops a training.
 
     What `file_warnings` finds, DF114 a link, DF124 one colour, DF131 long and thin, DF132 enlarged, DF150 inverted
     masks, DF151 a defect of fewer than four latent cells, DF153 one image twice, DF154 an image both among the
@@ -258,7 +258,7 @@ def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str],
 
     Args:
         references: names of the images that train.
-        resolution: of the training to come.
+        resolution: to train at.
     """
     notes = image_warnings(image_reports)
     opened = list({x.name: x for x in image_reports if x.size[0]}.values())
@@ -278,7 +278,7 @@ def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str],
         what = "the mask covers more than 90 % of the image"
         notes.append(Problem("DF150", _some(full), what, "is it inverted?"))
     if len(marked) > 1 and len({x.mask for x in marked}) == 1:
-        notes.append(Problem("DF155", "", f"all {len(marked)} masks are the same", "is each that of its image?"))
+        notes.append(Problem("DF155", "", f"all {len(marked)} masks are the same", "does each belong to its image?"))
     tiny = [x for x in marked if x.cells < LEAST_CELLS]
     if tiny:
         what = f"{len(tiny)} of {len(marked)} defects cover fewer than {LEAST_CELLS} cells of the latent grid"
@@ -287,7 +287,7 @@ def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str],
     crowded = [x for x in marked if x.crowded]
     if crowded:
         number, crops = sum(x.crowded for x in crowded), sum(x.crops for x in marked)
-        what = f"{number} of {crops} zoom windows show defects of other types too, which lie too close"
+        what = f"{number} of {crops} crops also show defects of other types, which lie too close"
         fix = "leave these images out if the types get mixed"
         notes.append(Problem("DF157", _some(x.name for x in crowded), what, fix))
     same: dict[str, list[ImageReport]] = {}
@@ -297,14 +297,14 @@ def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str],
         names = _some(x.name for x in group)
         kinds = {"good" if x.defect == "good" else "reference" if x.name in references else "held out" for x in group}
         if len(kinds) > 1:
-            notes.append(Problem("DF154", names, f"the same picture, {' and '.join(sorted(kinds))}", "keep one"))
+            notes.append(Problem("DF154", names, f"the same image, {' and '.join(sorted(kinds))}", "keep one"))
         else:
-            notes.append(Problem("DF153", names, "the same picture", "keep one"))
+            notes.append(Problem("DF153", names, "the same image", "keep one"))
     return notes
 
 
 def image_warnings(image_reports: Iterable[ImageReport]) -> list[Problem]:
-    """A note for each kind of oddity, with the names of the images."""
+    """One warning for each kind, with the names of the images."""
     names: dict[Problem, list[str]] = {}
     for x in image_reports:
         for note in x.warnings:
@@ -313,7 +313,7 @@ def image_warnings(image_reports: Iterable[ImageReport]) -> list[Problem]:
 
 
 def ignored_files(rows: Iterable[Row], root: Path) -> list[Problem]:
-    """A note (DF107) of what lies beside the images and is not read, if anything."""
+    """A warning (DF107) that names the files beside the images that are not read, if any."""
     files = sorted(
         f for folder in {row.image.parent for row in rows} for f in folder.iterdir() if not is_hidden(f.name)
     )
@@ -323,7 +323,7 @@ def ignored_files(rows: Iterable[Row], root: Path) -> list[Problem]:
     ]
     names = [relative(f, root) for f in strange]
     read = ", ".join(sorted(IMAGE_EXTENSIONS))
-    return [Problem("DF107", _some(names), f"not read; only files of {read} are", "convert it")] if names else []
+    return [Problem("DF107", _some(names), "not read", f"convert to one of {read}")] if names else []
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""What commands share: flags of a dataset's folder, help, and how a command ends that refuses its input."""
+"""What commands share: flags of a dataset's folder, help, and how a command ends on wrong input."""
 
 import argparse
 import os
@@ -73,7 +73,7 @@ def exit_on_input_error(main: Callable[[], None]) -> None:
 
 
 def tell(message: str) -> None:
-    """Prints on stderr; under a launcher once that has ended, so that its traceback is not what is seen last."""
+    """Prints on stderr; under a launcher once that has ended, so that its traceback is not the last thing shown."""
     if os.environ.get("LOCAL_RANK", "0") != "0":  # every process sees the same problem: say it once
         return
     end = end_of_launcher()

@@ -1,4 +1,4 @@
-"""Zoom: square windows around a defect, so that small and thin ones get enough pixels at the model's size.
+"""Square crops around a defect, so that small and thin ones get enough pixels at the model's size.
 
 A box is (left, top, right, bottom) in pixels, as Pillow's `crop` takes it; H x W are the image's pixels.
 """
@@ -14,16 +14,16 @@ from .masks import bounds
 
 Box = tuple[int, int, int, int]
 
-MAX_ENLARGEMENT = 4  # a window is at least 1/4 of the model's size a side: enlarged more it would only be blur
+MAX_ENLARGEMENT = 4  # a crop is at least 1/4 of the model's size a side: enlarged more it would only be blur
 PLACES = 33  # of a box that are tried along each side
 
 
 class CropRule(NamedTuple):
-    """How windows are laid around a defect.
+    """How crops are laid around a defect.
 
     Args:
-        context: side of a window over the longer side of the defect in it, at least 1.
-        min_area: least share of a window that its defect covers; a defect that covers less is split, in (0, 1).
+        context: side of a crop over the longer side of the defect in it, at least 1.
+        min_area: least share of a crop that its defect covers; a defect that covers less is split, in (0, 1).
     """
 
     context: float = 3.0
@@ -35,7 +35,7 @@ def crop_boxes(
 ) -> list[Box]:
     """Square boxes inside the image which hold every pixel of a (H, W) mask; the whole image without zoom.
 
-    A defect that covers too little of its window, because it is long and thin or consists of several, is halved along
+    A defect that covers too little of its crop, because it is long and thin or consists of several, is halved along
     its longer side until each piece covers enough; so cracks are tiled along their length. Pieces that lie in an
     earlier box get none of their own.
 

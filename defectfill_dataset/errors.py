@@ -30,7 +30,7 @@ class Problem:
     image: str | None = None
 
     def __str__(self) -> str:
-        """ "DF145 test/hole/003.png: its mask is empty; mark the area, or remove the pair", in one line."""
+        """One line, as "DF145 test/hole/003.png: its mask is empty; mark the area, or remove the pair"."""
         where, fix = f"{self.where}: " if self.where else "", f"; {self.fix}" if self.fix else ""
         return one_line(f"{self.code} {where}{self.what}{fix}")
 

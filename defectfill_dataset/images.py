@@ -1,4 +1,4 @@
-"""Images between files, tensors and pictures for people."""
+"""Images: from files, to tensors, and back to 8-bit images."""
 
 import io
 import os
@@ -33,11 +33,11 @@ def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
     """An image file, opened but not decoded.
 
     Raises:
-        OSError: no file that may be read, no image, more than one picture, or more pixels than Pillow thinks safe.
+        OSError: no file that may be read, no image, several frames, or more pixels than Pillow thinks safe.
     """
     if isinstance(file, Path) and not file.is_file():  # a pipe would be waited for
-        there = "a pipe or the like" if file.exists() else "not there"
-        raise OSError(f"it is {'a link to nothing' if file.is_symlink() else there}; put a file there")
+        there = "not a regular file" if file.exists() else "missing"
+        raise OSError(f"it is {'a broken link' if file.is_symlink() else there}; put a file there")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -49,23 +49,23 @@ def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
             with file.open("rb") if isinstance(file, Path) else file as stream:
                 stream.seek(0)
                 start = stream.read(24)
-            told = f"it is no image: it begins with {start!r}" if start else "it is empty"
+            told = f"it is not an image: it begins with {start!r}" if start else "it is empty"
             raise OSError(f"{told}; copy it again, or remove it") from error
-    if frames > 1 and image.format != "MPO":  # the further pictures of a telephone's JPEG are previews
-        raise OSError(f"it has {frames} frames or pages; save the one that counts as a file of its own")
+    if frames > 1 and image.format != "MPO":  # the further frames of a phone's JPEG are previews
+        raise OSError(f"it has {frames} frames or pages; save the one to use as a separate file")
     return image
 
 
 def file_warnings(image: ImageFile.ImageFile, name: str) -> tuple[Problem, ...]:
-    """What is odd, though it is read, of the image file of this name, just opened, not yet decoded."""
+    """Warnings about an opened, undecoded image file of this name that is unusual but readable."""
     by_name = Image.registered_extensions().get(Path(os.fsdecode(image.filename)).suffix.lower(), image.format)
-    grey = "grey levels would train better, if the original has them"
+    grey = "use the original if it has grey levels, which train better"
     without_profile = f"is in {image.mode}, converted to RGB without a colour profile"
     checks = (
-        (not ends(image), "DF104", f"does not end as {image.format} does", "was it cut off, or something added?"),
+        (not ends(image), "DF104", f"does not end as {image.format} requires", "was it truncated, or data appended?"),
         (image.format not in (by_name, "MPO"), "DF105", f"is {image.format} by its content", "rename it"),
-        (has_16_bits(image), "DF120", "has 16 bits a channel, of which 8 are kept", ""),
-        (image.mode == "1", "DF122", "has black and white alone", grey),
+        (has_16_bits(image), "DF120", "has 16 bits per channel", "8 are kept"),
+        (image.mode == "1", "DF122", "is pure black and white", grey),
         (image.mode in ("CMYK", "LAB", "YCbCr"), "DF125", without_profile, ""),
     )
     return tuple(Problem(code, name, what, fix) for there, code, what, fix in checks if there)
@@ -97,7 +97,7 @@ def load_image(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray(_eight_bits(np.asarray(ImageOps.exif_transpose(image)))).convert("RGB")
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"it has more than 16 bits a channel (mode {image.mode}); convert it to 8 bits")
+        raise ValueError(f"it has more than 16 bits per channel (mode {image.mode}); convert it to 8 bits")
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise ValueError("it has transparent pixels; flatten it onto a background")
     upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
@@ -112,7 +112,7 @@ def upright_size(file: Path) -> tuple[int, int]:
 
 
 def has_metadata(image: ImageFile.ImageFile) -> bool:
-    """Whether an image file just opened holds more than pixels and colours: EXIF, XMP, text, comments, previews.
+    """Whether an opened image file carries metadata beyond a colour profile: EXIF, XMP, text, comments, previews.
 
     XMP that names a licence and nothing else, as in MVTec AD's files, may stay, and a comment beside it.
     """
@@ -170,7 +170,7 @@ def image_tensor(image: Image.Image, size: int) -> torch.Tensor:
 
 
 def tensor_image(image: torch.Tensor) -> Image.Image:
-    """The 8-bit picture of a (3, H, W) tensor in [-1, 1]."""
+    """The 8-bit image of a (3, H, W) tensor in [-1, 1]."""
     pixels = (image.detach().float().clamp(-1, 1).permute(1, 2, 0).cpu().numpy() + 1) * 127.5
     return Image.fromarray(pixels.round().astype(np.uint8))
 

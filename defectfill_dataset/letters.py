@@ -1,4 +1,4 @@
-"""Text in pictures: whole, wrapped, and in letters that the machine has a font for."""
+"""Text in images: whole, wrapped, and in letters that the machine has a font for."""
 
 import re
 import unicodedata

@@ -51,7 +51,7 @@ class MaskClasses:
                 )
                 raise InputError(Problem("DF169", f"--mask_classes '{text}'", what))
             if value in values:
-                what = f"{key.strip()} is there twice"
+                what = f"{key.strip()} is given twice"
                 raise InputError(Problem("DF169", f"--mask_classes '{text}'", what, "keep one"))
             values[value] = name.strip()
         return cls(tuple(values.items()))
@@ -170,7 +170,7 @@ def binarise(mask: Image.Image) -> np.ndarray:
     if 1 < peak <= full // 2:
         raise ValueError(_ambiguous(pixels, f"its greatest value is {peak}; code it as 0 and {full}, or as 0 and 1"))
     if least > NOISE * peak and least < peak:
-        raise ValueError(_ambiguous(pixels, "its ground is not black"))
+        raise ValueError(_ambiguous(pixels, "its background is not black"))
     inside = pixels > peak // 2
     if np.count_nonzero(pixels == peak) + np.count_nonzero(pixels == least) < pixels.size:
         _check_between(pixels, peak, inside, is_lossy(mask))
@@ -214,7 +214,7 @@ def _one_colour(pixels: np.ndarray, lossy: bool) -> np.ndarray:
     bright = NOISE * int(brightest.max())
     colours = [c for c, n in solid.items() if n >= SOLID and isinstance(c, tuple) and max(c) > bright]
     if (0, 0, 0) not in counts:
-        raise ValueError(_ambiguous(pixels, "its ground is not black"))
+        raise ValueError(_ambiguous(pixels, "its background is not black"))
     if len(colours) > 1:
         raise ValueError(_ambiguous(pixels, "it has several colours"))
     return brightest

@@ -87,7 +87,7 @@ class MaskShapes:
     Args:
         size: (W, H) of the image.
         polygons: corners of each, as `polygon_mask` takes them.
-        rles: run lengths in COCO's compressed form.
+        rles: RLE counts in COCO's compressed form.
     """
 
     size: tuple[int, int]
@@ -100,7 +100,7 @@ class MaskShapes:
         """The (H, W) bool array.
 
         Raises:
-            ValueError: run lengths that do not fill the image.
+            ValueError: an RLE that does not fill the image.
         """
         mask = np.zeros(self.size[::-1], dtype=bool)
         for polygon in self.polygons:
@@ -108,9 +108,9 @@ class MaskShapes:
         for counts in self.rles:
             rle = {"size": list(self.size[::-1]), "counts": counts.encode()}
             decoded = coco_mask.decode(rle)
-            # Too few run lengths leave the decoder's memory as it was.
+            # Too few counts leave the decoder's memory as it was.
             if coco_mask.encode(decoded)["counts"] != rle["counts"]:
-                raise ValueError(f"its run lengths do not fill {self.size[0]}x{self.size[1]} pixels")
+                raise ValueError(f"its RLE does not fill {self.size[0]}x{self.size[1]} pixels")
             mask |= decoded > 0
         return mask
 
@@ -150,14 +150,14 @@ Mask = MaskFiles | MaskShapes | MaskUnion
 
 
 def components(mask: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(left, top, its (h, w) bool array) of each piece of an (H, W) mask; pixels that touch at a corner are one."""
+    """(left, top, its (h, w) bool array) of each connected component of an (H, W) mask, 8-connected."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
         yield columns.start, rows.start, labels[rows, columns] == number
 
 
 def component_boxes(mask: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """(left, top, right, bottom) of each connected piece of an (H, W) mask."""
+    """(left, top, right, bottom) of each connected component of an (H, W) mask."""
     return [
         (left, top, left + component.shape[1], top + component.shape[0]) for left, top, component in components(mask)
     ]

@@ -1,4 +1,4 @@
-"""One object looked over as a whole: its problems, what is suspicious, its split and figures of its defect types."""
+"""The report on one object: its problems, warnings, split, and statistics of its defect types."""
 
 import concurrent.futures
 import dataclasses
@@ -24,9 +24,9 @@ class ObjectReport:
     """What `check_object` finds.
 
     Args:
-        rows: all images, without those that were left out, and `image_reports` what each is like, in the same order.
+        rows: all images, without those that were left out; `image_reports` are theirs, in the same order.
         problems: why training would refuse the object.
-        notes: what a person should look at.
+        notes: warnings.
         skipped: what was left out, and why.
         splits: split -> its rows; empty where there are problems with the split itself.
     """
@@ -109,7 +109,7 @@ def check_object(
     """Opens every image and mask of one object, in as many processes as there are cores.
 
     Args:
-        resolution: of the training to come; `grid` is the side of its latent grid.
+        resolution: to train at; `grid` is the side of its latent grid.
         skip_problems: leave out images that cannot be used, if the others can be without them.
     """
     reading = read_object(root, name, layout, mask_classes)

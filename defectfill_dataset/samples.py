@@ -33,7 +33,7 @@ def sampling_schedule(start: int, stop: int, batch_size: int, rank: int = 0, wor
 
 
 class Crop(NamedTuple):
-    """A part of a reference image that holds its defect or a piece of it."""
+    """A crop of a reference image that holds its defect or a part of it."""
 
     source_file: str
     defect: str
@@ -62,29 +62,29 @@ class AllTypes:
 class TrainingSamples(torch.utils.data.Dataset):
     """Random access to the training stream: `samples[step, sample, total]` is always the same sample.
 
-    What trains are windows: with zoom those around each defect, without it each image whole. They pass in a fresh
-    order each epoch; an epoch may end inside a batch, so every batch is full however few they are. Each item holds,
-    for G = resolution // vae_scale_factor:
+    Training uses crops: with zoom those around each defect, without it each image whole. They come in a new order each
+    epoch; an epoch may end inside a batch, so every batch is full however few they are. Each item holds, for
+    G = resolution // vae_scale_factor:
 
         pixel_values  (3, resolution, resolution) in [-1, 1]
         mask          (1, G, G), 1 inside the defect
         random_mask   (1, G, G), M_rand of the object pass
         defect_prompt, object_prompt   rows of the tokenized prompts
         seed          seed of everything the training step itself draws for this sample
-        index         of its window
+        index         of its crop
 
-    With `variants` above 0 a sample is one of so many augmented variants of its window, with one of
+    With `variants` above 0 a sample is one of so many augmented variants of its crop, with one of
     `BOXES_PER_VARIANT` random masks. Its item then holds `variant` and `boxes`, their numbers, in place of pixels and
     masks, which `variant` makes.
 
     Args:
-        dataset: rows with image, mask and defect; decoded once, and their windows kept in memory.
-        max_scale: the window is resized jointly with its mask by a factor in [1, max_scale], then cropped back.
+        dataset: rows with image, mask and defect; decoded once, and their crops kept in memory.
+        max_scale: the crop is resized jointly with its mask by a factor in [1, max_scale], then cropped back.
         center_crop: crop the centre instead of a random place.
         number_of_boxes: boxes in M_rand.
-        zoom: how windows are laid around a defect; None for whole images.
-        others: rows of further defect types in the same images: windows leave other types out if they can.
-        variants: of each window; 0 augments every sample afresh.
+        zoom: how crops are laid around a defect; None for whole images.
+        others: rows of further defect types in the same images: crops leave other types out if they can.
+        variants: of each crop; 0 augments every sample afresh.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         return len(self.crops)
 
     def crop_index(self, position: int) -> int:
-        """Which window stands at `position` of the endless stream of shuffled epochs."""
+        """Index of the crop at `position` in the endless stream of shuffled epochs."""
         epoch, offset = divmod(position, len(self))
         return int(np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(len(self))[offset])
 
@@ -149,7 +149,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         return image, mask, torch.stack([self._random_mask(np.random.default_rng(seed)) for seed in seeds])
 
     def references(self) -> Iterator[dict]:
-        """Every window once, whole and not augmented, its boxes and seed fixed: for figures that can be compared."""
+        """Every crop once, whole and not augmented, its boxes and seed fixed: for metrics that can be compared."""
         for index, crop in enumerate(self.crops):
             seed = derive_seed(self.seed, "reference", index)
             rng = np.random.default_rng(seed)
@@ -157,7 +157,7 @@ class TrainingSamples(torch.utils.data.Dataset):
             yield self._item(index, image, mask, rng, seed)
 
     def validation_items(self, good: Dataset | None, number: int) -> list[dict]:
-        """Up to `number` good images with the references' windows in turn; the references if there are none.
+        """Up to `number` good images with the references' crops in turn; the references if there are none.
 
         Each is an item as above, with the object prompt's text as `prompt`.
         """
@@ -190,7 +190,7 @@ class TrainingSamples(torch.utils.data.Dataset):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The image in [-1, 1] and the mask on the latent grid, resized and cropped as one.
 
-        A crop that loses the whole defect is drawn again, `CROP_TRIES` times at most; then the window stays whole.
+        A crop that loses the whole defect is drawn again, `CROP_TRIES` times at most; then the image stays whole.
         """
         for attempt in range(CROP_TRIES + 1):
             scale = rng.uniform(1, self.max_scale) if attempt < CROP_TRIES else 1

@@ -1,6 +1,6 @@
-"""Contact sheets: a dataset's pictures with the outlines of their masks, for a person to look over.
+"""Contact sheets: a dataset's images with their masks outlined, for a person to review.
 
-A picture or thumbnail is what the sheet shows of an image, at most `CELL` pixels a side; H x W are the image's pixels,
+A picture is a thumbnail or an enlarged detail of an image, at most `CELL` pixels a side; H x W are the image's pixels,
 h x w the picture's.
 """
 
@@ -24,13 +24,13 @@ from .report import ObjectReport
 CELL, GAP, COLUMNS = 226, 12, 8  # pixels a side of the square that a picture fits in, and between two; across a page
 MOST_DEFECTS, MOST_GOOD = 48, COLUMNS  # images on a sheet
 SMALL, THIN = 20, 3  # thumbnail pixels: what is shorter, or thinner on average, is shown enlarged too
-CONTEXT, LEAST = 3, 32  # side of a zoomed window: times the defect's longer side; pixels of the image
-COARSE = 1024  # pixels a side at which the pieces of a mask are looked for
+CONTEXT, LEAST = 3, 32  # side of an enlarged detail: times the defect's longer side; pixels of the image
+COARSE = 1024  # pixels a side at which the components of a mask are found
 TITLE = 19  # pixels high, of text
 NEAR, FAR = (255, 232, 0), (0, 0, 0)  # of the outline: one of them stands out from any picture
 LEGEND = (
-    "The yellow and black line runs around what the mask marks. Below each image: its defect type, how much of it is "
-    "marked, its file. References train; what is held out does not."
+    "The yellow and black line outlines the mask. Below each image: its defect type, the share that is marked, its "
+    "file. References are used for training; held-out images are not."
 )
 MARKS = {  # fill and letters: apart in lightness too, for whoever does not see the colours
     "reference": ((0, 90, 160), (255, 255, 255)),
@@ -45,7 +45,7 @@ class Entry:
     """One image on the sheet.
 
     Args:
-        pictures: its thumbnail, and a window of it, enlarged, where the thumbnail shows too little.
+        pictures: its thumbnail, and an enlarged detail where the thumbnail shows too little.
         mark: one of `MARKS`, "" where the split is not known.
     """
 
@@ -155,9 +155,9 @@ def pooled(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def detail_box(mask: np.ndarray) -> Box | None:
-    """The square of the image around the largest connected piece of an (H, W) mask, if its thumbnail shows too little.
+    """The square around the largest connected component of an (H, W) mask, if its thumbnail shows too little.
 
-    A piece that is too short is shown in its surroundings, of one that is long but too thin a part of its middle.
+    A component that is too short is shown in its surroundings; of a long, thin one a part of its middle.
     """
     height, width = mask.shape
     coarse = fitted((width, height), min(COARSE, max(width, height)))

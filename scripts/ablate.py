@@ -1,12 +1,12 @@
-"""Measure on drawn parts what each term and each contested reading of DefectFill does.
+"""Measure on synthetic parts what each loss term and each ambiguous detail of DefectFill does.
 
     python scripts/ablate.py --base scripts/tiny_base --segmenter segmenter --output_dir ablation
 
 For every variant, seed and defect type: a LoRA on a third of twelve pairs; defects inpainted into good parts with
-masks that no LoRA saw, one candidate each; and four figures: the attention map's IoU with the mask on the references;
-IoU of what the segmenter finds with the given mask; the share of images in which it finds the defect (IoU above 0.3);
-and the distance of the generated defects to real ones in the segmenter's features. Results go to results.jsonl, one
-line each; what is there is not run again. table.md and samples.png are made from them.
+masks that no LoRA saw, one candidate each; and four metrics: the attention map's IoU with the mask on the training
+images; the IoU of the segmenter's prediction with the target mask; its detection rate (share of images with an IoU
+above 0.3); and the feature distance of the generated defects to real ones, in the segmenter's features. Each result
+is a line of results.jsonl and is not computed again. table.md and samples.png are made from them.
 """
 
 import argparse
@@ -45,7 +45,7 @@ CASES = {"nut": "hole", "plate": "scratch", "cloth": "stain"}
 NO_LORA = "base without LoRA"
 REAL = "real defects"
 FIGURES = ("attention_iou", "segmenter_iou", "found", "distance")
-SHOWN = 6  # pictures of each run that are kept
+SHOWN = 6  # images of each run that are kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def defect_features(segmenter: UNet2DModel, images: torch.Tensor, masks: torch.T
 
 
 def figures_of(segmenter: UNet2DModel, images: torch.Tensor, masks: torch.Tensor, real: torch.Tensor) -> dict:
-    """Figures of (B, 3, R, R) pictures with (B, 1, R, R) given masks; `real` (n, C) are features of real defects."""
+    """Metrics of (B, 3, R, R) images with (B, 1, R, R) target masks; `real` (n, C) are features of real defects."""
     each = iou(segment(segmenter, images), masks)
     distance = torch.cdist(defect_features(segmenter, images, masks), real).min(dim=1).values
     return {
@@ -158,7 +158,10 @@ def run_all(args: argparse.Namespace, results_file: Path) -> None:
 
 def table(results: list[dict]) -> str:
     """Markdown: the mean over parts and seeds of each figure, and the standard deviation over seeds of that mean."""
-    rows = ["| | seeds | attention IoU | segmenter IoU | found | distance to real |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| | seeds | attention IoU | segmenter IoU | detection rate | feature distance |",
+        "|---|---|---|---|---|---|",
+    ]
     for variant in dict.fromkeys(line["variant"] for line in results):
         mine = [line for line in results if line["variant"] == variant]
         seeds = sorted({line["seed"] for line in mine})
@@ -174,7 +177,7 @@ def table(results: list[dict]) -> str:
 
 
 def samples(args: argparse.Namespace, results: list[dict]) -> Image.Image:
-    """Pictures of the first seed: a row a variant and part."""
+    """Images of the first seed: a row for each variant and part."""
     runs = [line for line in results if line["seed"] == 0]
     files = [args.output_dir / "runs" / f"{r['variant'].replace(' ', '-')}-{r['part']}-0/pictures.png" for r in runs]
     return Image.fromarray(np.concatenate([np.asarray(Image.open(file)) for file in files]))
@@ -184,15 +187,21 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base", required=True, metavar="DIR", help="Base made by make_tiny_base.py.")
-    add("--segmenter", required=True, metavar="DIR", help="Made by train_segmenter.py.")
+    add("--segmenter", required=True, metavar="DIR", help="Segmenter made by train_segmenter.py.")
     add("--output_dir", type=Path, required=True, metavar="DIR")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="Default: all.")
     add("--seeds", type=int, default=3, metavar="N", help="Default: %(default)s.")
     add("--images", type=int, default=16, metavar="N", help="Good parts inpainted by each LoRA. Default: %(default)s.")
     add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
-    add("--steps", type=int, default=150, metavar="N", help="Of each LoRA. Default: %(default)s.")
+    add("--steps", type=int, default=150, metavar="N", help="Training steps of each LoRA. Default: %(default)s.")
     add("--train_batch_size", type=int, default=4, metavar="N", help="Default: %(default)s.")
-    add("--learning_rate", type=float, default=1e-3, metavar="X", help="Of both models. Default: %(default)s.")
+    add(
+        "--learning_rate",
+        type=float,
+        default=1e-3,
+        metavar="X",
+        help="Learning rate of UNet and text encoder. Default: %(default)s.",
+    )
     add("--num_inference_steps", type=int, default=20, metavar="N", help="DDIM steps. Default: %(default)s.")
     add("--guidance_scale", type=float, default=2.0, metavar="X", help="Default: %(default)s.")
     return parser.parse_args(input_args)

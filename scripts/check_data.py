@@ -1,10 +1,10 @@
-"""Look a dataset over before training: every problem at once, figures, and a picture with the masks outlined.
+"""Check a dataset before training: every problem at once, statistics, and contact sheets with the masks outlined.
 
     python scripts/check_data.py mvtec/hazelnut
     python scripts/check_data.py mvtec --output_dir report
 
-Prints the problems of every object, what is worth a look, and a table of its defect types. Writes report.json and a
-picture of each object: defects outlined, small ones enlarged as well, and some good images. The exit status is 0 if
+Prints the problems and warnings of every object, and a table of its defect types. Writes report.json and a contact
+sheet of each object: defects outlined, small ones enlarged as well, and some good images. The exit status is 0 if
 everything can be used, 2 if not.
 """
 
@@ -27,9 +27,9 @@ COLUMNS = {  # of the table: figures of a defect type, and what they are called
     "latent_cells_with_zoom": "cells zoomed",
 }  # fmt: skip
 LEGEND = """
-Numbers are least / median / greatest, or one where they are equal. Shapes: drawn in annotation files. Width, height:
-in pixels. Mask %: of the image. Cells: how many its mask marks of the latent grid, the finest that the model can
-paint; zoomed: in the least zoom window that training may use."""
+Numbers are minimum / median / maximum, or one number if they are equal. Shapes: drawn in annotation files. Width,
+height: in pixels. Mask %: of the image. Cells: cells of the latent grid that the mask marks; a cell is the finest
+detail that the model can generate. Zoomed: in the smallest crop that training may use."""
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -38,12 +38,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("data_dir", metavar="DIR", help="Folder of one object, or a folder above several.")
     add_reading_flags(add, "DIR")
     add("--object", metavar="NAME", help="Check only this object.")
-    add("--split", default="auto", metavar="RULE|FILE", help="Which defects would train, as in training.")
-    add("--resolution", type=int, default=512, metavar="PX", help="Resolution of the training to come.")
+    add("--split", default="auto", metavar="RULE|FILE", help="Defects to train on, as in training.")
+    add("--resolution", type=int, default=512, metavar="PX", help="Resolution to train at.")
     add(
         "--vae_scale_factor", type=int, default=8, metavar="N", help="Pixels per cell of the base model's latent grid."
     )
-    add("--output_dir", type=Path, metavar="DIR", help="Folder for report.json and a picture of each object.")
+    add("--output_dir", type=Path, metavar="DIR", help="Folder for report.json and a contact sheet of each object.")
     return parser.parse_args(input_args)
 
 
@@ -69,9 +69,9 @@ def main(args: argparse.Namespace) -> None:
         write_json(args.output_dir / "report.json", content)
     print(LEGEND)
     print(
-        f"Pictures and report.json: {args.output_dir}"
+        f"Contact sheets and report.json: {args.output_dir}"
         if args.output_dir
-        else "With --output_dir DIR: a picture of each object too."
+        else "Add --output_dir DIR for a contact sheet of each object."
     )
     if any(report.problems for report in reports):
         sys.exit(2)
@@ -82,13 +82,13 @@ def print_report(report: ObjectReport) -> None:
     numbers = (len(report.images(split)) for split in ("train", "test", "good"))
     print(f"\n{report.name}: " + ", ".join(map("{} {}".format, numbers, ("references", "held out", "good"))))
     for what, found in (
-        ("Problems, for which training refuses it:" if report.problems else "No problems.", report.problems),
+        ("Problems that training would refuse:" if report.problems else "No problems.", report.problems),
         ("Left out:" if report.skipped else "", report.skipped),
-        ("Worth a look, though training takes it as it is:" if report.notes else "", report.notes),
+        ("Warnings; training accepts the data as it is:" if report.notes else "", report.notes),
     ):
         print("\n".join([what] * bool(what) + folded(found)), end="\n" * bool(what))
     if report.problems and all(map(skippable, report.problems)):
-        print("With --skip_problems these images are left out, and the others train.")
+        print("With --skip_problems, these images are left out and the others are used.")
     rows = [("defect type", "images", *COLUMNS.values())]
     for defect, figures in report.figures().items():
         values = [[v] if isinstance(v := figures.get(key, []), int) else v for key in COLUMNS]

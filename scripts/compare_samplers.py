@@ -1,10 +1,10 @@
-"""Measure on drawn parts how schedulers, numbers of steps and guidance in part of the steps change what a LoRA makes.
+"""Measure on synthetic parts how the scheduler, the number of steps and partial guidance change a LoRA's images.
 
     python scripts/compare_samplers.py --base scripts/tiny_base --segmenter segmenter \\
         --lora ablation/runs/default-nut-0 ablation/runs/default-cloth-0 --output comparison.md
 
-Each way inpaints the same good parts with the same masks and noise, one candidate each. What is measured is that of
-ablate.py, whose LoRAs it takes; the difference of the segmenter's IoU to the first way is paired, picture by picture.
+Each variant inpaints the same good parts with the same masks and noise, one candidate each. The metrics are those of
+ablate.py, whose LoRAs it takes; the IoU difference to the first variant is paired, image by image.
 """
 
 import argparse
@@ -38,7 +38,7 @@ VARIANTS = {
 
 
 def measure(args: argparse.Namespace, path: Path, seed: int) -> list[dict]:
-    """Figures of each picture that each way generates with the LoRA at `path`; `seed` is of parts, masks and noise."""
+    """Metrics of each image that each variant generates with the LoRA at `path`; `seed` sets parts, masks, noise."""
     lora = read_lora(path)
     part, [(defect, prompt)] = lora.record["object"], lora.record["prompts"].items()
     good, _ = drawn_pairs([(part, None)], args.images, args.resolution, derive_seed(seed, "good"))
@@ -70,13 +70,22 @@ def measure(args: argparse.Namespace, path: Path, seed: int) -> list[dict]:
 
 
 def table(lines: list[dict]) -> str:
-    """Markdown: means over the pictures of each way; of the paired difference of the IoU with its standard error."""
+    """Markdown: means over the images of each variant; the paired IoU difference with its standard error."""
     parts = list(dict.fromkeys(line["part"] for line in lines))
     ious = {
         variant: np.array([line["segmenter_iou"] for line in lines if line["variant"] == variant])
         for variant in VARIANTS
     }
-    heads = ["", "UNet rows", "segmenter IoU", *parts, "IoU to the first", "found", "distance to real", "change"]
+    heads = [
+        "",
+        "UNet evaluations",
+        "segmenter IoU",
+        *parts,
+        "IoU difference",
+        "detection rate",
+        "feature distance",
+        "change",
+    ]
     text = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for variant in VARIANTS:
         mine = [line for line in lines if line["variant"] == variant]
@@ -88,15 +97,22 @@ def table(lines: list[dict]) -> str:
         cells += [f"{paired.mean():+.3f} ± {error:.3f}" if paired.any() else ""]
         cells += [f"{mean['found']:.3f}", f"{mean['distance']:.3f}", f"{mean['change']:.3f}"]
         text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text) + f"\n\n{len(mine)} pictures a way.\n"
+    return "\n".join(text) + f"\n\n{len(mine)} images per variant.\n"
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base", required=True, metavar="DIR", help="Base made by make_tiny_base.py.")
-    add("--segmenter", required=True, metavar="DIR", help="Made by train_segmenter.py.")
-    add("--lora", nargs="+", type=Path, required=True, metavar="DIR", help="Of one type each, on a drawn part.")
+    add("--segmenter", required=True, metavar="DIR", help="Segmenter made by train_segmenter.py.")
+    add(
+        "--lora",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="LoRAs of ablate.py, of one defect type each.",
+    )
     add("--output", type=Path, required=True, metavar="FILE.md")
     add("--images", type=int, default=8, metavar="N", help="Good parts for each LoRA. Default: %(default)s.")
     add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")

@@ -1,8 +1,8 @@
-"""Generated images in a format that people train on: MVTec AD, anomalib, COCO, YOLO, imagefolder, Parquet.
+"""Export generated images for training: as MVTec AD, anomalib, COCO, YOLO, imagefolder or Parquet.
 
     python scripts/export_generated.py generated --output_dir export --format yolo --good good_images
 
-All is checked first; the exit status is 2 if anything cannot be used.
+Everything is checked first; the exit status is 2 if anything cannot be used.
 """
 
 import argparse
@@ -38,9 +38,9 @@ def check_options(args: argparse.Namespace) -> list[Problem]:
     problems = []
     if args.format in NORMAL_ONLY and not args.good:
         fix = "give a folder of them with --good"
-        problems.append(Problem("DF199", f"--format {args.format}", "trains on good photographs", fix))
+        problems.append(Problem("DF199", f"--format {args.format}", "trains on good images", fix))
     if args.good and not args.good.is_dir():
-        problems.append(Problem("DF199", f"--good {args.good}", "no such folder", "give one of good photographs"))
+        problems.append(Problem("DF199", f"--good {args.good}", "no such folder", "give a folder of good images"))
     if not 0 <= args.test_share < 1:
         problems.append(Problem("DF199", f"--test_share {args.test_share:g}", "must be at least 0 and less than 1"))
     return problems
@@ -56,12 +56,12 @@ def checked_items(args: argparse.Namespace) -> list[ExportImage]:
     if args.good and args.good.is_dir():
         objects = sorted({str(item.row.object) for item in items})
         if len(objects) > 1:
-            what = f"is of one object, the generated images of {', '.join(objects)}"
+            what = f"holds one object, the generated images {', '.join(objects)}"
             problems.append(Problem("DF199", f"--good {args.good}", what, "export one object at a time"))
         inpainted = {item.source for item in items}
         good = read_good_images(args.good, "".join(objects[:1]), inpainted)
         if not good:
-            fix = "give a folder of good photographs"
+            fix = "give a folder of good images"
             problems.append(Problem("DF199", f"--good {args.good}", "no images in it", fix))
         items += good
     problems += [problem for item in items for problem in inspect_row(item.row, item.root).problems]
@@ -88,13 +88,15 @@ def checked_splits(items: list[ExportImage], args: argparse.Namespace) -> dict[s
     """The items of each split that the format has; raises InputError (DF199) if one that it needs is empty."""
     splits = split_items(items, args.test_share, args.format in NORMAL_ONLY)
     if args.format in NORMAL_ONLY and not splits["train"]:
-        what = "leaves no photograph to train on, for one that a defect was painted on is for tests alone"
+        what = "leaves no good image to train on: those that defects were generated on are for testing only"
         raise InputError(Problem("DF199", f"--good {args.good}", what, "add others, or lower --test_share"))
     needed = [] if args.format in NORMAL_ONLY else ["train", "test"] if args.format.startswith("yolo") else ["train"]
     for split in needed:
         if not any(item.row.mask for item in splits[split]):
             what = f"leaves no defect to {split}"
-            fix = "all that was painted on one photograph stays together: change it, or generate on more photographs"
+            fix = (
+                "all images generated from one good image stay together: change it, or generate from more good images"
+            )
             raise InputError(Problem("DF199", f"--test_share {args.test_share:g}", what, fix))
     if args.format in WRITERS and args.good:
         splits["good"] = [item for item in items if not item.row.mask]
@@ -119,7 +121,7 @@ def write(splits: dict[str, list[ExportImage]], args: argparse.Namespace) -> Non
         examples = {split: shown(split, items, stripped) for split, items in splits.items()}
         last = EXPORTERS[args.format](folder, examples, defects)
         if args.format in WRITERS:
-            write_dataset_card(folder, counts, args.format, "photographs", None, None, len(stripped), None)
+            write_dataset_card(folder, counts, args.format, "by_good_image", None, None, len(stripped), None)
         publish_dir(folder, args.output_dir, last)
     for (_, defect, split), number in sorted(counts.items(), key=lambda entry: entry[0][::-1]):
         print(f"{split} {defect}: {number}")
@@ -134,7 +136,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="DIR",
-        help="Folder to write to: empty, or with this very export.",
+        help="Folder to write to: empty, or holding this same export.",
     )
     add("--format", choices=list(EXPORTERS), required=True, help="Format to write.")
     add("--good", type=Path, metavar="DIR", help="Folder of good images to add; mvtec and anomalib need it.")

@@ -4,9 +4,9 @@
     python scripts/gpu_check.py --output_dir gpu-check --minutes 10 --only train-bf16-b1 generate
 
 Each step runs the real commands in a process of its own with a time limit. When it ends, results.jsonl gets its line
-and gpu_check.md, the page to read, is written anew. Steps come in order of worth; those that no longer fit into
---minutes are skipped. Nothing is downloaded: the images are drawn, and speed and memory are measured on random weights
-in the sizes of Stable Diffusion 2. Without a GPU, only the steps with the small base run.
+and gpu_check.md, the page to read, is updated. The most useful steps come first; those that no longer fit into
+--minutes are skipped. Nothing is downloaded: the images are synthetic, and speed and memory are measured on random
+weights of Stable Diffusion 2's size. Without a GPU, only the steps with the small base run.
 """
 
 import argparse
@@ -164,7 +164,7 @@ def enlarge(folder: str, size: int) -> None:
 
 
 def save_random_base(folder: str) -> dict:
-    """Saves random weights in the sizes of Stable Diffusion 2, made on the GPU."""
+    """Saves random weights of Stable Diffusion 2's size, made on the GPU."""
     import torch
 
     from defectfill.random_base import random_sd2_pipeline
@@ -366,7 +366,6 @@ STEPS: dict[str, Step] = {
     "environment": Step(environment),
     "small-fp16": Step(killed_and_resumed, "--mixed_precision fp16"),
     "small-bf16": Step(killed_and_resumed, "--mixed_precision bf16"),
-    "small-fp32": Step(same_as_cpu, "--mixed_precision no --lora_dropout 0 --lr_warmup_steps 0"),
     "base": Step(make_base),
     "train-bf16-b1": Step(train, f"{BF16} 1"),
     "train-bf16-b4": Step(train, f"{BF16} 4"),
@@ -381,6 +380,8 @@ STEPS: dict[str, Step] = {
     "train-fp16-b1": Step(train, "--mixed_precision fp16 --train_batch_size 1"),
     "train-checkpointing-b4": Step(train, f"{BF16} 4 --gradient_checkpointing"),
     "train-cached-b2": Step(train, f"{BF16} 2 --cache_latents 1"),
+    # Half of it runs on the CPU.
+    "small-fp32": Step(same_as_cpu, "--mixed_precision no --lora_dropout 0 --lr_warmup_steps 0"),
     "train-8bit-b1": Step(train, f"{BF16} 1 --use_8bit_adam"),
     "generate-fuse-lora": Step(generate, "--fuse_lora"),
     "train-compile-b4": Step(train, f"{BF16} 4 --torch_compile", 240),
@@ -456,7 +457,7 @@ def page(check: Check, results: list[dict]) -> str:
     machine, sizes = check.machine, check.sizes
     card = machine.get("gpu")
     title = f"{card}, {machine['gpu_memory_gib']} GiB, driver {machine['driver']}" if card else "no GPU: on the CPU"
-    base = check.given_base or "random weights in the sizes of Stable Diffusion 2"
+    base = check.given_base or "random weights of Stable Diffusion 2's size"
     rows = [
         [f"`{r['name']}`", describe(r).replace("|", "/"), *(str(r.get(key, "")) for key in COLUMNS)]
         for r in results
@@ -487,12 +488,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=3,
         metavar="N",
-        help="Time for all steps, without imports. Default: %(default)s.",
+        help="Time limit for all steps together, imports excluded. Default: %(default)s.",
     )
-    add("--only", nargs="+", choices=STEPS, metavar="NAME", help="Run these steps. Default: all.")
-    add("--base", metavar="DIR", help="Inpainting model to measure. Default: random weights of SD 2's sizes.")
-    add("--toy", action="store_true", help="Tiny images and few steps, to try the check itself.")
-    add("--list", action="store_true", help="Name the steps with their flags, and stop.")
+    add("--only", nargs="+", choices=STEPS, metavar="NAME", help="Run only these steps. Default: all.")
+    add("--base", metavar="DIR", help="Inpainting model to measure. Default: random weights of SD 2's size.")
+    add("--toy", action="store_true", help="Use tiny images and few steps, to try out the check itself.")
+    add("--list", action="store_true", help="List the steps with their flags and exit.")
     return parser.parse_args(input_args)
 
 
@@ -520,7 +521,7 @@ def main(args: argparse.Namespace) -> None:
             print(json.dumps(result), flush=True)
             (args.output_dir / "gpu_check.md").write_text(page(check, results))
     shutil.rmtree(check.work, ignore_errors=True)
-    print(f"{args.output_dir / 'gpu_check.md'}: the page; results.jsonl and logs/ beside it")
+    print(f"{args.output_dir / 'gpu_check.md'}: the page to read; results.jsonl and logs/ are beside it")
     if any(result["status"] in ("failed", "timeout") for result in results):
         sys.exit(1)
 

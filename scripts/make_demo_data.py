@@ -1,8 +1,8 @@
-"""Draw a small inspection dataset in MVTec AD's layout: four kinds of part, good and defective, with exact masks.
+"""Render a small inspection dataset in MVTec AD's layout: four kinds of part, good and defective, with exact masks.
 
     python scripts/make_demo_data.py --output_dir demo/data
 
-Every picture is a lit height field: a part has a height and a colour at each pixel, a defect changes both inside its
+Every image is a lit height field: a part has a height and a colour at each pixel, a defect changes both inside its
 mask, and one light shades the result. Nothing is downloaded or copied; the images are free of any licence.
 
     plate  brushed metal      scratch, dent, stain
@@ -119,7 +119,7 @@ class Surface:
 
 
 def light(rng: np.random.Generator, surface: Surface, brightness: float) -> np.ndarray:
-    """(H, W, 3) picture in [0, 1]: Lambert and Blinn-Phong shading by one lamp, uneven light, sensor noise."""
+    """(H, W, 3) image in [0, 1]: Lambert and Blinn-Phong shading by one lamp, uneven light, sensor noise."""
     size = surface.height.shape[0]
     dy, dx = np.gradient(ndimage.gaussian_filter(surface.height, 0.7))
     normal = np.stack([-dy, -dx, np.ones_like(dx)], axis=-1)
@@ -141,7 +141,7 @@ def light(rng: np.random.Generator, surface: Surface, brightness: float) -> np.n
 
 
 def plate(rng: np.random.Generator, size: int) -> Surface:
-    """Brushed metal that fills the picture."""
+    """Brushed metal that fills the image."""
     wide = size * 3 // 2
     streaks = ndimage.gaussian_filter(rng.standard_normal((wide, wide)), (0.6, size / 14))
     streaks += 0.5 * ndimage.gaussian_filter(rng.standard_normal((wide, wide)), (1.5, size / 5))
@@ -438,7 +438,7 @@ PARTS: dict[str, tuple[Part, dict[str, Defect]]] = {
 
 
 def render(part: str, defect: str | None, size: int, seed: tuple[int, ...]) -> tuple[Image.Image, Image.Image | None]:
-    """A picture of a part, `size` pixels a side, and its mask (255 inside the defect), None for a good one."""
+    """An image of a part, `size` pixels a side, and its mask (255 inside the defect), None for a good one."""
     rng = np.random.default_rng([*seed, *part.encode(), *(defect or "good").encode()])
     make, defects = PARTS[part]
     surface = make(rng, 2 * size)

@@ -1,13 +1,13 @@
 """Train a small inpainting base of the classes of Stable Diffusion 2 inpainting, from scratch, without a download.
 
-    python scripts/make_tiny_base.py --output_dir tiny-base                     # as the base that ships was made
+    python scripts/make_tiny_base.py --output_dir my-base                       # of the demo's parts
     python scripts/make_tiny_base.py --output_dir my-base --data_dir my-good-images
     python scripts/make_tiny_base.py --output_dir random-base --random_weights  # nothing learnt: to see code run
 
-Pictures are drawn (make_demo_data.py) or read from a folder. On half of them a plain mark is drawn (a dark spot, a red
-line, ...) and named in the caption, so that the model learns to inpaint what the prompt says inside the mask. First
-the autoencoder is trained; then, on latents encoded once, the text encoder and the UNet. A killed run goes on where it
-was; everything random is a function of the seed and the step.
+Pictures are drawn (make_demo_data.py) or read from a folder. On some of them a plain mark is drawn (a dark spot, a
+faint red line with a pale rim, ...) and named in the caption, so that the model learns to inpaint what the prompt says
+inside the mask. First the autoencoder is trained; then, on latents encoded once, the text encoder and the UNet; last
+the decoder alone. A killed run goes on where it was; everything random is a function of the seed and the step.
 
 Shapes: S scenes, K masks of each, R picture side, G latent side. Masks are 1 where the model inpaints.
 """
@@ -470,6 +470,28 @@ class Reconstruction(torch.nn.Module):
         return loss + self.colours * F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
 
 
+class Decoding(torch.nn.Module):
+    """Loss of the decoder alone: that of an autoencoder, on latents that no longer move.
+
+    The UNet stays right for them, so the decoder can be trained on at any time.
+    """
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+        self.encode = vae.encode  # not a module: its weights are not trained
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            with torch.no_grad():
+                z = self.encode(x).latent_dist.mean
+            y = self.decoder(self.post_quant_conv(z + 0.02 * torch.randn_like(z)))
+        detail = Reconstruction.detail
+        return (
+            F.l1_loss(y, x) + 2 * F.l1_loss(detail(y), detail(x)) + F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+        )
+
+
 def tinted(x: torch.Tensor) -> torch.Tensor:
     """(B, 3, R, R) pictures with a disc of a random colour on each, and every other one in a random tint."""
     number, side = len(x), x.shape[-1]
@@ -483,22 +505,37 @@ def tinted(x: torch.Tensor) -> torch.Tensor:
     return (x * (1 - ink) + (2 * torch.rand(number, 3, 1, 1) - 1) * ink).clamp(-1, 1)
 
 
+def crops_of(scenes: Scenes, batch_size: int) -> torch.Tensor:
+    """(B, 3, R/2, R/2) random quarter crops in [-1, 1], all mirrored or none."""
+    pixels = torch.from_numpy(scenes.pixels[scenes.held_out :])
+    side = pixels.shape[1] // 2
+    rows = torch.randint(len(pixels), (batch_size,))
+    top, left = (int(torch.randint(pixels.shape[1] - side + 1, ())) for _ in range(2))
+    x = pixels[rows, top : top + side, left : left + side].permute(0, 3, 1, 2).float() / 127.5 - 1
+    return x.flip(-1) if torch.rand(()) < 0.5 else x
+
+
 def train_vae(vae: AutoencoderKL, scenes: Scenes, steps: int, work_dir: Path, seed: int, batch_size: int) -> None:
     """Trains the autoencoder on quarter crops, which teaches it textures, then a sixth as long on tinted ones.
 
     The colours of these parts are few; without the second stage those of a small mark would be lost.
     """
-    pixels = torch.from_numpy(scenes.pixels[scenes.held_out :])
-    side = pixels.shape[1] // 2
 
     def crops() -> torch.Tensor:
-        rows = torch.randint(len(pixels), (batch_size,))
-        top, left = (int(torch.randint(pixels.shape[1] - side + 1, ())) for _ in range(2))
-        x = pixels[rows, top : top + side, left : left + side].permute(0, 3, 1, 2).float() / 127.5 - 1
-        return x.flip(-1) if torch.rand(()) < 0.5 else x
+        return crops_of(scenes, batch_size)
 
     fit("vae", Reconstruction(vae, 0), lambda: (crops(),), steps, 1e-3, work_dir, seed)
     fit("vae-colours", Reconstruction(vae, 2), lambda: (tinted(crops()),), max(1, steps // 6), 5e-4, work_dir, seed)
+
+
+def train_decoder(vae: AutoencoderKL, scenes: Scenes, steps: int, work_dir: Path, seed: int, batch_size: int) -> None:
+    """Trains the decoder on, on quarter crops, one batch in four tinted."""
+
+    def crops() -> torch.Tensor:
+        x = crops_of(scenes, batch_size)
+        return tinted(x) if torch.rand(()) < 0.25 else x
+
+    fit("decoder", Decoding(vae), lambda: (crops(),), steps, 1e-3, work_dir, seed)
 
 
 @torch.no_grad()
@@ -671,6 +708,8 @@ def main(args: argparse.Namespace) -> None:
             ("unet-whole", args.whole_steps, args.whole_batch_size, cells, args.whole_learning_rate),
         ]
         train_unet(pipe, scenes, latents, stages, work_dir, args.seed)
+        if args.decoder_steps:
+            train_decoder(pipe.vae, scenes, args.decoder_steps, work_dir, args.seed, args.decoder_batch_size)
         pipe.to(device, dtype=torch.float32)
         for module in (pipe.vae, pipe.unet, pipe.text_encoder):
             module.eval()
@@ -716,12 +755,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Learn from random squares of --data_dir's images, up to this side.",
     )
     switch("--random_weights", "Save the untrained pipeline and stop.")
-    switch("--scenes_only", "Make the pictures to learn from and stop; a later start takes them.")
+    switch("--scenes_only", "Make the training images and stop; a later run uses them.")
     parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction",
                         help="What the UNet predicts. Default: %(default)s.")  # fmt: skip
     add("--resolution", 128, "Side of the pictures.", metavar="PX")
-    add("--pictures", 2100, "Pictures to draw, or to crop.")
-    add("--marks", 1, "Scenes with a mark that are made of each picture.")
+    add("--pictures", 2100, "Images to render, or to crop from --data_dir.")
+    add("--marks", 1, "Scenes with a mark made from each image.")
     add("--workers", os.cpu_count() or 1, "Processes that make the scenes.")
     add("--vae_steps", 3000, "Steps of the autoencoder.")
     add("--vae_batch_size", 16, "Crops in a step of the autoencoder.")
@@ -730,6 +769,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--whole_steps", 600, "Steps of the UNet on whole pictures.")
     add("--whole_batch_size", 16, "Pictures in such a step.")
     add("--whole_learning_rate", 5e-4, "Highest learning rate of these steps.", metavar="RATE")
+    add("--decoder_steps", 1500, "Steps of the decoder alone, after the UNet's; 0 for none.")
+    add("--decoder_batch_size", 8, "Crops in such a step.")
     add("--seed", 0, "Everything random follows from it.")
     return parser.parse_args(input_args)
 

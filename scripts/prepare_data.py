@@ -1,8 +1,8 @@
-"""Publish a dataset: any layout that is read, as Parquet or as an imagefolder, with a dataset card.
+"""Publish a dataset: any supported layout, as Parquet or imagefolder, with a dataset card.
 
     python scripts/prepare_data.py mvtec/hazelnut --output_dir hazelnut --license cc-by-nc-sa-4.0 --push_to_hub
 
-Several objects become one dataset. All is checked first, as check_data.py does; the exit status is 2 if anything
+Several objects become one dataset. Everything is checked, as check_data.py does; the exit status is 2 if anything
 cannot be used, and 1 if only the push failed.
 """
 
@@ -92,13 +92,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="DIR",
-        help="Folder to write to: empty, or with this very dataset.",
+        help="Folder to write to: empty, or holding this same dataset.",
     )
     add("--format", choices=list(WRITERS), default="parquet", help="Format to write.")
     add_reading_flags(add, "DIR")
     add("--object", metavar="NAME", help="Write only this object.")
-    add("--split", default="auto", metavar="RULE|FILE", help="Which defects train, as in training.")
-    add("--license", metavar="ID", help="Licence of the images, by the Hub's name (cc-by-nc-sa-4.0); a push needs it.")
+    add("--split", default="auto", metavar="RULE|FILE", help="Defects to train on, as in training.")
+    add(
+        "--license",
+        metavar="ID",
+        help="Licence of the images, by its identifier on the Hub (cc-by-nc-sa-4.0); required for a push.",
+    )
     add("--source", metavar="TEXT|URL", help="Source of the images, for the card.")
     add_hub_flags(add, "the dataset", "--hub_dataset_id")
     return parser.parse_args(input_args)

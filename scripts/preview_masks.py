@@ -1,11 +1,11 @@
-"""Show the masks that generate_defectfill.py would use, without a model.
+"""Preview the masks that generate_defectfill.py would use, without a model.
 
     python scripts/preview_masks.py --image good_images --mask_source references --reference_data mvtec/hazelnut \\
         --defect hole --number 200 --output masks.png
 
-The flags of images and masks are those of generate_defectfill.py. Writes a grid of good images: the outline of the
-object in blue, of the allowed region in yellow, of the mask in red. Prints how much of the masks lies on the object,
-and their areas and angles beside those of the references.
+Takes the image and mask flags of generate_defectfill.py. Writes a grid of good images, with the object outlined in
+blue, the allowed region in yellow and the mask in red. Prints how much of the masks lies on the object, and compares
+their areas and angles with those of the references.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from defectfill_dataset import Problem, find_foreground, load_masks, principal_a
 from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
 
 
-CELL = 192  # pixels a side of the grid's pictures
+CELL = 192  # pixels a side of the grid's cells
 COLUMNS = 8
 LONG = 1.5  # how many times longer than across a mask must be for its angle to mean something
 BLUE, YELLOW, RED = (60, 120, 255), (255, 220, 0), (255, 0, 0)
@@ -66,10 +66,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_input_flags(parser)
     parser.add_argument(
-        "--number", type=int, metavar="N", help="Number of masks to draw. Default: one for each image."
+        "--number", type=int, metavar="N", help="Number of masks to sample. Default: one for each image."
     )
-    parser.add_argument("--shown", type=int, default=48, metavar="N", help="Number of masks that the picture shows.")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="PNG file of the picture.")
+    parser.add_argument("--shown", type=int, default=48, metavar="N", help="Number of masks to show in the grid.")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="PNG file to write the grid to.")
     args = parser.parse_args(input_args)
     check_input_flags(parser, args)
     if len(args.defect or ()) > 1:
@@ -91,9 +91,7 @@ def main(args: argparse.Namespace) -> None:
         source_image, seed = source_images[place], repeat_seed(args.seed, repeat)
         image, placed = source_image.load_with_mask(seed, source)
         if placed is None:
-            without.append(
-                Problem("DF340", f"{source_image.file.name}, picture {repeat + 1}", "no place for its mask")
-            )
+            without.append(Problem("DF340", f"{source_image.file.name}, image {repeat + 1}", "no room for its mask"))
             continue
         areas = source_image.load()[1]
         if args.foreground == "none":
@@ -110,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         save_image(grid_of(pictures), args.output)
         print(f"drawn: {figures_of(drawn)}")
-        print(f"on the part: {100 * np.mean(shares):.2f} % of a mask's pixels, {100 * min(shares):.2f} % at least")
+        print(f"on the object: {100 * np.mean(shares):.2f} % of a mask's pixels, {100 * min(shares):.2f} % at least")
     if args.reference_data:
         references = load_masks(args.reference_data, args.object, args.split, defect, held_out=False)
         print(f"references: {figures_of([(mask.pixels, mask.pixels.size) for mask in references])}")

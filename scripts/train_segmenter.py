@@ -5,7 +5,7 @@
 It sees pairs that make_demo_data.py never writes, of every part and defect type, and good parts. Saved as a diffusers
 UNet2DModel; its timestep is always 0. A killed run goes on where it was.
 
-Shapes: B pictures, R side. Pictures are in [-1, 1], masks 1 inside the defect.
+Shapes: B images, R side. Images are in [-1, 1], masks 1 inside the defect.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main(input_args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
-    parser.add_argument("--pairs", type=int, default=80, metavar="N", help="Of each type. Default: %(default)s.")
+    parser.add_argument("--pairs", type=int, default=80, metavar="N", help="Pairs of each type. Default: %(default)s.")
     parser.add_argument("--steps", type=int, default=800, metavar="N", help="Default: %(default)s.")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")
     args = parser.parse_args(input_args)

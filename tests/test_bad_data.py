@@ -100,7 +100,7 @@ def test_what_is_odd_in_several_pairs(tmp_path, capsys):
     assert check(tmp_path / "bolt", "--resolution", SIZE) == 0
     told = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("DF"))
     assert re.findall(r"^(DF\d+)", told, re.M) == ["DF150", "DF155", "DF154"]
-    assert "all 4 masks are the same" in told and "000.png, test/hole/003.png: the same picture, held out" in told
+    assert "all 4 masks are the same" in told and "000.png, test/hole/003.png: the same image, held out" in told
 
 
 def test_training_and_generation_warn_of_what_is_odd(train, tmp_path, caplog, monkeypatch):

@@ -63,7 +63,7 @@ def test_every_problem_is_told_in_one_run(tmp_path, capsys):
         ("DF103", "005.png"), ("DF143", "stray.png"), ("DF103", "train/good/000.png"),
     ]:  # fmt: skip
         assert any(line.startswith(code) and name in line for line in told.splitlines()), (code, name)
-    assert "\nProblems, for which training refuses it:\nDF" in told and "No problems" not in told
+    assert "\nProblems that training would refuse:\nDF" in told and "No problems" not in told
     assert (tmp_path / "report/nut.png").exists()
 
 
@@ -75,10 +75,8 @@ def test_what_is_suspicious_is_told_and_does_not_stop(tmp_path, capsys):
     shutil.copy(data / "train/good/000.png", data / "train/good/001.png")
     assert check(data, "--resolution", "64") == 0
     told = capsys.readouterr().out
-    assert (
-        "No problems.\nWorth a look, though training takes it as it is:\nDF1" in told and "DF150 all 4 masks" in told
-    )
-    assert "DF154 test/hole/000.png, test/hole/003.png: the same picture, held out and reference" in told
+    assert "No problems.\nWarnings; training accepts the data as it is:\nDF1" in told and "DF150 all 4 masks" in told
+    assert "DF154 test/hole/000.png, test/hole/003.png: the same image, held out and reference" in told
     assert "DF153 train/good/000.png, train/good/001.png" in told
 
 

@@ -260,7 +260,7 @@ def test_every_problem_is_told_at_once_and_nothing_written(tmp_path, photos):
     (tmp_path / "none/manifest.jsonl").touch()
     more = (one, two, tmp_path / "empty", tmp_path / "none", "--test_share", 1)
     problems = told(tmp_path / "out", "mvtec", *more)
-    assert problems[0] == "DF199 --format mvtec: trains on good photographs; give a folder of them with --good"
+    assert problems[0] == "DF199 --format mvtec: trains on good images; give a folder of them with --good"
     assert problems[1] == "DF199 --test_share 1: must be at least 0 and less than 1"
     assert problems[2] == f"DF197 {one}/manifest.jsonl, line 2: names 'images/000_1.png', which is not there; " + (
         "generate it again"
@@ -294,11 +294,11 @@ def test_several_folders_are_told_apart_by_their_names(tmp_path, photos):
 def test_impossible_wishes(tmp_path, generated, photos):
     out = tmp_path / "out"
     assert told(out, "coco", generated, "--good", tmp_path / "no") == [
-        f"DF199 --good {tmp_path}/no: no such folder; give one of good photographs"
+        f"DF199 --good {tmp_path}/no: no such folder; give a folder of good images"
     ]
     (tmp_path / "none").mkdir()
     assert told(out, "coco", generated, "--good", tmp_path / "none") == [
-        f"DF199 --good {tmp_path}/none: no images in it; give a folder of good photographs"
+        f"DF199 --good {tmp_path}/none: no images in it; give a folder of good images"
     ]
     (photos / "lost.png").symlink_to("nowhere.png")
     (line,) = told(out, "coco", generated, "--good", photos)
@@ -307,9 +307,9 @@ def test_impossible_wishes(tmp_path, generated, photos):
     for number in range(6, 12):
         (photos / f"{number:03d}.png").unlink()
     (line,) = told(out, "mvtec", generated, "--good", photos)
-    assert line.startswith(f"DF199 --good {photos}: leaves no photograph to train on, for one that a defect was")
+    assert line.startswith(f"DF199 --good {photos}: leaves no good image to train on: those that defects")
     (line,) = told(out, "yolo", generated, "--test_share", 0)
-    assert line.startswith("DF199 --test_share 0: leaves no defect to test; all that was painted on one photograph")
+    assert line.startswith("DF199 --test_share 0: leaves no defect to test; all images generated from one good image")
     (line,) = told(out, "coco", make_generated(tmp_path / "one", 1))
     assert line.startswith("DF199 --test_share 0.2: leaves no defect to train;")
     text = (generated / "manifest.jsonl").read_text()

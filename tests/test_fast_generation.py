@@ -98,7 +98,7 @@ def test_a_fused_lora_leaves_the_weights_as_they_were_for_the_next(trained, othe
     assert max(np.abs(both[key] - plain[key]).max() for key in both) <= 1
     first, second = (np.stack([p.sum() for (sha, _), p in both.items() if sha == s]) for s in {s for s, _ in both})
     assert (first != second).all()
-    with pytest.raises(InputError, match="DF320 fuse_lora: the run began with False, now it is True"):
+    with pytest.raises(InputError, match="DF320 fuse_lora: the run was started with False, now it is True"):
         generate("--lora", trained, other_lora, *inputs, "--output_dir", tmp_path / "plain", *FAST, "--fuse_lora")
 
 

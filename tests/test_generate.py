@@ -375,7 +375,7 @@ def test_a_finished_run_does_nothing_and_other_settings_are_refused(trained, inp
     monkeypatch.setattr(g, "load_pipeline", None)
     generate(*argv)
     assert content(tmp_path / "out") == before
-    with pytest.raises(InputError, match="DF320 guidance_scale: the run began with 7.5, now it is 3.0"):
+    with pytest.raises(InputError, match="DF320 guidance_scale: the run was started with 7.5, now it is 3.0"):
         generate(*argv, "--guidance_scale", "3")
 
 

@@ -1,4 +1,4 @@
-"""Labels as people's disks have them: encodings, links, capitals, hidden files, odd numbers, stale names."""
+"""Labels as found in practice: encodings, links, capitals, hidden files, odd numbers, stale names."""
 
 import base64
 import io

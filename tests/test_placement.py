@@ -341,7 +341,7 @@ def test_held_out_masks_through_the_command(trained, folder, caplog):
     argv = ["--image", folder / "good", "--mask_source", "held_out", "--reference_data", folder / "data"]
     with pytest.raises(SystemExit) as ended:
         generate("--lora", trained, *argv, "--object", "nut", "--output_dir", folder / "out", *FAST)
-    assert ended.value.code == "Not generated:\nDF340 001.png: no place for its mask"
+    assert ended.value.code == "Not generated:\nDF340 001.png: no room for its mask"
     assert "has seen the shapes and places" in caplog.text
     held_out = [np.asarray(Image.open(folder / f"data/nut/ground_truth/hole/{i:03d}_mask.png")) > 0 for i in (2, 3)]
     masks = masks_of(folder / "out")
@@ -358,7 +358,7 @@ def test_images_without_a_place_are_listed_and_the_rest_goes_on(trained, folder,
     for _ in range(2):  # the second run does it no differently
         with pytest.raises(SystemExit) as ended:
             generate(*argv, "--output_dir", folder / "out")
-        assert ended.value.code == "Not generated:\nDF340 000.png: no place for its mask"
+        assert ended.value.code == "Not generated:\nDF340 000.png: no room for its mask"
         assert [line["name"] for line in read_lines(folder / "out/manifest.jsonl")] == ["001", "002"]
         assert capsys.readouterr().out.startswith("2 images in ")
     with pytest.raises(SystemExit, match="DF340 000.png"):
@@ -479,7 +479,8 @@ def test_the_preview_shows_the_masks_of_the_command(trained, folder, capsys, mon
     shares = [(find_foreground(Image.open(folder / f"good/{i % 3:03d}.png")) & m).sum() / m.sum() for i, m in
               enumerate(expected)]  # fmt: skip
     assert (
-        told[1] == f"on the part: {100 * np.mean(shares):.2f} % of a mask's pixels, {100 * min(shares):.2f} % at least"
+        told[1]
+        == f"on the object: {100 * np.mean(shares):.2f} % of a mask's pixels, {100 * min(shares):.2f} % at least"
     )
     picture = np.asarray(Image.open(folder / "new/masks.png"))
     assert picture.shape == (preview_masks.CELL + 8, 6 * (preview_masks.CELL + 4) + 4, 3)
@@ -495,9 +496,7 @@ def test_the_preview_of_given_and_random_masks_and_without_a_place(folder, capsy
     told = capsys.readouterr().out
     assert told.count("drawn: 3 masks, area") == 2 and "area 50.000 | 50.000 | 50.000 %" in told
     argv = ["--image", folder / "good", "--mask_source", "held_out", "--reference_data", folder / "data/bolt"]
-    with pytest.raises(
-        SystemExit, match="Without a mask, 2 of 6:\nDF340 001.png, picture 1.*\nDF340 001.png, picture 2"
-    ):
+    with pytest.raises(SystemExit, match="Without a mask, 2 of 6:\nDF340 001.png, image 1.*\nDF340 001.png, image 2"):
         preview(*argv, "--number", 6, "--output", folder / "held_out.png")
     with pytest.raises(SystemExit) as ended:
         preview(*argv, "--number", 0, "--output", folder / "held_out.png")

@@ -126,7 +126,7 @@ def test_the_page_lists_what_was_not_painted(trained, good, tmp_path, monkeypatc
         generate(*argv)
     page = (tmp_path / "out/summary.html").read_text()
     assert (
-        "<li>DF340 001.png: no place for its mask" in page
+        "<li>DF340 001.png: no room for its mask" in page
         and "<tr><td>nut<td>hole<td>3<td>1<td>0<td>2<td>0<td>0<td>0" in page
     )
 
@@ -167,7 +167,9 @@ def test_the_defect_prompt_of_each_lora(trained, several, good, tmp_path):
     assert {line["generation_prompt"] for line in lines} == {"defect"}
     generate("--lora", trained, *argv, "--output_dir", tmp_path / "object")
     assert (out / "images/000-hole.png").read_bytes() != (tmp_path / "object/images/000.png").read_bytes()
-    with pytest.raises(InputError, match="DF320 generation_prompt: the run began with 'object', now it is 'defect'"):
+    with pytest.raises(
+        InputError, match="DF320 generation_prompt: the run was started with 'object', now it is 'defect'"
+    ):
         generate("--lora", trained, *argv, *defect[:2], "--output_dir", tmp_path / "object")
 
 
@@ -186,7 +188,7 @@ def test_a_lora_without_defect_prompts_is_refused(trained, good, tmp_path, monke
 def test_a_run_is_not_continued_with_other_pictures(trained, several, good, tmp_path):
     argv = ["--image", good, "--mask_source", "random", *FAST, "--output_dir", tmp_path / "out"]
     generate("--lora", trained, *argv)
-    with pytest.raises(InputError, match="DF320 000, 001, 002: 3 images that the run began with are not"):
+    with pytest.raises(InputError, match="DF320 000, 001, 002: 3 images of the earlier run are no longer"):
         generate("--lora", trained, several, "--defect", "hole", *argv)
 
 
@@ -197,8 +199,8 @@ def test_another_seed_is_told_once(trained, good, tmp_path):
     with pytest.raises(InputError) as caught:
         generate(*argv, "--seed", 1, "--num_inference_steps", 2, "--output_dir", tmp_path / "out")
     assert [str(problem) for problem in caught.value.problems] == [
-        "DF320 num_inference_steps: the run began with 1, now it is 2",
-        "DF320 seed: the run began with 0, now it is 1",
+        "DF320 num_inference_steps: the run was started with 1, now it is 2",
+        "DF320 seed: the run was started with 0, now it is 1",
     ]
 
 
@@ -304,7 +306,7 @@ def test_all_wrong_lines_of_cases_are_told_at_once(trained, good, tmp_path, monk
         generate(*argv)
     twice = json.dumps({"image": str(good / "000.png"), "mask_source": "random"})
     file.write_text(f"{twice}\n{twice}\n")
-    with pytest.raises(InputError, match="DF415 000.png, hole: is asked for twice with --seed 0"):
+    with pytest.raises(InputError, match="DF415 000.png, hole: is requested twice with --seed 0"):
         generate(*argv)
     with pytest.raises(InputError, match="DF160 --cases"):
         generate(*argv[:3], tmp_path / "none.jsonl", *argv[4:])

@@ -217,7 +217,7 @@ def test_wrong_datumaro_files(tmp_path):
         ("notes.json", "{}", "'notes.json' is of no program that is known here"),
         ("labels.csv", "image,label\n", "'labels.csv' has no column mask_file_name"),
         ("notes.txt", "hello\n", "'notes.txt' holds no lines of YOLO labels"),
-        ("x.xml", "<a/>", "'x.xml' is XML, but not of Pascal VOC, LabelMe or CVAT"),
+        ("x.xml", "<a/>", "'x.xml' is XML, but not from Pascal VOC, LabelMe or CVAT"),
     ],
 )
 def test_what_is_no_layout_is_explained(tmp_path, file, content, words):
@@ -233,7 +233,9 @@ def test_annotations_without_images_are_explained(tmp_path, name):
     for image in [*root.rglob("*.png"), *root.rglob("*.jpg")]:
         image.unlink()
     problems = told(root)
-    assert codes(problems) == ["DF143"] * len(problems) or "but no images; put them beside" in problems[0]
+    assert (
+        codes(problems) == ["DF143"] * len(problems) or "but no images; put them into the same folder" in problems[0]
+    )
 
 
 def test_images_or_masks_alone_are_explained(tmp_path):

@@ -61,7 +61,7 @@ def one_task(root: Path, *tasks: dict) -> Path:
         (result("bitmasklabels", imageDataURL="data:"), "result r1: the type 'bitmasklabels' marks no area"),
         (result("choices", choices=["scratched"]), "is tagged 'scratched' as a whole"),
         (result("brushlabels", maskUrl="https://x.org/1.png"), "result r1: its brush has no run lengths"),
-        (result("brushlabels", format="rle", rle=[0, 0, 1]), "result r1: its run lengths end too early"),
+        (result("brushlabels", format="rle", rle=[0, 0, 1]), "result r1: its RLE ends too early"),
         (result("brushlabels", format="rle", rle=packed(rgba(square(0, 0, 4, 4, 40)))), "6400 values of 8 bits"),
         (result("brushlabels", format="rle", rle=packed(rgba(SPECKS))[:-2]), "end too early"),
         (result("brushlabels", format="rle", rle=[*packed(rgba(SPECKS)), 0, 7]), "go on past the last pixel"),

@@ -74,7 +74,9 @@ print(pipe.unet.config.in_channels, pipe.unet.config.sample_size * pipe.vae_scal
     assert printed.split(maxsplit=2)[:2] == ["9", "64"] and "'sks</w>', 'hazelnut</w>'" in printed
 
 
-SMALL = "--resolution 32 --pictures 20 --workers 1 --vae_steps 3 --crop_steps 2 --whole_steps 2".split()
+SMALL = (
+    "--resolution 32 --pictures 20 --workers 1 --vae_steps 3 --crop_steps 2 --whole_steps 2 --decoder_steps 2".split()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -114,14 +116,15 @@ def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch
     assert Image.open(tmp_path / "whole/samples.png").height == 4 * 32
 
 
-def test_the_base_that_ships_is_small_whole_and_made_by_the_defaults():
+def test_the_base_that_ships_is_small_whole_and_made_as_its_page_says():
     files = [file for file in TINY_BASE.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 12e6
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".md", ".png"}
     figures = json.loads((TINY_BASE / "figures.json").read_text())
-    defaults = make_tiny_base.parse_args(["--output_dir", "x"])
-    assert figures["options"] == {k: v for k, v in vars(defaults).items() if k not in make_tiny_base.WITHOUT_EFFECT}
     readme = (TINY_BASE / "README.md").read_text()
+    command = readme.partition("make_tiny_base.py ")[2].partition("\n\n")[0].replace("\\\n", " ")
+    options = vars(make_tiny_base.parse_args(command.split()))
+    assert figures["options"] == {k: v for k, v in options.items() if k not in make_tiny_base.WITHOUT_EFFECT}
     assert f"{figures['reconstruction_psnr']} dB" in readme and f"{figures['inpainting_psnr']} dB" in readme
 
 
@@ -250,7 +253,7 @@ def test_samplers_are_compared_on_the_same_parts(base, segmenter, trained, tmp_p
     compare_samplers.main(compare_samplers.parse_args(command.split()))
     head, _, *lines, _, number = (tmp_path / "table.md").read_text().splitlines()
     rows = {cells[1]: cells[2:-1] for cells in ([c.strip() for c in line.split("|")] for line in lines)}
-    assert "| nut |" in head and number == "2 pictures a way." and list(rows) == list(compare_samplers.VARIANTS)
+    assert "| nut |" in head and number == "2 images per variant." and list(rows) == list(compare_samplers.VARIANTS)
     assert [int(cells[0]) for cells in rows.values()] == [100, 40, 40, 40, 20, 30, 30, 20]
     changes = [float(cells[-1]) for cells in rows.values()]
     assert changes[0] == 0 and rows["DDIM, 50 steps"][3] == "" and all(0 < x < 1 for x in changes[1:])
@@ -310,7 +313,7 @@ def test_generation_is_measured_in_every_way(base, tmp_path, monkeypatch, model)
     assert list(rows) == list(benchmark.make_variants(4, 2, 2, 4)) and len(rows) == 6
     assert [int(cells[0]) for cells in rows.values()] == [8, 8, 8, 8, 4, 3]
     assert [*rows.values()][0][2] == "1.00 (1.00 to 1.00)" and all(float(cells[1]) > 0 for cells in rows.values())
-    assert "2 pictures of 2 candidates, 32 px, 2 rounds" in note and note.count("%") == 2
+    assert "2 images of 2 candidates, 32 px, 2 rounds" in note and note.count("%") == 2
 
 
 def test_a_batch_smaller_than_a_pictures_candidates_is_refused(capsys):

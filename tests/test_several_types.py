@@ -110,7 +110,7 @@ def test_check_data_says_where_types_are_too_close(tmp_path, capsys):
     assert "DF157" not in capsys.readouterr().out
     assert check(make_boards(tmp_path / "near", near=True), "--resolution", 128) == 0
     told = capsys.readouterr().out
-    assert "DF157 images/00.png, images/01.png" in told and "6 of 13 zoom windows show defects of other types" in told
+    assert "DF157 images/00.png, images/01.png" in told and "6 of 13 crops also show defects of other types" in told
     assert re.search(r"\n  open +6 +6 ", told) and "2 references" in told
 
 

@@ -1,4 +1,4 @@
-"""Zoom: windows around small and thin defects, in training and in generation."""
+"""Crops around small and thin defects, in training and in generation."""
 
 import numpy as np
 import pytest
@@ -163,7 +163,7 @@ def test_small_defects_are_zoomed_by_themselves_and_the_lora_says_so(train, larg
     assert read_lora(train(data=data)).record["zoom"] is None  # defects of 1.5-6 % of 48 px
     assert "padding_mask_crop" not in (tmp_path / "out/README.md").read_text()
     assert read_lora(train("--zoom", "off", data=large, output=tmp_path / "whole")).record["zoom"] is None
-    with pytest.raises(InputError, match="DF320 zoom: the run began with"):
+    with pytest.raises(InputError, match="DF320 zoom: the run was started with"):
         train("--zoom", "off", "--resume_from_checkpoint", "latest", data=large, output=tmp_path / "zoomed")
 
 

@@ -106,7 +106,7 @@ SPLITS_IN_WORDS = {
     "auto": "the source's own where it has one, else the first third of each defect type, by name, is `train`",
     "first_third": "the first third of each defect type, by name, is `train`",
     "all": "all defects are `train`",
-    "photographs": "by a hash of the good image; all variants of one good image are in the same split",
+    "by_good_image": "by a hash of the good image; all variants of one good image are in the same split",
 }
 
 

@@ -69,7 +69,7 @@ def save_checkpoint(
         flush(output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        logger.warning(f"checkpoint-{step} could not be written ({error}); earlier checkpoints stand")
+        logger.warning(f"checkpoint-{step} could not be written ({error}); earlier checkpoints are kept")
         return False
     if total_limit is not None:
         for old in list_checkpoints(output_dir)[:-total_limit]:
@@ -172,14 +172,14 @@ def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_s
     used = list_checkpoints(output_dir) or any((output_dir / name).exists() for name in (LORA_FILE, "README.md"))
     if not which:
         if used:
-            what = "holds an earlier run, or files of something else"
-            fix = "go on with the run by --resume_from_checkpoint latest, or choose another folder"
+            what = "holds an earlier run or other files"
+            fix = "resume the run with --resume_from_checkpoint latest, or choose another folder"
             raise InputError(Problem("DF186", f"--output_dir {output_dir}", what, fix))
         return None
     checkpoint = find_checkpoint(output_dir, which)
     if checkpoint is None:
         if used:
-            what = "holds an earlier run without a usable checkpoint, or files of something else"
+            what = "holds an earlier run without a usable checkpoint, or other files"
             raise InputError(Problem("DF186", f"--output_dir {output_dir}", what, "choose another folder"))
         logger.info("No checkpoint to resume from: starting a new run")
         return None
@@ -224,6 +224,9 @@ def check_identity(saved: dict, now: dict) -> None:
     changed = [k for k in sorted(saved.keys() | now.keys()) if saved.get(k) != now.get(k)]
     if changed:
         raise InputError(
-            *(Problem("DF320", k, f"the run began with {saved.get(k)!r}, now it is {now.get(k)!r}") for k in changed),
+            *(
+                Problem("DF320", k, f"the run was started with {saved.get(k)!r}, now it is {now.get(k)!r}")
+                for k in changed
+            ),
             advice="Resume with the same options, or choose another --output_dir.",
         )

@@ -38,10 +38,14 @@ def add_base_flags(
 
 def add_hub_flags(add: Callable, pushed: str, id_flag: str) -> None:
     """The flags of a push to the Hub; `pushed` names what is pushed, `id_flag` takes its repository."""
-    add("--push_to_hub", action="store_true", help=f"Push {pushed}, with the token of HF_TOKEN or a login.")
+    add(
+        "--push_to_hub",
+        action="store_true",
+        help=f"Push {pushed} to the Hub, with the token in HF_TOKEN or from a login.",
+    )
     add(id_flag, metavar="ID", help="Repository on the Hub. Default: the output folder's name.")
     add("--hub_public", action="store_true", help="Make a new repository public; without it, it is private.")
-    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="Seconds after which a push is given up.")
+    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="Seconds after which a push is aborted.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +109,12 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         help="Inpaint square crops around the mask, so that small and thin defects get enough pixels. auto: as the "
         "LoRA was trained.",
     )
-    add("--zoom_context", type=float, metavar="X", help="Side of a crop over that of its defect. Default: as trained.")
+    add(
+        "--zoom_context",
+        type=float,
+        metavar="X",
+        help="Side of a crop, as a multiple of its defect's. Default: as trained.",
+    )
     min_area_help = "A mask that covers a smaller share of its crop is tiled along its length. Default: as trained."
     add("--zoom_min_area", type=float, metavar="X", help=min_area_help)
     add_input_flags(parser)
@@ -123,7 +132,7 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     add("--resolution", type=int, metavar="PX", help="Side of the model's square. Default: the LoRA's own.")
     scheduler_help = "Sampler. The paper uses ddim; the others need about 20 steps."
     add("--scheduler", choices=list(SCHEDULERS), default="ddim", help=scheduler_help)
-    add = parser.add_argument_group("speed; each changes pixels by rounding").add_argument
+    add = parser.add_argument_group("speed (each changes pixels by rounding)").add_argument
     fuse_help = "Fuse the LoRA into the weights, so that its layers cost nothing while sampling."
     add("--fuse_lora", action="store_true", help=fuse_help)
     add("--channels_last", action="store_true", help="Keep UNet and VAE in the channels-last memory layout.")
@@ -133,8 +142,8 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
         const="blocks",
         choices=COMPILED,
         help="Compile the UNet's transformer blocks (blocks, also without a value), or all of it (unet). Compiling "
-        "takes from half a minute (blocks) to several minutes (unet) before the first image, so it pays in long runs "
-        "only. Best with --fuse_lora: without it each LoRA is compiled anew.",
+        "takes from half a minute (blocks) to several minutes (unet) before the first image, so it pays off only in "
+        "long runs. Best with --fuse_lora: without it each LoRA is compiled anew.",
     )
     add = parser.add_argument_group("candidates and selection").add_argument
     add("--num_candidates", type=int, default=8, metavar="N", help="Number of candidates per crop.")
@@ -214,7 +223,7 @@ def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
         parser.error("give --image: a good image, or a folder of them")
     if args.mask_source is None:
         if (args.mask is None) == (args.reference_data is None):
-            parser.error("say which masks: --mask, or --reference_data, or --mask_source procedural or random")
+            parser.error("choose the masks: --mask, --reference_data, or --mask_source procedural or random")
         args.mask_source = "given" if args.mask is not None else "references"
     source = args.mask_source
     if (source == "given") != (args.mask is not None):
@@ -259,7 +268,7 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"--guidance_interval {start} {end}: must be 0 <= START < END <= 1")
     steps = args.num_inference_steps
     if args.guidance_scale > 1 and not any(start <= i / steps < end for i in range(steps)):
-        parser.error(f"--guidance_interval {start} {end}: holds none of the {steps} steps; make it longer")
+        parser.error(f"--guidance_interval {start} {end}: contains none of the {steps} steps; widen it")
 
 
 class LineParser(argparse.ArgumentParser):
@@ -288,7 +297,7 @@ def read_requests(file: Path, args: argparse.Namespace) -> list[GenerationReques
         except (ValueError, AttributeError) as error:
             problems.append(Problem("DF416", f"{file}, line {number}", str(error)))
     if not requests and not problems:
-        problems.append(Problem("DF416", file, "is empty", "give a JSON object a line"))
+        problems.append(Problem("DF416", file, "is empty", "give one JSON object per line"))
     if problems:
         raise InputError(*problems)
     return requests
@@ -336,14 +345,14 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     )
 
     add = group("data")
-    add("--train_data_dir", metavar="DIR", help="Folder of one object in a known layout, or a folder above it.")
+    add("--train_data_dir", metavar="DIR", help="Folder of one object, or a folder above several.")
     add_reading_flags(add, "--train_data_dir")
     add("--dataset_name", metavar="PATH|ID", help="Prepared dataset, instead of --train_data_dir.")
     add("--dataset_config_name", metavar="NAME", help="Configuration of the prepared dataset.")
     add("--object", metavar="NAME", help="Object to train on, if the data holds several.")
-    add("--defect", nargs="+", metavar="NAME", help="Defect types to learn. Without it, all of the object.")
+    add("--defect", nargs="+", metavar="NAME", help="Defect types to learn. Default: all types of the object.")
     add("--split", default="auto", metavar="RULE|FILE",
-        help="Which defects train: auto (the dataset's own split, else first_third), first_third (of each type), all, "
+        help="Defects to train on: auto (the dataset's own split, else first_third), first_third (of each type), all, "
              "or a split.json.")
     add("--resolution", type=int, default=512, metavar="PX", help="Side of the square that the model sees.")
     add("--max_resize_scale", type=float, default=1.125, metavar="X",
@@ -385,19 +394,19 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
 
     add = group("noise levels")
     add("--snr_gamma", type=float, metavar="X",
-        help="Min-SNR weighting of the defect and object losses: errors at little noise count less. The usual value "
+        help="Min-SNR weighting of the defect and object losses: errors at low noise count less. The usual value "
              "is 5. Default: off.")
     add("--high_noise_power", type=float, default=0.0, metavar="P",
-        help="Weigh the squared errors of these losses by (1 / alpha_bar)^P, with mean weight 1: errors at much "
-             "noise, where it is decided if a defect appears, count more. 0 is off.")
+        help="Weigh the squared errors of these losses by (1 / alpha_bar)^P, with mean weight 1: errors at high "
+             "noise, where it is decided whether a defect appears, count more. 0 is off.")
     add("--noise_offset", type=float, default=0.0, metavar="X",
         help="Shift the noise of each channel by a random value of this scale. The usual value is 0.1. 0 is off.")
     add("--timestep_bias_strategy", choices=["none", "earlier", "later", "range"], default="none",
-        help="Timesteps to draw more often: the lowest (little noise), the highest (much noise), or a range.")
+        help="Timesteps to sample more often: the lowest (low noise), the highest (high noise), or a range.")
     add("--timestep_bias_multiplier", type=float, default=1.0, metavar="X",
-        help="How much more often they are drawn; below 1, less often.")
+        help="How much more often these timesteps are sampled; below 1, less often.")
     add("--timestep_bias_begin", type=int, default=0, metavar="N", help="First timestep of the range.")
-    add("--timestep_bias_end", type=int, default=1000, metavar="N", help="End of the range; not part of it.")
+    add("--timestep_bias_end", type=int, default=1000, metavar="N", help="End of the range, exclusive.")
     add("--timestep_bias_portion", type=float, default=0.25, metavar="X",
         help="Share of all timesteps that earlier and later favour.")
 
@@ -433,11 +442,11 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="Precision of the frozen weights and of the computation; LoRA weights stay in fp32. Default: that of "
              "accelerate's configuration, else no.")
-    add("--gradient_checkpointing", action="store_true", help="Save memory, take more time; the result is the same.")
+    add("--gradient_checkpointing", action="store_true", help="Save memory at the cost of speed; same result.")
     add("--enable_xformers_memory_efficient_attention", action="store_true",
         help="Use the attention of xformers, which needs CUDA and is no faster than PyTorch's own.")
     add("--channels_last", action="store_true",
-        help="Keep the UNet's and the VAE's activations channels last in memory, which can be faster on a GPU.")
+        help="Keep UNet and VAE in the channels-last memory layout, which can be faster on a GPU.")
     add("--allow_tf32", action="store_true", help="Allow TF32 matrix products, on Ampere GPUs and later.")
 
     add = group("output and checkpoints")
@@ -450,9 +459,9 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add = group("validation and logging")
     add("--validation_steps", type=int, default=500, metavar="N",
         help="Save validation images every N steps, or never (0).")
-    add("--num_validation_images", type=int, default=4, metavar="N", help="Number of good images to inpaint then.")
+    add("--num_validation_images", type=int, default=4, metavar="N", help="Number of good images per validation.")
     add("--validation_inference_steps", type=int, default=50, metavar="N", help="DDIM steps of a validation image.")
-    add("--report_to", default="tensorboard", metavar="NAME", help="Tracker of accelerate to log to, all or none.")
+    add("--report_to", default="tensorboard", metavar="NAME", help="Tracker that accelerate logs to, all or none.")
     add("--logging_dir", default="logs", metavar="DIR", help="Folder of the tracker, inside the output folder.")
 
     add = group("Hugging Face Hub")
@@ -475,7 +484,7 @@ def noise_level_problems(args: argparse.Namespace) -> list[Problem]:
         what = f"must be above --timestep_bias_begin {begin}, at most 1000"
         problems.append(Problem("DF187", f"--timestep_bias_end {end}", what))
     if args.snr_gamma is not None and args.high_noise_power:
-        what = "give one of them; they weigh against each other"
+        what = "give only one of them; they counteract each other"
         problems.append(Problem("DF188", "--snr_gamma, --high_noise_power", what))
     strategy = args.timestep_bias_strategy
     if (strategy == "none") != (args.timestep_bias_multiplier == 1):
@@ -528,7 +537,8 @@ def check_training_args(args: argparse.Namespace) -> None:
         "skip_problems": args.skip_problems,
     }
     for name in (name for name, given in of_folder.items() if given and args.dataset_name):
-        problems.append(Problem("DF188", f"--{name}", "is of --train_data_dir", "leave it out with --dataset_name"))
+        fix = "leave it out with --dataset_name"
+        problems.append(Problem("DF188", f"--{name}", "belongs to --train_data_dir", fix))
     if (args.train_data_dir is None) == (args.dataset_name is None):
         problems.append(Problem("DF188", "", "give either --train_data_dir or --dataset_name"))
     if args.conv_rank is not None and args.lora_targets != "all":

@@ -64,7 +64,7 @@ def read_images(request: GenerationRequest) -> list[SourceImage]:
 
 
 def read_source_images(request: GenerationRequest) -> list[SourceImage]:
-    """The cases of the flags, every file opened and checked."""
+    """The source images that the flags name, every file opened and checked."""
     foreground = Path(request.foreground) if request.foreground not in ("auto", "none") else None
     source_images = find_source_images(request.image, request.mask, foreground, request.roi)
     check_source_images(source_images)

@@ -112,11 +112,11 @@ def choose_prompt(
     if defect in prompts:
         of_pass = lora.record.get(RECORDED_PROMPTS[generation_prompt], {})
         if defect not in of_pass:
-            what = f"carries no {generation_prompt} prompts"
+            what = f"has no {generation_prompt} prompts"
             raise InputError(Problem("DF411", lora.path, what, "give --prompt"))
         return defect, of_pass[defect]
     if not prompts:
-        raise InputError(Problem("DF411", lora.path, "carries no prompts", "give --prompt"))
+        raise InputError(Problem("DF411", lora.path, "has no prompts", "give --prompt"))
     if defect is None:
         fix = f"choose one with --defect: {', '.join(sorted(prompts))}"
         raise InputError(Problem("DF411", lora.path, "knows several defects", fix))
@@ -135,7 +135,7 @@ def choose_crops(request: GenerationRequest, lora: LoraFile) -> CropRule | None:
     trained = lora.record.get("zoom")
     if request.zoom == "off" or (request.zoom == "auto" and not trained):
         if given:
-            what = "there is no zoom here"
+            what = "no crops are used here"
             raise InputError(Problem("DF413", "--zoom_context, --zoom_min_area", what, "add --zoom on"))
         return None
     return CropRule(**(trained or {}) | given)
@@ -189,7 +189,7 @@ def make_plan(inputs: Sequence[RequestInputs]) -> list[PlannedImage]:
     for image in plan:
         key = json.dumps(image.line | {"name": ""}, sort_keys=True)
         if key in asked:
-            what = f"is asked for twice with --seed {image.seed}"
+            what = f"is requested twice with --seed {image.seed}"
             fix = "change one seed"
             raise InputError(
                 Problem("DF415", f"{image.source_image.file.name}, {defect_label(image.recipe)}", what, fix)
@@ -237,11 +237,12 @@ def check_plan(lines: list[dict], before: list[dict]) -> None:
             if key.startswith(("good_image", "given_")):
                 problems.add(Problem("DF320", line["name"], "was generated from another image or mask"))
             else:
-                changed = Problem("DF320", key, f"the run began with {old.get(key)!r}, now it is {line.get(key)!r}")
+                what = f"the run was started with {old.get(key)!r}, now it is {line.get(key)!r}"
+                changed = Problem("DF320", key, what)
                 seeds.append(changed) if key == "seed" else problems.add(changed)
     if old_lines:
         names = ", ".join(sorted(old_lines)[:4])
-        what = f"{len(old_lines)} images that the run began with are not asked for now"
+        what = f"{len(old_lines)} images of the earlier run are no longer requested"
         problems.add(Problem("DF320", names, what))
     problems.update(seeds[:1])
     if problems:

@@ -31,7 +31,7 @@ svg {{ max-width: 100%; height: auto }} .all {{ fill: #bbb }} .kept {{ fill: #c2
 </style>
 <h1>DefectFill: {title}</h1>
 <div class="wide"><table><tr><th>object<th>defect{heads}{rows}</table></div>
-<p>Retried: made, but not from its first seeds. Rejected: candidates of the images made.
+<p>Retried: generated, but not from the first seeds. Rejected: candidates of the generated images.
 {speed}
 {problems}{sections}
 """
@@ -152,10 +152,10 @@ def speed_line(speed: dict) -> str:
     if not speed["images"]:
         return ""
     peak = speed["peak_memory_bytes"]
-    memory = f", at most {peak / 2**30:.1f} GiB of its memory" if peak else ""
+    memory = f", peak memory {peak / 2**30:.1f} GiB" if peak else ""
     return (
-        f"<p>The last start made {speed['images']} images on {html.escape(speed['device'])}, processes: "
-        f"{speed['processes']}: {speed['seconds_per_image']:.3g} s an image without loading{memory}."
+        f"<p>The last start generated {speed['images']} images on {html.escape(speed['device'])}, processes: "
+        f"{speed['processes']}: {speed['seconds_per_image']:.3g} s per image, not counting model loading{memory}."
     )
 
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def repeat_seed(seed: int, repeat: int) -> int:
-    """The seed of an image's `repeat`-th picture in one run; the first has the run's own."""
+    """The seed of the `repeat`-th image generated from one source image; the first has the run's own."""
     return derive_seed(seed, "repeat", repeat) if repeat else seed
 
 
@@ -32,7 +32,7 @@ class SourceImage:
     """One good image and the files given for it: its mask (None: from a source), its foreground, its ROI.
 
     Everything random is drawn from the image's name and content, so that no two images share a number, in one run or
-    in several; pictures of several defect types on one image do.
+    in several; images of several defect types made from one source image do.
     """
 
     file: Path
@@ -76,7 +76,7 @@ class SourceImage:
 def find_source_images(
     image: Path, mask: Path | None = None, foreground: Path | None = None, roi: Path | None = None
 ) -> list[SourceImage]:
-    """The cases of one image or a folder of them, with their masks and areas: a file each, or folders paired by name.
+    """One source image or a folder of them, with their masks and areas: a file each, or folders paired by name.
 
     One foreground or ROI file may also serve a folder of images.
 
@@ -117,7 +117,7 @@ def pair_files(images: list[Path], flag: str, path: Path) -> dict[Path, Path]:
 
 
 def check_source_images(source_images: list[SourceImage]) -> None:
-    """Opens every file and warns of what is odd; raises InputError with all problems: DF120, and those of training."""
+    """Opens every file and logs warnings; raises InputError with all problems: DF120, and those of training."""
     image_reports: list[ImageReport] = []
     problems: list[Problem] = []
     for source_image in source_images:
@@ -128,7 +128,7 @@ def check_source_images(source_images: list[SourceImage]) -> None:
         if not is_unicode(name):
             problems.append(Problem("DF115", name, "the file's name is not UTF-8", "rename it"))
         if any(odd.code == "DF120" for odd in seen.warnings):
-            what = "has 16 bits a channel, and the result would have 8 everywhere, not only inside the mask"
+            what = "has 16 bits per channel, and the result would have 8 everywhere, not only inside the mask"
             problems.append(Problem("DF120", name, what, "convert it to 8 bits"))
         for flag, file in source_image.areas.items():
             try:

@@ -38,7 +38,7 @@ class Speed:
         self.loading_seconds += time.monotonic() - began
 
     def add_batch(self, images: int) -> None:
-        """Counts the images of a batch that has been painted."""
+        """Counts the images of a batch that has been generated."""
         if not self.images:
             self.first_images, self.first_seconds = images, self._now()
         self.images += images

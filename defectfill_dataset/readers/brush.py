@@ -1,4 +1,4 @@
-"""Label Studio's brush: run lengths of an RGBA picture's bytes, packed bit by bit.
+"""Label Studio's brush: RLE of an RGBA image's bytes, packed bit by bit.
 
 Source: github.com/thi-ng/umbrella, packages/rle-pack, which Label Studio's editor uses.
 """
@@ -19,7 +19,7 @@ class _Bits:
     def read(self, size: int) -> int:
         first, end = self.place // 8, self.place + size
         if end > 8 * len(self.data):
-            raise ValueError("its run lengths end too early")
+            raise ValueError("its RLE ends too early")
         self.place = end
         last = -(-end // 8)
         return int.from_bytes(self.data[first:last], "big") >> (8 * last - end) & ((1 << size) - 1)
@@ -31,17 +31,17 @@ class _Bits:
 
 
 def decode_brush(data: object, size: tuple[int, int]) -> np.ndarray:
-    """The (H, W) bool array of the pixels that are not transparent in the picture of this (W, H).
+    """The (H, W) bool array of the pixels that are not transparent in the image of this (W, H).
 
     Raises:
         ValueError: data that are damaged, or of another size.
     """
     if not isinstance(data, list) or not all(type(value) is int and 0 <= value < 256 for value in data):
-        raise ValueError("its run lengths are not a list of bytes")
+        raise ValueError("its RLE is not a list of bytes")
     bits = _Bits(bytes(data))
     length, word = bits.read(32), bits.read(5) + 1
     if length != 4 * size[0] * size[1] or word != WORD:
-        raise ValueError(f"its run lengths are of {length} values of {word} bits, not of {size[0]}x{size[1]} pixels")
+        raise ValueError(f"its RLE has {length} values of {word} bits, not {size[0]}x{size[1]} pixels")
     sizes = [bits.read(4) + 1 for _ in range(4)]
     values = np.zeros(length, dtype=np.uint8)
     place = 0
@@ -49,9 +49,9 @@ def decode_brush(data: object, size: tuple[int, int]) -> np.ndarray:
         same = bits.read(1)
         end = place + 1 + bits.read(sizes[bits.read(2)])
         if end > length:
-            raise ValueError("its run lengths are too long")
+            raise ValueError("its RLE is too long")
         values[place:end] = bits.read(WORD) if same else bits.words(end - place)
         place = end
     if any(bits.data[-(-bits.place // 8) :]):
-        raise ValueError("its run lengths go on past the last pixel")
+        raise ValueError("its RLE goes on past the last pixel")
     return values.reshape(size[1], size[0], 4)[..., 3] > 0

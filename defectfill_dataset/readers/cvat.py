@@ -88,8 +88,8 @@ def _mask_rle(shape: Element, size: tuple[int, int]) -> str:
     left, top, width, height = (number(shape.attrib[key]) for key in ("left", "top", "width", "height"))
     counts = [number(count) for count in shape.attrib["rle"].split(",")]
     if any(value != int(value) for value in (left, top, width, height, *counts)):
-        raise ValueError("its run lengths or its place are not whole numbers")
+        raise ValueError("its RLE counts or its position are not whole numbers")
     if min(width, height, *counts) < 0 or width > size[0] or height > size[1] or sum(counts) != width * height:
-        raise ValueError(f"its run lengths do not fill {width:g}x{height:g} pixels of the image")
+        raise ValueError(f"its RLE does not fill {width:g}x{height:g} pixels of the image")
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, np.array(counts, dtype=int))
     return placed_rle(flat.reshape(int(height), int(width)), int(left), int(top), size)

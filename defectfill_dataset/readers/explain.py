@@ -1,4 +1,4 @@
-"""Why what lies in a folder is no layout, as far as that can be said."""
+"""Explains why a folder matches no layout, as far as possible."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +56,7 @@ def _told(files: list[Path], root: Path, known: list[str]) -> Iterator[str]:
         yield f"{some(found)}: {', '.join(sorted({f.suffix.lower() for f in found}))} files are not read"
     images = ending(*IMAGE_EXTENSIONS)
     if known and not images:
-        yield f"There are annotations of {' and '.join(known)}, but no images; put them beside"
+        yield f"There are annotations of {' and '.join(known)}, but no images; put them into the same folder"
     if known:
         return
     kinds: dict[str, list[Path]] = {}
@@ -64,10 +64,10 @@ def _told(files: list[Path], root: Path, known: list[str]) -> Iterator[str]:
         kind = next((kind for kind, words in KINDS if holds_text(file, *words)), "")
         kinds.setdefault(kind, []).append(file)
     for kind, found in kinds.items():
-        what = f"is of {kind}" if kind else "is of no program that is known here"
+        what = f"is from {kind}" if kind else "is from an unknown program"
         yield f"{some(found)} {what}; export the annotations as COCO"
     if found := ending(".xml"):
-        yield f"{some(found)} is XML, but not of Pascal VOC, LabelMe or CVAT"
+        yield f"{some(found)} is XML, but not from Pascal VOC, LabelMe or CVAT"
     if found := ending(".csv", ".jsonl"):
         yield f"{some(found)} has no column mask_file_name, or is not called metadata.csv or .jsonl"
     if found := ending(".txt", ".yaml", ".yml"):

@@ -181,7 +181,7 @@ def marks_something(mask: Path) -> bool:
     try:
         return bool(binarise(image).any())
     except ValueError:
-        return True  # told when the mask is read
+        return True  # reported when the mask is read
 
 
 def is_magnetic_tile(place: Place) -> bool:

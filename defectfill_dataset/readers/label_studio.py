@@ -167,7 +167,7 @@ def _mark(result: dict, size: tuple[int, int]) -> Mark:
         raise ValueError(f"the type '{result['type']}' marks no area; draw a polygon, rectangle, ellipse or brush")
     if kind == "brush":
         if value.get("format", "rle") != "rle" or "rle" not in value:
-            raise ValueError("its brush has no run lengths (rle); export it as JSON, not with masks apart")
+            raise ValueError("its brush has no RLE (rle); export as JSON, not with separate masks")
         return Mark("", rle=placed_rle(decode_brush(value["rle"], size), 0, 0, size))
     across, down = (side / 100 for side in size)
     if kind == "polygon":

@@ -149,7 +149,7 @@ def _polygon(kind: str, points: list, size: tuple[int, int]) -> tuple:
 
 
 def _mask_rle(encoded: str, points: list, size: tuple[int, int]) -> str:
-    """Run lengths of a picture, base64, that lies between two corners."""
+    """RLE of a base64 image that lies between two corners."""
     try:
         part = np.asarray(open_image(io.BytesIO(base64.b64decode(encoded, validate=True))).convert("L")) > 0
     except binascii.Error as error:

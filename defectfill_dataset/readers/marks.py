@@ -143,17 +143,17 @@ def coco_rle(segmentation: dict, size: tuple[int, int]) -> str:
     """Run lengths in COCO's compressed form, proved to be of this (W, H) and safe to decode."""
     height, width = numbers(segmentation["size"], 2)
     if (width, height) != size:
-        raise ValueError(f"its run lengths are of {width:g}x{height:g}, the image is {size[0]}x{size[1]}")
+        raise ValueError(f"its RLE is {width:g}x{height:g}, the image is {size[0]}x{size[1]}")
     width, height = size
     counts = segmentation["counts"]
     if isinstance(counts, str):
         if not re.fullmatch(r"[0-o]*[0-O]", counts):  # pycocotools reads on past the end of any other
-            raise ValueError("its run lengths are damaged")
+            raise ValueError("its RLE is damaged")
         return counts
     if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
-        raise ValueError("its run lengths are not whole numbers")
+        raise ValueError("its RLE counts are not whole numbers")
     if min(counts, default=0) < 0 or sum(counts) != width * height:
-        raise ValueError(f"its run lengths do not fill {width}x{height} pixels")
+        raise ValueError(f"its RLE does not fill {width}x{height} pixels")
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return rle_of(flat.reshape(width, height).T)
 

@@ -96,7 +96,7 @@ def _values(row: Row) -> frozenset[int]:
         try:
             mask = open_image(path)
             pixels = np.asarray(ImageOps.exif_transpose(mask)) if mask.mode == "P" else values_of(mask)
-        except UNREADABLE:  # told when the mask is read
+        except UNREADABLE:  # reported when the mask is read
             return frozenset()
         if is_lossy(mask) or pixels.ndim == 3:
             return frozenset()

@@ -122,7 +122,7 @@ def _listed(reading: Reading, root: Path, by_stem: dict[str, list[Path]]) -> dic
 
 
 def _part_file(entry: Element, file: Path, root: Path) -> Path | None:
-    """The file of a LabelMe 3.0 object that is kept as a picture: beside the XML file or in Masks/."""
+    """The file of a LabelMe 3.0 object that is kept as an image: beside the XML file or in Masks/."""
     name, masks = entry.findtext("segm/mask"), child(root, "Masks")
     places = (file.parent, masks, masks / file.parent.name)
     return next((found for place in places if (found := file_inside(root, place, name))), None)
@@ -178,7 +178,7 @@ def _rotation(entry: Element) -> float:
 
 
 def _part_rle(entry: Element, size: tuple[int, int], file: Path, root: Path) -> str:
-    """Run lengths of what a LabelMe 3.0 object's picture marks: neither transparent nor black."""
+    """RLE of what a LabelMe 3.0 object's image marks: neither transparent nor black."""
     name, found = entry.findtext("segm/mask"), _part_file(entry, file, root)
     if found is None:
         raise ValueError(f"its mask '{name}' is not there")

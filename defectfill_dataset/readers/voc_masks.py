@@ -154,7 +154,7 @@ def _by_xml(root: Path, masks: Mapping[Path, Path], labels: Mapping[Path, set[st
             if open_image(mask).mode == "P":
                 ignored.add(255)
         except UNREADABLE:
-            continue  # told with the image
+            continue  # reported with the image
         for value in values - ignored:
             counts[value] += 1
             possible[value] = possible.get(value, everything) & labels.get(image, everything)

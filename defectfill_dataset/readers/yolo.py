@@ -172,7 +172,7 @@ def mark_of(line: str, place: int, classes: dict[int, str], size: tuple[int, int
             raise ValueError(f"has {len(values)} numbers after the class; a box has 4, a polygon 6, 8, 10 ...")
         for value in values:
             if not -TOLERANCE <= value <= 1 + TOLERANCE:
-                raise ValueError(f"{value:g} is not from 0 to 1, in shares of the image's sides")
+                raise ValueError(f"{value:g} is not between 0 and 1; coordinates are fractions of the image's sides")
         width, height = size
         points = list(zip(values[::2], values[1::2]))
         if len(points) == 2:

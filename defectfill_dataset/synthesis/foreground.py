@@ -1,4 +1,4 @@
-"""Where the part is in a picture."""
+"""Segmentation of the object in an image of a good part."""
 
 import numpy as np
 from PIL import Image
@@ -7,18 +7,18 @@ from skimage.filters import threshold_otsu
 
 
 WORKING_SIDE = 256  # the longer side of what is looked at, in pixels
-RIM = 0.02  # breadth of the picture's rim, in fractions of its shorter side
+RIM = 0.02  # breadth of the image's rim, in fractions of its shorter side
 CONTRAST = 3  # how many times farther from the rim's colour than the rim itself a part must be
-LEAST_AREA = 0.03  # of the picture; what is smaller is a mark on a surface
+LEAST_AREA = 0.03  # of the image; what is smaller is a mark on a surface
 
 
 def find_foreground(image: Image.Image) -> np.ndarray:
-    """(H, W) bool, True on the part that lies on a plain ground; all True where a surface fills the picture.
+    """(H, W) bool, True on the object on a plain background; all True where a surface fills the image.
 
-    There is a part if the largest piece of what Otsu's threshold calls far from the rim's median colour covers at
-    least `LEAST_AREA` of the picture, and lies, in the median, at least `CONTRAST` times as far from that colour as
-    nine tenths of the rim: on a surface without a ground rim and inside are alike, and the ratio is about 1. The part
-    then is the largest piece of all that is so far, its shaded sides with it, holes filled.
+    Otsu's threshold separates pixels whose colour is far from the rim's median colour. There is an object if their
+    largest component covers at least `LEAST_AREA` of the image and is, in the median, at least `CONTRAST` times as far
+    from that colour as nine tenths of the rim; on a surface that fills the image the ratio is about 1. The object is
+    then the largest component of all pixels that far from the rim's colour, shaded sides included, holes filled.
 
     Args:
         image: RGB.

@@ -1,4 +1,4 @@
-"""Masks to generate with: where they come from, and a place for each on the part.
+"""Masks to generate with: where they come from, and a place for each on the object.
 
 A mask source is a function of the image, a seed and the areas given for that image. Shapes: H x W the image's pixels,
 h x w a shape's bounding box.
@@ -154,7 +154,8 @@ def find_place(
     """
     needed = math.ceil(coverage * int(shape.sum()) - 1e-9)
     height, width = shape.shape
-    # A pixel of the shape on an allowed one: places come up as often as they have such, and are taken the less for it.
+    # Propose places by putting a random pixel of the shape on a random allowed one: places with more overlap come up
+    # more often, and are accepted with probability needed / covered, which keeps the draw uniform.
     pixels = np.argwhere(shape)
     spots = rng.integers(0, allowed.shape, (SPOTS, 2))
     spots = spots[allowed[spots[:, 0], spots[:, 1]]][:PLACES]
@@ -204,12 +205,12 @@ def mark_taken(defect: PlacedDefect, gap: float, taken: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PlacedShapes:
-    """A mask source: shapes on the part, inside the ROI, none over another.
+    """A mask source: shapes on the object, inside the ROI, none over another.
 
     Args:
         sample_shape: where shapes come from.
-        foreground: finds the part, (H, W) bool, in an RGB image for which none is given; None: it fills the image.
-        coverage: least share of each shape's pixels on the part and in the ROI, in (0, 1].
+        foreground: finds the object, (H, W) bool, in an RGB image for which none is given; None: it fills the image.
+        coverage: least share of each shape's pixels on the object and in the ROI, in (0, 1].
         number: of shapes in an image.
     """
 
@@ -265,9 +266,9 @@ def held_out_source(masks: Sequence[NamedMask]) -> MaskSource:
     Says in the log what that means for figures.
     """
     logger.warning(
-        f"--mask_source held_out: {len(masks)} held-out masks as they are, the paper's protocol. A model trained on "
-        "these images has seen the shapes and places of the defects it is tested on; do not compare its figures with "
-        "those of masks from references."
+        f"--mask_source held_out: {len(masks)} held-out masks unchanged, as in the paper. A model trained on these "
+        "images has seen the shapes and positions of the defects it is tested on; do not compare its scores with "
+        "those of reference masks."
     )
 
     def source(

@@ -99,11 +99,11 @@ def read_good_images(folder: Path, name: str, inpainted: set[str]) -> list[Expor
 
 
 def split_items(items: Iterable[ExportImage], share: float, normal_only: bool) -> dict[str, list[ExportImage]]:
-    """The items of the splits train and test, by name; all that shows one photograph is in one of them.
+    """The items of the splits train and test, by name; all images made from one good image are in one of them.
 
     Args:
-        share: of the photographs that are `test`, by a hash of each; one at least, unless it is 0.
-        normal_only: training sees no defect, so that all photographs painted on are `test`.
+        share: of the good images that are `test`, by a hash of each; one at least, unless it is 0.
+        normal_only: training sees no defect, so all good images that defects were generated on are `test`.
     """
     items = sorted(items, key=lambda item: item.name)
     number = {item.source: derive_seed(item.source) / 2**63 for item in items}
@@ -183,7 +183,7 @@ def write_anomalib(folder: Path, splits: dict[str, Iterable[dict]], defects: lis
 def write_coco(folder: Path, splits: dict[str, Iterable[dict]], defects: list[str]) -> str:
     """COCO: images/ and annotations_train.json and so on, or annotations.json if there is one split.
 
-    An annotation is a connected piece of a mask: its polygon where that is exact, else run lengths.
+    An annotation is a connected component of a mask: its polygon where that is exact, else RLE.
 
     Source: Lin et al., ECCV 2014; cocodataset.org/#format-data.
     """
@@ -210,7 +210,7 @@ def write_coco(folder: Path, splits: dict[str, Iterable[dict]], defects: list[st
 
 
 def _coco_shapes(mask: np.ndarray) -> Iterator[dict]:
-    """The segmentation, area and box of each piece of an (H, W) mask."""
+    """The segmentation, area and box of each connected component of an (H, W) mask."""
     for left, top, component in components(mask):
         height, width = component.shape
         polygon = exact_polygon(component)
@@ -224,15 +224,15 @@ def _coco_shapes(mask: np.ndarray) -> Iterator[dict]:
 
 
 def _box(component: np.ndarray) -> np.ndarray:
-    """The centre of an (h, w) piece and its size, (2, 2) as (x, y)."""
+    """The centre of an (h, w) component and its size, (2, 2) as (x, y)."""
     size = np.array(component.shape[::-1])
     return np.stack([size / 2, size])
 
 
 def write_yolo(folder: Path, splits: dict[str, Iterable[dict]], defects: list[str], boxes: bool = False) -> str:
-    """YOLO: images/ and labels/ with train/ and val/, a line a connected piece, and data.yaml; no labels: good.
+    """YOLO: images/ and labels/ with train/ and val/, a line a connected component, data.yaml; no labels: good.
 
-    A polygon runs along the borders of the pixels, and into holes and out again by one way.
+    A polygon runs along the borders of the pixels, and into holes and out again along one path.
 
     Source: docs.ultralytics.com/datasets/segment and /detect.
     """

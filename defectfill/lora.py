@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from defectfill_dataset import InputError, file_digest
+from defectfill_dataset import InputError, Problem, file_digest
 
 from .base_model import BaseModel
 
@@ -150,30 +150,28 @@ def read_lora(source: str | Path) -> LoraFile:
             path = Path(hf_hub_download(str(source), LORA_FILE))
         except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"DF400 --lora {source}: no such file or folder, nor a Hub id that can be reached ({reason})"
-            ) from error
+            what = f"no such file or folder, nor a Hub id that can be reached ({reason})"
+            raise InputError(Problem("DF400", f"--lora {source}", what)) from error
     if not path.is_file():
-        raise InputError(f"DF400 --lora {source}: holds no {LORA_FILE}")
+        raise InputError(Problem("DF400", f"--lora {source}", f"holds no {LORA_FILE}"))
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         record = json.loads(header.get("defectfill", "{}"))
     except (SafetensorError, ValueError) as error:
-        raise InputError(f"DF401 {path}: not a whole safetensors file: {error}") from error
+        raise InputError(Problem("DF401", path, f"not a whole safetensors file: {error}")) from error
     for prefix in ("unet.", "text_encoder.text_model."):
         if not any(name.startswith(prefix) and ".lora_" in name for name in tensors):
-            raise InputError(
-                f"DF402 {path}: no '{prefix}... .lora_A.weight' tensors; not a LoRA of train_defectfill.py"
-            )
+            what = f"no '{prefix}... .lora_A.weight' tensors; not a LoRA of train_defectfill.py"
+            raise InputError(Problem("DF402", path, what))
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise InputError(f"DF403 {path}: {len(broken)} tensors are not finite, {broken[0]} first; train again")
+        what = f"{len(broken)} tensors are not finite, {broken[0]} first"
+        raise InputError(Problem("DF403", path, what, "train again"))
     if len(tensors) != record.get("tensors", len(tensors)):
-        raise InputError(
-            f"DF404 {path}: {len(tensors)} of {record['tensors']} tensors; the file was truncated or changed"
-        )
+        what = f"{len(tensors)} of {record['tensors']} tensors; the file was truncated or changed"
+        raise InputError(Problem("DF404", path, what))
     return LoraFile(path, tensors, record, file_digest(path))
 
 
@@ -197,10 +195,9 @@ def check_fits(lora: LoraFile, base: BaseModel) -> None:
         )
         if not fits:
             trained_on = lora.record.get("base", "an unknown base")
-            raise InputError(
-                f"DF410 {lora.path}: {name} is {tuple(tensor.shape)}, but {base.name} has "
-                f"{tuple(shape) if shape else 'nothing'} there; the LoRA was trained on {trained_on}"
-            )
+            there = tuple(shape) if shape else "nothing"
+            what = f"{name} is {tuple(tensor.shape)}, but {base.name} has {there} there"
+            raise InputError(Problem("DF410", lora.path, what, f"the LoRA was trained on {trained_on}"))
 
 
 def load_lora(pipe, lora: LoraFile) -> None:

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from defectfill_dataset import InputError, tensor_image, upsample_mask
+from defectfill_dataset import InputError, Problem, tensor_image, upsample_mask
 
 from .base_model import BaseModel
 
@@ -216,7 +216,8 @@ def load_pipeline(
             requires_safety_checker=False,
         ).to(device)
     except (OSError, ValueError) as error:
-        raise InputError(f"DF182 {base.name}: its safetensors weights cannot be loaded: {error}") from error
+        what = f"its safetensors weights cannot be loaded: {error}"
+        raise InputError(Problem("DF182", base.name, what)) from error
     pipe.scheduler = SCHEDULERS[scheduler](pipe.scheduler)
     if channels_last:
         pipe.unet.to(memory_format=torch.channels_last)

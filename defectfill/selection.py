@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, Problem
 
 from .colour_stats import colour_distances
 
@@ -53,10 +53,11 @@ def lpips_scorer(net: str, device: torch.device) -> Scorer:
             model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False).to(device)
     except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         file = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_FILES[net]
-        raise InputError(
-            f"DF430 --selection lpips: the {net} backbone cannot be loaded ({error}). Put torchvision's "
-            f"{LPIPS_FILES[net]} at {file}, or choose another measure: --selection ssim, rmse or none"
-        ) from error
+        what = (
+            f"the {net} backbone cannot be loaded ({error}). Put torchvision's {LPIPS_FILES[net]} at {file}, or "
+            "choose another measure: --selection ssim, rmse or none"
+        )
+        raise InputError(Problem("DF430", "--selection lpips", what)) from error
 
     @torch.no_grad()
     def score(candidates: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> list[float]:

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from .checks import find_problems, refusal, skippable, without
-from .errors import InputError, did_you_mean
+from .errors import InputError, Problem, did_you_mean
 from .images import UNREADABLE
 from .mask_values import MaskClasses
 from .masks import Mask
@@ -157,10 +157,11 @@ def load_defect_pairs(
         raise refusal([*reading.problems, *find_problems(reading.rows, root)])
     rows = reading.rows
     if all(row.mask is None for row in rows):
-        raise InputError(f"DF163 {root}: no defect images, only {len(rows)} good ones; add at least one with its mask")
+        what = f"no defect images, only {len(rows)} good ones"
+        raise InputError(Problem("DF163", root, what, "add at least one with its mask"))
     splits = split_rows(rows, root, split)
     if not splits["train"]:
-        raise InputError(f"DF163 --split {split}: leaves no defect image to train on")
+        raise InputError(Problem("DF163", f"--split {split}", "leaves no defect image to train on"))
     for note in reading.notes:
         logger.warning("%s", note)
     builder = DefectPairs(
@@ -217,10 +218,11 @@ def load_prepared(name: str, config: str | None, object_name: str | None, cache_
     try:
         data = datasets.load_dataset(name, config, cache_dir=cache_dir)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"DF160 --dataset_name {name}: cannot be loaded: {error}") from error
+        raise InputError(Problem("DF160", f"--dataset_name {name}", f"cannot be loaded: {error}")) from error
     missing = FEATURES.keys() - set(data["train"].column_names if "train" in data else ())
     if missing:
-        raise InputError(f"DF161 --dataset_name {name}: its split 'train' lacks {', '.join(sorted(missing))}")
+        what = f"its split 'train' lacks {', '.join(sorted(missing))}"
+        raise InputError(Problem("DF161", f"--dataset_name {name}", what))
     wanted = _choose_object(name, data["train"].unique("object"), object_name)
     check_names([wanted], name)
     return DatasetDict({split: _rows_where(rows, "object", [wanted]) for split, rows in data.items()})
@@ -229,9 +231,10 @@ def load_prepared(name: str, config: str | None, object_name: str | None, cache_
 def _choose_object(source: str | Path, objects: Iterable[str], wanted: str | None) -> str:
     objects = list(objects)
     if wanted is None and len(objects) > 1:
-        raise InputError(f"DF162 {source}: holds several objects; choose one with --object: {', '.join(objects)}")
+        fix = f"choose one with --object: {', '.join(objects)}"
+        raise InputError(Problem("DF162", source, "holds several objects", fix))
     if wanted is not None and wanted not in objects:
-        raise InputError(f"DF162 --object {wanted}: not in {source}.{did_you_mean(wanted, objects)}")
+        raise InputError(Problem("DF162", f"--object {wanted}", f"not in {source}.{did_you_mean(wanted, objects)}"))
     return wanted or objects[0]
 
 
@@ -247,11 +250,10 @@ def select_defects(data: DatasetDict, defects: Sequence[str] | None) -> DatasetD
     """
     splits = [split for split in ("train", "test") if split in data]
     known = {defect for split in splits for defect in data[split].unique("defect")}
-    problems = [
-        f"DF162 --defect {d}: no such defect type.{did_you_mean(d, known)}" for d in defects or () if d not in known
-    ]
-    if problems:
-        raise InputError(*problems)
+    if unknown := [defect for defect in defects or () if defect not in known]:
+        raise InputError(
+            *(Problem("DF162", f"--defect {d}", f"no such defect type.{did_you_mean(d, known)}") for d in unknown)
+        )
     return DatasetDict(data | {split: _rows_where(data[split], "defect", defects or known) for split in splits})
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 
 from .crops import CropRule, crop_boxes, crop_mask
-from .errors import InputError, Problem, one_line
+from .errors import InputError, Problem
 from .images import ORIENTATION, UNREADABLE, file_warnings, load_image, open_image
 from .mask_values import binarise
 from .masks import Mask, MaskFiles, MaskUnion, pool_mask
@@ -43,7 +43,7 @@ class ImageReport:
         crowded: crops that also show defects of other types; `crops` counts all of them.
         nearest: cells that nearest-neighbour sampling would leave.
         mask: digest of the mask's pixels.
-        warnings: as "DFnnn message".
+        warnings: what is unusual about it.
     """
 
     name: str
@@ -58,7 +58,7 @@ class ImageReport:
     crowded: int = 0
     nearest: int = 0
     mask: str = ""
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Problem, ...] = ()
 
 
 def inspect_row(
@@ -72,11 +72,11 @@ def inspect_row(
     """`inspect_image` for one row of a dataset's folder; `others` marks the image's defects of other types."""
     name = relative(row.image, root)
     render, render_others = (mask.render if mask else None for mask in (row.mask, others))
-    render, render_others = (mask.render if mask else None for mask in (row.mask, others))
     seen = inspect_image(name, row.defect, row.image, render, resolution, grid, with_zoom, render_others)
     if os.path.realpath(row.image).startswith(os.path.realpath(root) + os.sep):
         return seen
-    return dataclasses.replace(seen, warnings=(*seen.warnings, "DF114 is a link to a file outside the dataset"))
+    link = Problem("DF114", name, "is a link to a file outside the dataset")
+    return dataclasses.replace(seen, warnings=(*seen.warnings, link))
 
 
 def other_types(rows: Sequence[Row]) -> list[Mask | None]:
@@ -114,16 +114,17 @@ def inspect_image(
 
     try:
         opened = open_image(file)
-        warnings, image = file_warnings(opened), load_image(opened)
+        warnings, image = file_warnings(opened, name), load_image(opened)
     except UNREADABLE as error:
         return ImageReport(name, defect, one_problem("DF103", f"the image cannot be read: {error}"))
     if image.getcolors(1):
-        warnings += ("DF124 has a single colour",)
+        warnings += (Problem("DF124", name, "has a single colour"),)
     orientation = opened.getexif().get(ORIENTATION, 1)
     if orientation not in range(9):
-        warnings += ("DF126 has an invalid EXIF orientation; it is not rotated",)
+        warnings += (Problem("DF126", name, "has an invalid EXIF orientation", "it is not rotated"),)
     elif render and (orientation in (2, 3, 4) or (orientation > 4 and image.width == image.height)):
-        warnings += ("DF127 is rotated by its EXIF tag, so its mask must be rotated too; check that the outline fits",)
+        fix = "check that the outline fits"
+        warnings += (Problem("DF127", name, "is rotated by its EXIF tag, so its mask must be rotated too", fix),)
     seen = ImageReport(name, defect, (), digest(image), image.size, warnings=warnings)
     if min(image.size) < LEAST_SIDE:
         fix = f"give an image of at least {LEAST_SIDE} pixels a side"
@@ -186,7 +187,7 @@ def refusal(problems: Sequence[Problem]) -> InputError:
 
 def check_pairs(
     references: Dataset, *more: Dataset, resolution: int = 512, grid: int = 64, of_folder: bool = False
-) -> list[str]:
+) -> list[Problem]:
     """Proves that every image of a defect split, and of more splits, can be trained on; returns warnings.
 
     Args:
@@ -197,7 +198,7 @@ def check_pairs(
         InputError: no images at all (DF163), or all problems that `inspect_image` finds.
     """
     if not len(references):
-        raise InputError("DF163 no defect images to train on; check --defect and --split")
+        raise InputError(Problem("DF163", "", "no defect images to train on", "check --defect and --split"))
     image_reports = [
         _inspect_example(row, resolution, grid) for split in (references, *more) for row in _encoded(split)
     ]
@@ -247,8 +248,8 @@ def _read_mask(encoded: dict) -> np.ndarray:
     return MaskFiles((file,)).render() if isinstance(file, Path) else binarise(open_image(file))
 
 
-def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str], resolution: int) -> list[str]:
-    """Warnings about a dataset, a line each; none of them stops a training.
+def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str], resolution: int) -> list[Problem]:
+    """Warnings about a dataset; none of them stops a training.
 
     What `file_warnings` finds, DF114 a link, DF124 one colour, DF131 long and thin, DF132 enlarged, DF150 inverted
     masks, DF151 a defect of fewer than four latent cells, DF153 one image twice, DF154 an image both among the
@@ -264,57 +265,55 @@ def dataset_warnings(image_reports: Sequence[ImageReport], references: set[str],
     marked = [x for x in image_reports if x.area]
     long = [x.name for x in opened if max(x.size) > MOST_ASPECT * min(x.size)]
     if long:
-        notes.append(
-            f"DF131 {_some(long)}: over {MOST_ASPECT} times as long as wide, squeezed to a square; use --zoom on"
-        )
+        what = f"over {MOST_ASPECT} times as long as wide, squeezed to a square"
+        notes.append(Problem("DF131", _some(long), what, "use --zoom on"))
     small = {x.name: resolution / min(x.size) for x in opened if min(x.size) < resolution}
     if small:
         times = f"{max(small.values()):.1f} times"
         what = f"enlarged up to {times} to {resolution} pixels, which adds no detail"
-        notes.append(f"DF132 {_some(small)}: {what}; a lower --resolution trains faster")
+        notes.append(Problem("DF132", _some(small), what, "a lower --resolution trains faster"))
     if marked and all(x.area > 0.5 for x in marked):
-        notes.append(f"DF150 all {len(marked)} masks are more than half white; are they inverted?")
+        notes.append(Problem("DF150", "", f"all {len(marked)} masks are more than half white", "are they inverted?"))
     elif full := [x.name for x in marked if x.area > 0.9]:
-        notes.append(f"DF150 {_some(full)}: the mask covers more than 90 % of the image; is it inverted?")
+        what = "the mask covers more than 90 % of the image"
+        notes.append(Problem("DF150", _some(full), what, "is it inverted?"))
     if len(marked) > 1 and len({x.mask for x in marked}) == 1:
-        notes.append(f"DF155 all {len(marked)} masks are the same; does each belong to its image?")
+        notes.append(Problem("DF155", "", f"all {len(marked)} masks are the same", "does each belong to its image?"))
     tiny = [x for x in marked if x.cells < LEAST_CELLS]
     if tiny:
-        notes.append(
-            f"DF151 {_some([x.name for x in tiny])}: {len(tiny)} of {len(marked)} defects cover fewer than "
-            f"{LEAST_CELLS} cells of the latent grid; use --zoom on, or a higher --resolution"
-        )
+        what = f"{len(tiny)} of {len(marked)} defects cover fewer than {LEAST_CELLS} cells of the latent grid"
+        fix = "use --zoom on, or a higher --resolution"
+        notes.append(Problem("DF151", _some(x.name for x in tiny), what, fix))
     crowded = [x for x in marked if x.crowded]
     if crowded:
-        notes.append(
-            f"DF157 {_some(x.name for x in crowded)}: {sum(x.crowded for x in crowded)} of "
-            f"{sum(x.crops for x in marked)} crops also show defects of other types, which lie too close; "
-            "leave these images out if the types get mixed"
-        )
+        number, crops = sum(x.crowded for x in crowded), sum(x.crops for x in marked)
+        what = f"{number} of {crops} crops also show defects of other types, which lie too close"
+        fix = "leave these images out if the types get mixed"
+        notes.append(Problem("DF157", _some(x.name for x in crowded), what, fix))
     same: dict[str, list[ImageReport]] = {}
     for x in opened:
         same.setdefault(x.pixels, []).append(x)
     for group in (group for group in same.values() if len(group) > 1):
-        names = _some([x.name for x in group])
+        names = _some(x.name for x in group)
         kinds = {"good" if x.defect == "good" else "reference" if x.name in references else "held out" for x in group}
         if len(kinds) > 1:
-            notes.append(f"DF154 {names}: the same image, {' and '.join(sorted(kinds))}; keep one")
+            notes.append(Problem("DF154", names, f"the same image, {' and '.join(sorted(kinds))}", "keep one"))
         else:
-            notes.append(f"DF153 {names}: the same image; keep one")
-    return [one_line(note) for note in notes]
+            notes.append(Problem("DF153", names, "the same image", "keep one"))
+    return notes
 
 
-def image_warnings(image_reports: Iterable[ImageReport]) -> list[str]:
-    """A line for each kind of warning, with the names of the images."""
-    names: dict[str, list[str]] = {}
+def image_warnings(image_reports: Iterable[ImageReport]) -> list[Problem]:
+    """One warning for each kind, with the names of the images."""
+    names: dict[Problem, list[str]] = {}
     for x in image_reports:
-        for kind in x.warnings:
-            names.setdefault(kind, []).append(x.name)
-    return [one_line(f"{kind[:5]} {_some(n)}: {kind[6:]}") for kind, n in names.items()]
+        for note in x.warnings:
+            names.setdefault(dataclasses.replace(note, where=""), []).append(str(note.where))
+    return [dataclasses.replace(note, where=_some(n)) for note, n in names.items()]
 
 
-def ignored_files(rows: Iterable[Row], root: Path) -> list[str]:
-    """A line (DF107) that names the files beside the images that are not read, if any."""
+def ignored_files(rows: Iterable[Row], root: Path) -> list[Problem]:
+    """A warning (DF107) that names the files beside the images that are not read, if any."""
     files = sorted(
         f for folder in {row.image.parent for row in rows} for f in folder.iterdir() if not is_hidden(f.name)
     )
@@ -324,7 +323,7 @@ def ignored_files(rows: Iterable[Row], root: Path) -> list[str]:
     ]
     names = [relative(f, root) for f in strange]
     read = ", ".join(sorted(IMAGE_EXTENSIONS))
-    return [one_line(f"DF107 {_some(names)}: not read; convert to one of {read}")] if names else []
+    return [Problem("DF107", _some(names), "not read", f"convert to one of {read}")] if names else []
 
 
 def _some(names: Iterable[str]) -> str:

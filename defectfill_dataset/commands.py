@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import InputError, folded
+from .errors import InputError
 from .readers import LAYOUTS
 from .readers.discovery import OLD_NAMES
 
@@ -63,7 +63,7 @@ def exit_on_input_error(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        tell("\n".join(["", *folded(error.problems)]))
+        tell("\n" + error.text())
         sys.exit(2)
     except SystemExit as end:
         if not isinstance(end.code, str):

@@ -4,6 +4,10 @@ import collections
 import dataclasses
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+
+
+SHOWN = 20  # problems of one kind that a terminal shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,8 +15,8 @@ class Problem:
     """Something wrong with the input, or worth a look.
 
     Args:
-        code: stable, DFnnn.
-        where: the file, its line or annotation, or the flag.
+        code: stable, a key of `codes.CODES`.
+        where: the file, its line or annotation, or the flag; empty if it is of the dataset as a whole.
         what: what is wrong there, with the value.
         fix: what to do about it.
         image: the one image of a dataset that cannot be used for it, relative to the object's folder; None where more
@@ -20,47 +24,44 @@ class Problem:
     """
 
     code: str
-    where: str
+    where: str | Path
     what: str
     fix: str = ""
     image: str | None = None
 
-    @classmethod
-    def of_line(cls, line: str, image: str | None = None) -> "Problem":
-        """From "DFnnn where: what"."""
-        code, _, rest = line.partition(" ")
-        where, _, what = rest.partition(": ")
-        return cls(code, where, what, image=image)
-
     def __str__(self) -> str:
-        return one_line(f"{self.code} {self.where}: {self.what}" + (f"; {self.fix}" if self.fix else ""))
+        """One line, as "DF145 test/hole/003.png: its mask is empty; mark the area, or remove the pair"."""
+        where, fix = f"{self.where}: " if self.where else "", f"; {self.fix}" if self.fix else ""
+        return one_line(f"{self.code} {where}{self.what}{fix}")
 
 
 class InputError(ValueError):
-    """Input that a person must mend: one line a problem, each a stable code, the file or value, and the fix.
+    """Input that a person must mend; its text is that of its problems, a line each.
 
     Args:
-        problems: `Problem`s, or their text: "DF145 test/hole/003.png: the mask marks no pixel; draw it or remove the
-            pair".
+        problems: all that is wrong with the input.
+        advice: what to do about all of it, the last line.
     """
 
-    def __init__(self, *problems: Problem | str):
-        self.found = tuple(p if isinstance(p, Problem) else Problem.of_line(p) for p in problems)
-        self.problems = tuple(dict.fromkeys(one_line(str(problem)) for problem in problems))
-        super().__init__("\n".join(self.problems))
+    def __init__(self, *problems: Problem, advice: str = ""):
+        super().__init__(*problems)
+        self.problems, self.advice = problems, advice
+
+    def __str__(self) -> str:
+        return self.text(most=len(self.problems))
+
+    def text(self, most: int = SHOWN) -> str:
+        """`folded` problems, and the advice."""
+        return "\n".join(folded(self.problems, most) + [self.advice] * bool(self.advice))
 
 
-SHOWN = 20  # problems of one kind that a terminal shows
-
-
-def folded(lines: Iterable[str], most: int = SHOWN) -> list[str]:
-    """The lines, of each code (their first word) `most` and then how many more there are."""
+def folded(problems: Iterable[Problem], most: int = SHOWN) -> list[str]:
+    """The text of each problem once, of each code `most` and then how many more there are."""
     shown, counts = list[str](), collections.Counter[str]()
-    lines = list(dict.fromkeys(lines))
-    for line in lines:
-        counts[line.split(" ", 1)[0]] += 1
-        if counts[line.split(" ", 1)[0]] <= most:
-            shown.append(line)
+    for text, problem in {str(problem): problem for problem in problems}.items():
+        counts[problem.code] += 1
+        if counts[problem.code] <= most:
+            shown.append(text)
     return shown + [f"{code} and {n - most} more like these" for code, n in counts.items() if n > most]
 
 

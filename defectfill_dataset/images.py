@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from .errors import Problem
+
 
 # What Pillow raises for files that it, or `load_image`, cannot make sense of.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -54,17 +56,19 @@ def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
     return image
 
 
-def file_warnings(image: ImageFile.ImageFile) -> tuple[str, ...]:
-    """Warnings about an opened, undecoded image file that is unusual but readable, as "DFnnn message"."""
+def file_warnings(image: ImageFile.ImageFile, name: str) -> tuple[Problem, ...]:
+    """Warnings about an opened, undecoded image file of this name that is unusual but readable."""
     by_name = Image.registered_extensions().get(Path(os.fsdecode(image.filename)).suffix.lower(), image.format)
-    checks = {
-        f"DF104 does not end as {image.format} requires; was it truncated, or data appended?": not ends(image),
-        f"DF105 is {image.format} by its content; rename it": image.format not in (by_name, "MPO"),
-        "DF120 has 16 bits per channel; 8 are kept": has_16_bits(image),
-        "DF122 is pure black and white; use the original if it has grey levels, which train better": image.mode == "1",
-        f"DF125 is in {image.mode}, converted to RGB without a colour profile": image.mode in ("CMYK", "LAB", "YCbCr"),
-    }
-    return tuple(note for note, there in checks.items() if there)
+    grey = "use the original if it has grey levels, which train better"
+    without_profile = f"is in {image.mode}, converted to RGB without a colour profile"
+    checks = (
+        (not ends(image), "DF104", f"does not end as {image.format} requires", "was it truncated, or data appended?"),
+        (image.format not in (by_name, "MPO"), "DF105", f"is {image.format} by its content", "rename it"),
+        (has_16_bits(image), "DF120", "has 16 bits per channel", "8 are kept"),
+        (image.mode == "1", "DF122", "is pure black and white", grey),
+        (image.mode in ("CMYK", "LAB", "YCbCr"), "DF125", without_profile, ""),
+    )
+    return tuple(Problem(code, name, what, fix) for there, code, what, fix in checks if there)
 
 
 def ends(image: ImageFile.ImageFile) -> bool:

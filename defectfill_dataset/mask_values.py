@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from scipy import ndimage
 
-from .errors import InputError
+from .errors import InputError, Problem
 from .images import FULL_16_BITS, load_image
 
 
@@ -45,12 +45,14 @@ class MaskClasses:
             key, found, name = text.partition("=")
             value = _value(key.strip())
             if value is None or not found or name.strip() in ("", "good"):
-                raise InputError(
-                    f"DF169 --mask_classes '{text}': write VALUE=NAME, with a grey value (85=scratch) or a colour "
-                    "(250,50,83=hole or #fa3253=hole) and a defect type's name, or ignore"
+                what = (
+                    "write VALUE=NAME, with a grey value (85=scratch) or a colour (250,50,83=hole or #fa3253=hole) "
+                    "and a defect type's name, or ignore"
                 )
+                raise InputError(Problem("DF169", f"--mask_classes '{text}'", what))
             if value in values:
-                raise InputError(f"DF169 --mask_classes '{text}': {key.strip()} is given twice; keep one")
+                what = f"{key.strip()} is given twice"
+                raise InputError(Problem("DF169", f"--mask_classes '{text}'", what, "keep one"))
             values[value] = name.strip()
         return cls(tuple(values.items()))
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +72,11 @@ def build_prompts(
         phrase = "sks" if len(defects) == 1 else "{defect}"
     for flag, template in (("--defect_prompt", defect_prompt), ("--object_prompt", object_prompt)):
         if template.count("{phrase}") != 1:
-            raise InputError(f"DF173 {flag} '{template}': must hold {{phrase}} exactly once")
+            raise InputError(Problem("DF173", f"{flag} '{template}'", "must hold {phrase} exactly once"))
     if len(defects) > 1 and "{defect}" not in phrase:
-        raise InputError(
-            f"DF172 --phrase '{phrase}': would name {len(defects)} defect types ({', '.join(defects)}) alike; "
-            "put {defect} in it, or train one type with --defect"
-        )
+        what = f"would name {len(defects)} defect types ({', '.join(defects)}) alike"
+        fix = "put {defect} in it, or train one type with --defect"
+        raise InputError(Problem("DF172", f"--phrase '{phrase}'", what, fix))
 
     def prompt(template: str, defect: str) -> Prompt:
         before, after = template.replace("{object}", object_words).split("{phrase}")
@@ -88,9 +87,9 @@ def build_prompts(
     alike: dict[str, list[str]] = {}
     for defect, pair in pairs.items():
         alike.setdefault(pair.object.text.casefold(), []).append(defect)
+    fix = "rename the folders, or choose one with --defect"
     problems = [
-        f"DF172 {', '.join(names)}: all become '{pairs[names[0]].object.text}'; rename the folders, or choose one "
-        "with --defect"
+        Problem("DF172", ", ".join(names), f"all become '{pairs[names[0]].object.text}'", fix)
         for names in alike.values()
         if len(names) > 1
     ]
@@ -117,17 +116,15 @@ def _tokenize(tokenizer, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
     length = tokenizer.model_max_length
     ids = tokenizer(prompt.text).input_ids
     if len(ids) > length:
-        raise InputError(
-            f"DF174 '{prompt.text}': {len(ids)} tokens, but the text encoder reads {length}; its end would be lost. "
-            "Shorten the prompt or the phrase"
-        )
+        what = f"{len(ids)} tokens, but the text encoder reads {length}"
+        fix = "its end would be lost. Shorten the prompt or the phrase"
+        raise InputError(Problem("DF174", f"'{prompt.text}'", what, fix))
     wanted = tokenizer(prompt.phrase, add_special_tokens=False).input_ids
     start = 1 + len(tokenizer(prompt.before, add_special_tokens=False).input_ids)  # 1: the start-of-text token
     if not wanted or ids[start : start + len(wanted)] != wanted:
-        raise InputError(
-            f"DF171 '{prompt.text}': '{prompt.phrase}' alone is {tokenizer.convert_ids_to_tokens(wanted)}, but "
-            f"the prompt is {tokenizer.convert_ids_to_tokens(ids)}; set the phrase apart with spaces"
-        )
+        alone, inside = (tokenizer.convert_ids_to_tokens(tokens) for tokens in (wanted, ids))
+        what = f"'{prompt.phrase}' alone is {alone}, but the prompt is {inside}"
+        raise InputError(Problem("DF171", f"'{prompt.text}'", what, "set the phrase apart with spaces"))
     padded = tokenizer(prompt.text, padding="max_length", max_length=length).input_ids
     weights = torch.zeros(length)
     weights[start : start + len(wanted)] = 1 / len(wanted)

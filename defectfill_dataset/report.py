@@ -36,7 +36,7 @@ class ObjectReport:
     rows: list[Row]
     image_reports: list[ImageReport]
     problems: list[Problem]
-    notes: list[str]
+    notes: list[Problem]
     skipped: list[Problem]
     splits: dict[str, list[Row]]
 
@@ -59,7 +59,7 @@ class ObjectReport:
             "object": self.name,
             "problems": [str(problem) for problem in self.problems],
             "skipped": [str(problem) for problem in self.skipped],
-            "suspicious": self.notes,
+            "suspicious": [str(note) for note in self.notes],
             "references": len(self.images("train")),
             "held_out": len(self.images("test")),
             "defects": self.figures(),
@@ -125,13 +125,14 @@ def check_object(
     try:
         splits = split_rows(reading.rows, root, split)
     except InputError as error:
-        problems += error.found
+        problems += error.problems
     report = ObjectReport(name, root, reading.rows, image_reports, problems, [], skipped, splits)
     if not problems and not splits["train"]:
-        what = f"--split {split}" if any(row.mask for row in reading.rows) else str(root)
-        problems.append(Problem("DF163", what, "leaves no defect image to train on", "add at least one with its mask"))
+        where = f"--split {split}" if any(row.mask for row in reading.rows) else root
+        fix = "add at least one with its mask"
+        problems.append(Problem("DF163", where, "leaves no defect image to train on", fix))
     report.notes = [
-        *map(str, reading.notes),
+        *reading.notes,
         *dataset_warnings(image_reports, set(report.images("train")), resolution),
         *ignored_files(reading.rows, root),
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
-from .errors import InputError
+from .errors import InputError, Problem
 from .readers import Row, relative
 
 
@@ -66,16 +66,14 @@ def _rows_of_file(defects: list[Row], root: str | Path, file: Path) -> tuple[set
         train, test, skipped = set(split["train"]), set(split["test"]), set(split.get("skipped", []))
     except (OSError, ValueError, KeyError, TypeError) as error:
         rules = ", ".join(SPLIT_RULES)
-        raise InputError(
-            f"DF165 --split {file}: neither a rule ({rules}) nor a readable split file "
-            f'{{"train": [...], "test": [...]}}: {error!r}'
-        ) from error
+        what = f'neither a rule ({rules}) nor a readable split file {{"train": [...], "test": [...]}}: {error!r}'
+        raise InputError(Problem("DF165", f"--split {file}", what)) from error
     names = {relative(row.image, root) for row in defects}
-    problems = [f"DF165 {file}: names '{n}', which is not in {root}" for n in sorted((train | test) - names)]
-    problems += [f"DF165 {file}: '{n}' is in both train and test" for n in sorted(train & test)]
-    problems += [f"DF165 {file}: does not say where '{n}' belongs" for n in sorted(names - train - test - skipped)]
-    if problems:
-        raise InputError(*problems)
+    wrong = [f"names '{n}', which is not in {root}" for n in sorted((train | test) - names)]
+    wrong += [f"'{n}' is in both train and test" for n in sorted(train & test)]
+    wrong += [f"does not say where '{n}' belongs" for n in sorted(names - train - test - skipped)]
+    if wrong:
+        raise InputError(*(Problem("DF165", file, what) for what in wrong))
     train_rows, test_rows = ({row for row in defects if relative(row.image, root) in part} for part in (train, test))
     return train_rows, test_rows
 

@@ -14,7 +14,7 @@ import unicodedata
 from pathlib import Path
 
 from defectfill.runs.files import write_json
-from defectfill_dataset import InputError, MaskClasses, find_objects
+from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.checks import skippable
 from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error
 from defectfill_dataset.errors import did_you_mean, folded, one_line
@@ -50,7 +50,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     objects = find_objects(args.data_dir, args.layout)
     if args.object and args.object not in objects:
-        raise InputError(f"DF162 --object {args.object}: not in {args.data_dir}.{did_you_mean(args.object, objects)}")
+        what = f"not in {args.data_dir}.{did_you_mean(args.object, objects)}"
+        raise InputError(Problem("DF162", f"--object {args.object}", what))
     reports = []
     for name, root in objects.items():
         if args.object not in (None, name):
@@ -85,7 +86,7 @@ def print_report(report: ObjectReport) -> None:
         ("Left out:" if report.skipped else "", report.skipped),
         ("Warnings; training accepts the data as it is:" if report.notes else "", report.notes),
     ):
-        print("\n".join([what] * bool(what) + folded(map(str, found))), end="\n" * bool(what))
+        print("\n".join([what] * bool(what) + folded(found)), end="\n" * bool(what))
     if report.problems and all(map(skippable, report.problems)):
         print("With --skip_problems, these images are left out and the others are used.")
     rows = [("defect type", "images", *COLUMNS.values())]

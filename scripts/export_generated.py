@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from defectfill.runs.cards import write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, Problem
 from defectfill_dataset.checks import inspect_row
 from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
 from defectfill_dataset.writers.datasets import WRITERS
@@ -33,15 +33,16 @@ from defectfill_dataset.writers.exports import (
 )
 
 
-def check_options(args: argparse.Namespace) -> list[str]:
+def check_options(args: argparse.Namespace) -> list[Problem]:
     """What is wrong with the options (DF199)."""
     problems = []
     if args.format in NORMAL_ONLY and not args.good:
-        problems.append(f"DF199 --format {args.format}: trains on good images; give a folder of them with --good")
+        fix = "give a folder of them with --good"
+        problems.append(Problem("DF199", f"--format {args.format}", "trains on good images", fix))
     if args.good and not args.good.is_dir():
-        problems.append(f"DF199 --good {args.good}: no such folder; give a folder of good images")
+        problems.append(Problem("DF199", f"--good {args.good}", "no such folder", "give a folder of good images"))
     if not 0 <= args.test_share < 1:
-        problems.append(f"DF199 --test_share {args.test_share:g}: must be at least 0 and less than 1")
+        problems.append(Problem("DF199", f"--test_share {args.test_share:g}", "must be at least 0 and less than 1"))
     return problems
 
 
@@ -55,14 +56,13 @@ def checked_items(args: argparse.Namespace) -> list[ExportImage]:
     if args.good and args.good.is_dir():
         objects = sorted({str(item.row.object) for item in items})
         if len(objects) > 1:
-            problems.append(
-                f"DF199 --good {args.good}: holds one object, the generated images show {', '.join(objects)}; "
-                "export one object at a time"
-            )
+            what = f"holds one object, the generated images show {', '.join(objects)}"
+            problems.append(Problem("DF199", f"--good {args.good}", what, "export one object at a time"))
         inpainted = {item.source for item in items}
         good = read_good_images(args.good, "".join(objects[:1]), inpainted)
         if not good:
-            problems.append(f"DF199 --good {args.good}: no images in it; give a folder of good images")
+            fix = "give a folder of good images"
+            problems.append(Problem("DF199", f"--good {args.good}", "no images in it", fix))
         items += good
     problems += [problem for item in items for problem in inspect_row(item.row, item.root).problems]
     if problems := problems + same_names(items):
@@ -70,7 +70,7 @@ def checked_items(args: argparse.Namespace) -> list[ExportImage]:
     return items
 
 
-def same_names(items: list[ExportImage]) -> list[str]:
+def same_names(items: list[ExportImage]) -> list[Problem]:
     """A problem (DF198) for each two folders with images that would get one name."""
     first: dict[str, ExportImage] = {}
     pairs: dict[tuple[Path, Path], str] = {}
@@ -78,24 +78,26 @@ def same_names(items: list[ExportImage]) -> list[str]:
         other = first.setdefault(item.name, item)
         if other is not item:
             pairs.setdefault((other.row.image.parent, item.row.image.parent), item.name)
-    return [f"DF198 {a}, {b}: both hold an image to be called '{name}'; rename one" for (a, b), name in pairs.items()]
+    return [
+        Problem("DF198", f"{a}, {b}", f"both hold an image to be called '{name}'", "rename one")
+        for (a, b), name in pairs.items()
+    ]
 
 
 def checked_splits(items: list[ExportImage], args: argparse.Namespace) -> dict[str, list[ExportImage]]:
     """The items of each split that the format has; raises InputError (DF199) if one that it needs is empty."""
     splits = split_items(items, args.test_share, args.format in NORMAL_ONLY)
     if args.format in NORMAL_ONLY and not splits["train"]:
-        raise InputError(
-            f"DF199 --good {args.good}: leaves no good image to train on: those that defects were generated on are "
-            "for testing only; add others, or lower --test_share"
-        )
+        what = "leaves no good image to train on: those that defects were generated on are for testing only"
+        raise InputError(Problem("DF199", f"--good {args.good}", what, "add others, or lower --test_share"))
     needed = [] if args.format in NORMAL_ONLY else ["train", "test"] if args.format.startswith("yolo") else ["train"]
     for split in needed:
         if not any(item.row.mask for item in splits[split]):
-            raise InputError(
-                f"DF199 --test_share {args.test_share:g}: leaves no defect to {split}; all images generated from "
-                "one good image stay together: change it, or generate from more good images"
+            what = f"leaves no defect to {split}"
+            fix = (
+                "all images generated from one good image stay together: change it, or generate from more good images"
             )
+            raise InputError(Problem("DF199", f"--test_share {args.test_share:g}", what, fix))
     if args.format in WRITERS and args.good:
         splits["good"] = [item for item in items if not item.row.mask]
         splits |= {name: [item for item in splits[name] if item.row.mask] for name in ("train", "test")}

@@ -47,6 +47,7 @@ from defectfill.runs.files import atomic_write, exclusive_lock, write_json
 from defectfill.sampling import composite, ddim, inpaint
 from defectfill_dataset import (
     InputError,
+    Problem,
     boxes_mask,
     derive_seed,
     image_tensor,
@@ -368,9 +369,8 @@ def read_pictures(folder: Path, number: int, crop: int | None, seed: int) -> lis
     folders = [folder, *sorted(f for f in folder.iterdir() if f.is_dir())] if folder.is_dir() else []
     files = [file for f in folders for file in image_files(f)]
     if len(files) <= HELD_OUT:
-        raise InputError(
-            f"DF161 --data_dir {folder}: {len(files)} images in it and its folders; give at least {HELD_OUT + 1}"
-        )
+        what = f"{len(files)} images in it and its folders"
+        raise InputError(Problem("DF161", f"--data_dir {folder}", what, f"give at least {HELD_OUT + 1}"))
     count = number if crop else len(files)
     return [
         functools.partial(cropped_picture, files[i % len(files)], crop, derive_seed(seed, "crop", i))

@@ -22,7 +22,7 @@ from defectfill.runs.cards import write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill.runs.flags import add_hub_flags
 from defectfill.runs.hub import PUBLISHED_DATA, check_hub, push
-from defectfill_dataset import InputError, MaskClasses, find_objects
+from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error
 from defectfill_dataset.readers import Row
 from defectfill_dataset.report import check_object
@@ -36,23 +36,24 @@ def check_license(args: argparse.Namespace) -> None:
     """Raises InputError (DF194): a push without a licence, or one that is no identifier of the Hub."""
     hint = "give the identifier of the source's licence, such as cc-by-nc-sa-4.0, mit or other"
     if args.push_to_hub and not args.license:
-        raise InputError(f"DF194 --push_to_hub: needs --license; {hint}")
+        raise InputError(Problem("DF194", "--push_to_hub", "needs --license", hint))
     if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.license):
-        raise InputError(f"DF194 --license {args.license}: is not an identifier of the Hub; {hint}")
+        raise InputError(Problem("DF194", f"--license {args.license}", "is not an identifier of the Hub", hint))
 
 
 def checked_splits(args: argparse.Namespace) -> Splits:
     """The rows of all wanted objects by split; raises InputError with every problem of every object."""
     objects = find_objects(args.data_dir, args.layout)
     if args.object and args.object not in objects:
-        raise InputError(f"DF162 --object {args.object}: not in {args.data_dir}; there are {', '.join(objects)}")
-    problems: list[str] = []
+        fix = f"there are {', '.join(objects)}"
+        raise InputError(Problem("DF162", f"--object {args.object}", f"not in {args.data_dir}", fix))
+    problems: list[Problem] = []
     splits: Splits = {"train": [], "test": [], "good": []}
     for name in [args.object] if args.object else objects:
         root = objects[name]
         report = check_object(root, name, 512, 64, args.layout, args.split, MaskClasses.parse(args.mask_classes),
                               args.skip_problems)  # fmt: skip
-        problems += [str(dataclasses.replace(p, where=f"{name}: {p.where}")) for p in report.problems]
+        problems += [dataclasses.replace(p, where=f"{name}: {p.where}") for p in report.problems]
         for problem in report.skipped:
             print(f"left out: {problem}")
         for split, of_object in report.splits.items():

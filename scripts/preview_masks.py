@@ -21,7 +21,7 @@ from defectfill.runs.files import save_image
 from defectfill.runs.flags import add_input_flags, check_input_flags
 from defectfill.runs.inputs import read_source, read_source_images
 from defectfill.runs.source_images import repeat_seed
-from defectfill_dataset import find_foreground, load_masks, principal_axis
+from defectfill_dataset import Problem, find_foreground, load_masks, principal_axis
 from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
 
 
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
         source_image, seed = source_images[place], repeat_seed(args.seed, repeat)
         image, placed = source_image.load_with_mask(seed, source)
         if placed is None:
-            without.append(f"DF340 {source_image.file.name}, image {repeat + 1}: no room for its mask")
+            without.append(Problem("DF340", f"{source_image.file.name}, image {repeat + 1}", "no room for its mask"))
             continue
         areas = source_image.load()[1]
         if args.foreground == "none":
@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
         references = load_masks(args.reference_data, args.object, args.split, defect, held_out=False)
         print(f"references: {figures_of([(mask.pixels, mask.pixels.size) for mask in references])}")
     if without:
-        raise SystemExit(f"Without a mask, {len(without)} of {number}:\n" + "\n".join(without))
+        raise SystemExit(f"Without a mask, {len(without)} of {number}:\n" + "\n".join(map(str, without)))
 
 
 def command() -> None:

@@ -1,6 +1,8 @@
 """scripts/check_data.py: every problem at once, what is suspicious, figures and pictures."""
 
+import dataclasses
 import json
+import pickle
 import re
 import shutil
 
@@ -13,7 +15,7 @@ from folders import make_mvtec
 from PIL import Image
 from runs import check
 
-from defectfill_dataset import InputError, sheets
+from defectfill_dataset import InputError, Problem, sheets
 from defectfill_dataset.checks import ImageReport, dataset_warnings
 from defectfill_dataset.errors import folded
 
@@ -84,8 +86,9 @@ def test_small_defects_are_named_with_what_is_left_of_them():
         for i, cells in enumerate((1, 3, 4))
     ]
     (note,) = dataset_warnings(image_reports, set(), 512)
-    assert note.startswith("DF151 0.png, 1.png: 2 of 3 defects cover fewer than 4 cells of the latent grid")
-    assert folded(["DF100 x", *(f"DF151 {i}" for i in range(25))])[-1] == "DF151 and 5 more like these"
+    assert str(note).startswith("DF151 0.png, 1.png: 2 of 3 defects cover fewer than 4 cells of the latent grid")
+    problems = [Problem("DF100", "x", "is odd"), *(Problem("DF151", str(i), "is small") for i in range(25))]
+    assert folded(problems)[-1] == "DF151 and 5 more like these"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real images beside the project")
@@ -93,3 +96,12 @@ def test_real_datasets_need_no_flag_but_the_path(capsys):
     assert check(SHARED / "mvtec_sample") == 0
     assert check(SHARED / "magnetic_tile") == 0
     assert re.search(r"\n  blowhole +115 ", capsys.readouterr().out)
+
+
+def test_problems_are_values_and_become_text_once():
+    empty = Problem("DF145", "a\n.png", "its mask is empty", "mark the area", "a.png")
+    error = InputError(empty, dataclasses.replace(empty, image=None), Problem("DF163", "", "none"), advice="Stop.")
+    assert str(error) == "DF145 a\\n.png: its mask is empty; mark the area\nDF163 none\nStop."
+    assert len(error.problems) == 3 and error.problems[0].image == "a.png"
+    sent = pickle.loads(pickle.dumps(error))  # between processes
+    assert sent.problems == error.problems and str(sent) == str(error)

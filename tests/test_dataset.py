@@ -41,7 +41,7 @@ from defectfill_scripts.make_tiny_base import WORDS, make_tokenizer
 def problems(call, *args, **kwargs) -> list[str]:
     with pytest.raises(InputError) as caught:
         call(*args, **kwargs)
-    return caught.value.problems
+    return str(caught.value).splitlines()
 
 
 # Layouts and splits

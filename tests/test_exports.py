@@ -27,7 +27,7 @@ from defectfill_scripts import export_generated
 def told(*argv) -> list[str]:
     with pytest.raises(InputError) as caught:
         export(*argv)
-    return list(caught.value.problems)
+    return str(caught.value).splitlines()
 
 
 def files(folder: Path) -> list[str]:

@@ -47,7 +47,7 @@ def run(data: Path, out: Path, *more) -> int:
 def told(data: Path, out: Path, *more) -> tuple[str, ...]:
     with pytest.raises(InputError) as caught:
         run(data, out, *more)
-    return caught.value.problems
+    return tuple(str(caught.value).splitlines())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

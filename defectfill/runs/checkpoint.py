@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, Problem
 
 from ..lora import LORA_FILE
 from .files import TEMPORARY, flush, write_json
@@ -154,12 +154,11 @@ def find_checkpoint(output_dir: Path, which: str) -> Path | None:
     checkpoint = next((p for p in (output_dir / which, Path(which)) if p.is_dir()), None)
     if checkpoint is None:
         names = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
-        raise InputError(
-            f"DF185 --resume_from_checkpoint {which}: no such checkpoint in {output_dir}; there are: {names}"
-        )
+        what = f"no such checkpoint in {output_dir}"
+        raise InputError(Problem("DF185", f"--resume_from_checkpoint {which}", what, f"there are: {names}"))
     wrong = verify_checkpoint(checkpoint)
     if wrong:
-        raise InputError(f"DF310 --resume_from_checkpoint {which}: {wrong}; choose another or 'latest'")
+        raise InputError(Problem("DF310", f"--resume_from_checkpoint {which}", wrong, "choose another or 'latest'"))
     return checkpoint
 
 
@@ -173,26 +172,22 @@ def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_s
     used = list_checkpoints(output_dir) or any((output_dir / name).exists() for name in (LORA_FILE, "README.md"))
     if not which:
         if used:
-            raise InputError(
-                f"DF186 --output_dir {output_dir}: holds an earlier run or other files; resume the run "
-                "with --resume_from_checkpoint latest, or choose another folder"
-            )
+            what = "holds an earlier run or other files"
+            fix = "resume the run with --resume_from_checkpoint latest, or choose another folder"
+            raise InputError(Problem("DF186", f"--output_dir {output_dir}", what, fix))
         return None
     checkpoint = find_checkpoint(output_dir, which)
     if checkpoint is None:
         if used:
-            raise InputError(
-                f"DF186 --output_dir {output_dir}: holds an earlier run without a usable checkpoint, or other "
-                "files; choose another folder"
-            )
+            what = "holds an earlier run without a usable checkpoint, or other files"
+            raise InputError(Problem("DF186", f"--output_dir {output_dir}", what, "choose another folder"))
         logger.info("No checkpoint to resume from: starting a new run")
         return None
     state = json.loads((checkpoint / STATE_FILE).read_text())
     check_identity(state["identity"], identity)
     if state["step"] > max_train_steps:
-        raise InputError(
-            f"DF321 --max_train_steps {max_train_steps}: the checkpoint is already at step {state['step']}"
-        )
+        what = f"the checkpoint is already at step {state['step']}"
+        raise InputError(Problem("DF321", f"--max_train_steps {max_train_steps}", what))
     logger.info(f"Resuming from {checkpoint.name}")
     return checkpoint
 
@@ -229,6 +224,9 @@ def check_identity(saved: dict, now: dict) -> None:
     changed = [k for k in sorted(saved.keys() | now.keys()) if saved.get(k) != now.get(k)]
     if changed:
         raise InputError(
-            *(f"DF320 {k}: the run was started with {saved.get(k)!r}, now it is {now.get(k)!r}" for k in changed),
-            "Resume with the same options, or choose another --output_dir.",
+            *(
+                Problem("DF320", k, f"the run was started with {saved.get(k)!r}, now it is {now.get(k)!r}")
+                for k in changed
+            ),
+            advice="Resume with the same options, or choose another --output_dir.",
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import filelock
 from PIL import Image
 
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, Problem
 
 
 TEMPORARY = ".tmp-defectfill-"  # prefix of every unfinished file and folder
@@ -81,19 +81,16 @@ def publish_dir(source: Path, folder: Path, last: str) -> None:
     new = visible_files(source)
     for name, file in visible_files(folder).items():
         if name not in new:
-            raise InputError(
-                f"DF193 {folder}: holds {name}, which is not of this dataset; choose another --output_dir or empty it"
-            )
+            what = f"holds {name}, which is not of this dataset"
+            raise InputError(Problem("DF193", folder, what, "choose another --output_dir or empty it"))
         if name != last and not filecmp.cmp(file, new[name], shallow=False):
-            raise InputError(
-                f"DF193 {folder}: holds another {name}, of other data; choose another --output_dir or empty it"
-            )
+            fix = "choose another --output_dir or empty it"
+            raise InputError(Problem("DF193", folder, f"holds another {name}, of other data", fix))
     for part in source.iterdir():
         missing = [name for name in new if name.startswith(f"{part.name}/") and not (folder / name).exists()]
         if missing and (folder / part.name).exists():
-            raise InputError(
-                f"DF193 {folder}: holds a {part.name}/ without {missing[0]}; choose another --output_dir or empty it"
-            )
+            what = f"holds a {part.name}/ without {missing[0]}"
+            raise InputError(Problem("DF193", folder, what, "choose another --output_dir or empty it"))
     for file in new.values():
         flush(file)
     for part in sorted(source.iterdir(), key=lambda part: part.name == last):
@@ -120,13 +117,11 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         lock = filelock.FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise InputError(
-            f"DF191 {folder}: another process is writing here; wait for it or choose another folder"
-        ) from error
+        fix = "wait for it or choose another folder"
+        raise InputError(Problem("DF191", folder, "another process is writing here", fix)) from error
     except OSError as error:
-        raise InputError(
-            f"DF190 {folder}: cannot be written: {error.strerror}; choose another --output_dir"
-        ) from error
+        what = f"cannot be written: {error.strerror}"
+        raise InputError(Problem("DF190", folder, what, "choose another --output_dir")) from error
     try:
         yield
     finally:

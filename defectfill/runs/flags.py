@@ -12,7 +12,7 @@ from accelerate.tracking import get_available_trackers
 from diffusers.optimization import SchedulerType
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available
 
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, Problem
 from defectfill_dataset.commands import HelpFormatter, Parser, add_reading_flags
 from defectfill_dataset.synthesis.shapes import SHAPES
 
@@ -285,7 +285,7 @@ def read_requests(file: Path, args: argparse.Namespace) -> list[GenerationReques
         InputError: no file (DF160), or a line that is not a JSON object or whose flags cannot work (DF416).
     """
     if not file.is_file():
-        raise InputError(f"DF160 --cases {file}: no such file")
+        raise InputError(Problem("DF160", f"--cases {file}", "no such file"))
     parser = LineParser(add_help=False, allow_abbrev=False)
     add_request_flags(parser)
     requests, problems = [], []
@@ -295,9 +295,9 @@ def read_requests(file: Path, args: argparse.Namespace) -> list[GenerationReques
         try:
             requests.append(read_request(parser, json.loads(text), args))
         except (ValueError, AttributeError) as error:
-            problems.append(f"DF416 {file}, line {number}: {error}")
+            problems.append(Problem("DF416", f"{file}, line {number}", str(error)))
     if not requests and not problems:
-        problems.append(f"DF416 {file}: is empty; give one JSON object per line")
+        problems.append(Problem("DF416", file, "is empty", "give one JSON object per line"))
     if problems:
         raise InputError(*problems)
     return requests
@@ -470,27 +470,32 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
 # fmt: on
 
 
-def noise_level_problems(args: argparse.Namespace) -> list[str]:
+def noise_level_problems(args: argparse.Namespace) -> list[Problem]:
     """What cannot work among the flags of noise levels."""
     problems = []
     for name in ("snr_gamma", "timestep_bias_multiplier"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            problems.append(f"DF187 --{name} {getattr(args, name)}: must be a finite number above 0")
+            problems.append(Problem("DF187", f"--{name} {getattr(args, name)}", "must be a finite number above 0"))
     if not 0 < args.timestep_bias_portion <= 1:
-        problems.append(f"DF187 --timestep_bias_portion {args.timestep_bias_portion}: must be above 0 and at most 1")
+        what = "must be above 0 and at most 1"
+        problems.append(Problem("DF187", f"--timestep_bias_portion {args.timestep_bias_portion}", what))
     begin, end = args.timestep_bias_begin, args.timestep_bias_end
     if not begin < end <= 1000:
-        problems.append(f"DF187 --timestep_bias_end {end}: must be above --timestep_bias_begin {begin}, at most 1000")
+        what = f"must be above --timestep_bias_begin {begin}, at most 1000"
+        problems.append(Problem("DF187", f"--timestep_bias_end {end}", what))
     if args.snr_gamma is not None and args.high_noise_power:
-        problems.append("DF188 --snr_gamma, --high_noise_power: give only one of them; they counteract each other")
+        what = "give only one of them; they counteract each other"
+        problems.append(Problem("DF188", "--snr_gamma, --high_noise_power", what))
     strategy = args.timestep_bias_strategy
     if (strategy == "none") != (args.timestep_bias_multiplier == 1):
-        problems.append("DF188 give --timestep_bias_strategy and --timestep_bias_multiplier together, or neither")
+        what = "give --timestep_bias_strategy and --timestep_bias_multiplier together, or neither"
+        problems.append(Problem("DF188", "", what))
     users = {"begin": ["range"], "end": ["range"], "portion": ["earlier", "later"]}
     for name, strategies in users.items():
         flag = f"timestep_bias_{name}"
         if strategy not in strategies and getattr(args, flag) != NoiseOptions._field_defaults[flag]:
-            problems.append(f"DF188 --{flag}: only with --timestep_bias_strategy {' or '.join(strategies)}")
+            what = f"only with --timestep_bias_strategy {' or '.join(strategies)}"
+            problems.append(Problem("DF188", f"--{flag}", what))
     return problems
 
 
@@ -506,44 +511,52 @@ def check_training_args(args: argparse.Namespace) -> None:
             cache_latents""",
     }
     problems = [
-        f"DF187 --{name} {getattr(args, name)}: must be a finite number of at least {bound}"
+        Problem("DF187", f"--{name} {getattr(args, name)}", f"must be a finite number of at least {bound}")
         for bound, names in at_least.items()
         for name in names.split()
         if getattr(args, name) is not None and not bound <= getattr(args, name) < math.inf
     ]
     below = {"zoom_min_area": 1, "lora_dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
     problems += [
-        f"DF187 --{k} {getattr(args, k)}: must be below {v}" for k, v in below.items() if getattr(args, k) >= v
+        Problem("DF187", f"--{name} {getattr(args, name)}", f"must be below {bound}")
+        for name, bound in below.items()
+        if getattr(args, name) >= bound
     ]
     for name in ("lora_alpha", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
-            problems.append(f"DF187 --{name} {getattr(args, name)}: must be above 0, or nothing is learnt")
+            what = "must be above 0, or nothing is learnt"
+            problems.append(Problem("DF187", f"--{name} {getattr(args, name)}", what))
     if args.phrase is not None and not args.phrase.strip():
-        problems.append("DF187 --phrase '': is empty; leave it out for the default")
+        problems.append(Problem("DF187", "--phrase ''", "is empty", "leave it out for the default"))
     if args.dataset_name and args.split != "auto":
-        problems.append("DF188 --split: a prepared dataset has its own split; leave it out with --dataset_name")
+        what = "a prepared dataset has its own split"
+        problems.append(Problem("DF188", "--split", what, "leave it out with --dataset_name"))
     of_folder = {
         "layout": args.layout != "auto",
         "mask_classes": args.mask_classes,
         "skip_problems": args.skip_problems,
     }
     for name in (name for name, given in of_folder.items() if given and args.dataset_name):
-        problems.append(f"DF188 --{name}: belongs to --train_data_dir; leave it out with --dataset_name")
+        fix = "leave it out with --dataset_name"
+        problems.append(Problem("DF188", f"--{name}", "belongs to --train_data_dir", fix))
     if (args.train_data_dir is None) == (args.dataset_name is None):
-        problems.append("DF188 give either --train_data_dir or --dataset_name")
+        problems.append(Problem("DF188", "", "give either --train_data_dir or --dataset_name"))
     if args.conv_rank is not None and args.lora_targets != "all":
-        problems.append("DF188 --conv_rank: only --lora_targets all trains convolutions; add it, or leave this out")
+        what = "only --lora_targets all trains convolutions"
+        problems.append(Problem("DF188", "--conv_rank", what, "add it, or leave this out"))
     problems += noise_level_problems(args)
     if args.use_8bit_adam and not is_bitsandbytes_available():
-        problems.append("DF189 --use_8bit_adam: bitsandbytes is not installed; run 'pip install bitsandbytes'")
+        fix = "run 'pip install bitsandbytes'"
+        problems.append(Problem("DF189", "--use_8bit_adam", "bitsandbytes is not installed", fix))
     if args.enable_xformers_memory_efficient_attention:
-        flag = "DF189 --enable_xformers_memory_efficient_attention"
+        flag = "--enable_xformers_memory_efficient_attention"
         if not torch.cuda.is_available():
-            problems.append(f"{flag}: needs a CUDA device, and there is none here; leave it out")
+            problems.append(Problem("DF189", flag, "needs a CUDA device, and there is none here", "leave it out"))
         elif not is_xformers_available():
-            problems.append(f"{flag}: xformers is not installed; see requirements-xformers.txt")
+            problems.append(Problem("DF189", flag, "xformers is not installed", "see requirements-xformers.txt"))
     known = ["all", "none", *(str(tracker) for tracker in get_available_trackers())]
     if args.report_to not in known:
-        problems.append(f"DF189 --report_to {args.report_to}: not installed or unknown; there are: {', '.join(known)}")
+        fix = f"there are: {', '.join(known)}"
+        problems.append(Problem("DF189", f"--report_to {args.report_to}", "not installed or unknown", fix))
     if problems:
         raise InputError(*problems)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, Problem
 
 from ..lora import LORA_FILE
 
@@ -36,9 +36,8 @@ def check_hub(repo_id: str | None, public: bool, default_name: str, repo_type: s
     try:
         user = api.whoami()["name"]
     except Exception as error:  # whatever a Hub or a network can raise
-        raise InputError(
-            f"DF500 --push_to_hub: no valid token; run 'hf auth login' or set HF_TOKEN ({error})"
-        ) from error
+        fix = f"run 'hf auth login' or set HF_TOKEN ({error})"
+        raise InputError(Problem("DF500", "--push_to_hub", "no valid token", fix)) from error
     repo_id = repo_id or default_name
     if "/" not in repo_id:
         repo_id = f"{user}/{repo_id}"
@@ -47,13 +46,14 @@ def check_hub(repo_id: str | None, public: bool, default_name: str, repo_type: s
         api.auth_check(repo_id, repo_type=repo_type, write=True)
         is_public = not api.repo_info(repo_id, repo_type=repo_type).private
     except Exception as error:
-        raise InputError(f"DF502 {flag} {repo_id}: cannot be made or written with this token ({error})") from error
-    if is_public != public:
-        raise InputError(
-            f"DF501 {flag} {repo_id}: is public; add --hub_public to publish there, or name another"
-            if is_public
-            else f"DF501 {flag} {repo_id}: is private; leave out --hub_public, or make it public on the Hub"
-        )
+        what = f"cannot be made or written with this token ({error})"
+        raise InputError(Problem("DF502", f"{flag} {repo_id}", what)) from error
+    if is_public and not public:
+        fix = "add --hub_public to publish there, or name another"
+        raise InputError(Problem("DF501", f"{flag} {repo_id}", "is public", fix))
+    if public and not is_public:
+        fix = "leave out --hub_public, or make it public on the Hub"
+        raise InputError(Problem("DF501", f"{flag} {repo_id}", "is private", fix))
     return repo_id
 
 

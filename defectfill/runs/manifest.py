@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, Problem
 
 from .files import atomic_write
 from .source_images import SourceImage
@@ -28,12 +28,12 @@ def check_output_dir(folder: Path, source_images: Iterable[SourceImage]) -> None
     written = {folder.resolve(), *((folder / kind).resolve() for kind in KINDS)}
     for file in [f for source_image in source_images for f in (source_image.file, *source_image.areas.values())]:
         if file.resolve().parent in written:
-            raise InputError(f"DF192 --output_dir {folder}: would overwrite {file}; choose another folder")
+            what = f"would overwrite {file}"
+            raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
     foreign = [kind for kind in KINDS if (folder / kind).is_dir() and any((folder / kind).iterdir())]
     if foreign and not (folder / PLAN).exists():
-        raise InputError(
-            f"DF192 --output_dir {folder}: holds {', '.join(foreign)} of something else; choose another folder"
-        )
+        what = f"holds {', '.join(foreign)} of something else"
+        raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -49,7 +49,8 @@ def read_lines(file: Path) -> list[dict]:
             line = json.loads(text)
             line["name"]
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"DF310 {file}, line {number}: cannot be read ({error!r}); remove it") from error
+            what = f"cannot be read ({error!r})"
+            raise InputError(Problem("DF310", f"{file}, line {number}", what, "remove it")) from error
         lines.append(line)
     return lines
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from defectfill_dataset import CropRule, InputError, MaskSource
+from defectfill_dataset import CropRule, InputError, MaskSource, Problem
 from defectfill_dataset.errors import did_you_mean
 
 from ..lora import LoraFile
@@ -85,13 +85,14 @@ def choose_defects(request: GenerationRequest, loras: Sequence[LoraFile]) -> lis
         alone = len(loras) == 1 or not prompts
         wanted = [d for d in request.defect or [None] if d is None or d in prompts or alone]
         if not wanted:
-            raise InputError(f"DF411 {lora.path}: knows none of --defect {' '.join(request.defect)}; leave it out")
+            what = f"knows none of --defect {' '.join(request.defect)}"
+            raise InputError(Problem("DF411", lora.path, what, "leave it out"))
         chosen += [
             (lora, *choose_prompt(lora, defect, request.prompt, request.generation_prompt)) for defect in wanted
         ]
     missing = set(request.defect or ()) - {defect for _, defect, _ in chosen}
     if missing:
-        raise InputError(f"DF411 --defect {', '.join(sorted(missing))}: no --lora knows it")
+        raise InputError(Problem("DF411", f"--defect {', '.join(sorted(missing))}", "no --lora knows it"))
     return chosen
 
 
@@ -111,15 +112,16 @@ def choose_prompt(
     if defect in prompts:
         of_pass = lora.record.get(RECORDED_PROMPTS[generation_prompt], {})
         if defect not in of_pass:
-            raise InputError(f"DF411 {lora.path}: has no {generation_prompt} prompts; give --prompt")
+            what = f"has no {generation_prompt} prompts"
+            raise InputError(Problem("DF411", lora.path, what, "give --prompt"))
         return defect, of_pass[defect]
     if not prompts:
-        raise InputError(f"DF411 {lora.path}: has no prompts; give --prompt")
+        raise InputError(Problem("DF411", lora.path, "has no prompts", "give --prompt"))
     if defect is None:
-        raise InputError(
-            f"DF411 {lora.path}: knows several defects; choose one with --defect: {', '.join(sorted(prompts))}"
-        )
-    raise InputError(f"DF411 --defect {defect}: the LoRA does not know it.{did_you_mean(defect, prompts)}")
+        fix = f"choose one with --defect: {', '.join(sorted(prompts))}"
+        raise InputError(Problem("DF411", lora.path, "knows several defects", fix))
+    what = f"the LoRA does not know it.{did_you_mean(defect, prompts)}"
+    raise InputError(Problem("DF411", f"--defect {defect}", what))
 
 
 def choose_crops(request: GenerationRequest, lora: LoraFile) -> CropRule | None:
@@ -133,7 +135,8 @@ def choose_crops(request: GenerationRequest, lora: LoraFile) -> CropRule | None:
     trained = lora.record.get("zoom")
     if request.zoom == "off" or (request.zoom == "auto" and not trained):
         if given:
-            raise InputError("DF413 --zoom_context, --zoom_min_area: no crops are used here; add --zoom on")
+            what = "no crops are used here"
+            raise InputError(Problem("DF413", "--zoom_context, --zoom_min_area", what, "add --zoom on"))
         return None
     return CropRule(**(trained or {}) | given)
 
@@ -186,9 +189,10 @@ def make_plan(inputs: Sequence[RequestInputs]) -> list[PlannedImage]:
     for image in plan:
         key = json.dumps(image.line | {"name": ""}, sort_keys=True)
         if key in asked:
+            what = f"is requested twice with --seed {image.seed}"
+            fix = "change one seed"
             raise InputError(
-                f"DF415 {image.source_image.file.name}, {defect_label(image.recipe)}: is requested twice with --seed "
-                f"{image.seed}; change one seed"
+                Problem("DF415", f"{image.source_image.file.name}, {defect_label(image.recipe)}", what, fix)
             )
         asked.add(key)
     return plan
@@ -225,19 +229,22 @@ def batch_plan(plan: Sequence[PlannedImage], size: int) -> list[list[PlannedImag
 def check_plan(lines: list[dict], before: list[dict]) -> None:
     """Raises InputError (DF320) if the lines of an earlier start's plan are not among those of now."""
     old_lines = {line["name"]: line for line in before}
-    problems: set[str] = set()
-    seeds: list[str] = []  # each repeat has a seed of its own: the first is reported
+    problems: set[Problem] = set()
+    seeds: list[Problem] = []  # each repeat has a seed of its own: the first is reported
     for line in lines:
         old = old_lines.pop(line["name"], line)
         for key in [k for k in line.keys() | old.keys() if line.get(k) != old.get(k)]:
             if key.startswith(("good_image", "given_")):
-                problems.add(f"DF320 {line['name']}: was generated from another image or mask")
+                problems.add(Problem("DF320", line["name"], "was generated from another image or mask"))
             else:
-                changed = f"DF320 {key}: the run was started with {old.get(key)!r}, now it is {line.get(key)!r}"
+                what = f"the run was started with {old.get(key)!r}, now it is {line.get(key)!r}"
+                changed = Problem("DF320", key, what)
                 seeds.append(changed) if key == "seed" else problems.add(changed)
     if old_lines:
         names = ", ".join(sorted(old_lines)[:4])
-        problems.add(f"DF320 {names}: {len(old_lines)} images of the earlier run are no longer requested")
+        what = f"{len(old_lines)} images of the earlier run are no longer requested"
+        problems.add(Problem("DF320", names, what))
     problems.update(seeds[:1])
     if problems:
-        raise InputError(*sorted(problems), "Resume with the same inputs and flags, or choose another --output_dir.")
+        advice = "Resume with the same inputs and flags, or choose another --output_dir."
+        raise InputError(*sorted(problems, key=str), advice=advice)

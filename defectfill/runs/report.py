@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from defectfill_dataset import Problem
+
 
 CELL = 160  # pixels a side of a contact sheet's thumbnails
 SHOWN = 12  # contact rows of each defect type
@@ -157,7 +159,9 @@ def speed_line(speed: dict) -> str:
     )
 
 
-def write_report(file: Path, plan: Iterable[dict], lines: list[dict], problems: Iterable[str], speed: dict) -> None:
+def write_report(
+    file: Path, plan: Iterable[dict], lines: list[dict], problems: Iterable[Problem], speed: dict
+) -> None:
     """Writes the page `file`, beside the folder `contact/`.
 
     Args:
@@ -173,7 +177,7 @@ def write_report(file: Path, plan: Iterable[dict], lines: list[dict], problems: 
         for kind in planned
     )
     sections = "".join(section(" ".join(kind), made[kind], file.parent) for kind in planned if kind in made)
-    problem_list = "".join(f"<li>{html.escape(problem)}" for problem in problems)
+    problem_list = "".join(f"<li>{html.escape(str(problem))}" for problem in problems)
     content = {
         "title": html.escape(file.resolve().parent.name),
         "heads": "".join(f"<th>{head}" for head in COUNTS),

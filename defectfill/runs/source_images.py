@@ -86,20 +86,20 @@ def find_source_images(
     given = {"mask": mask, "foreground": foreground, "roi": roi}
     for flag, path in {"image": image, **given}.items():
         if path is not None and not path.exists():
-            raise InputError(f"DF160 --{flag} {path}: no such file or folder")
+            raise InputError(Problem("DF160", f"--{flag} {path}", "no such file or folder"))
     if mask is not None and image.is_dir() != mask.is_dir():
-        raise InputError(f"DF161 --image {image}, --mask {mask}: give two files or two folders")
+        raise InputError(Problem("DF161", f"--image {image}, --mask {mask}", "give two files or two folders"))
     if mask is not None and image.samefile(mask):
-        raise InputError(f"DF161 --image {image}, --mask {mask}: are the same; give masks of their own")
+        fix = "give masks of their own"
+        raise InputError(Problem("DF161", f"--image {image}, --mask {mask}", "are the same", fix))
     images = image_files(image) if image.is_dir() else [image]
     if not images:
-        raise InputError(f"DF161 --image {image}: no images in it")
+        raise InputError(Problem("DF161", f"--image {image}", "no images in it"))
     stems: dict[str, list[str]] = {}
     for file in images:
         stems.setdefault(file.stem, []).append(file.name)
-    twice = [f"DF144 {', '.join(names)}: one name twice; rename one" for names in stems.values() if len(names) > 1]
-    if twice:
-        raise InputError(*twice)
+    if twice := [", ".join(names) for names in stems.values() if len(names) > 1]:
+        raise InputError(*(Problem("DF144", names, "one name twice", "rename one") for names in twice))
     files = {flag: pair_files(images, flag, path) for flag, path in given.items() if path}
     return [SourceImage(file, **{flag: pairs[file] for flag, pairs in files.items()}) for file in images]
 
@@ -112,32 +112,30 @@ def pair_files(images: list[Path], flag: str, path: Path) -> dict[Path, Path]:
     pairs, problems = pair_by_name([f.absolute() for f in images], [f.absolute() for f in image_files(path)], root)
     problems = [problem for problem in problems if flag == "mask" or problem.code != "DF143"]
     if problems:
-        raise InputError(*(f"{problem} (--{flag} {path})" for problem in problems))
+        raise InputError(*(dataclasses.replace(p, fix=f"{p.fix} (--{flag} {path})") for p in problems))
     return {file: pairs[file.absolute()] for file in images}
 
 
 def check_source_images(source_images: list[SourceImage]) -> None:
     """Opens every file and logs warnings; raises InputError with all problems: DF120, and those of training."""
     image_reports: list[ImageReport] = []
-    problems: list[Problem | str] = []
+    problems: list[Problem] = []
     for source_image in source_images:
         name = str(source_image.file)
         seen = inspect_image(name, "good", source_image.file)
         image_reports.append(seen)
         problems += seen.problems
         if not is_unicode(name):
-            problems.append(f"DF115 {name}: the file's name is not UTF-8; rename it")
-        if any(warning.startswith("DF120") for warning in seen.warnings):
-            problems.append(
-                f"DF120 {name}: has 16 bits per channel, and the result would have 8 everywhere, not only inside "
-                "the mask; convert it to 8 bits"
-            )
+            problems.append(Problem("DF115", name, "the file's name is not UTF-8", "rename it"))
+        if any(odd.code == "DF120" for odd in seen.warnings):
+            what = "has 16 bits per channel, and the result would have 8 everywhere, not only inside the mask"
+            problems.append(Problem("DF120", name, what, "convert it to 8 bits"))
         for flag, file in source_image.areas.items():
             try:
                 problems += area_problems(name, seen.size, binarise(open_image(file)), flag) if seen.pixels else []
             except UNREADABLE as error:
-                problems.append(f"DF103 {name}: its {flag} cannot be read: {file}: {error}")
+                problems.append(Problem("DF103", name, f"its {flag} cannot be read: {file}: {error}"))
     if problems:
         raise InputError(*problems)
     for note in image_warnings(image_reports):
-        logger.warning(note)
+        logger.warning("%s", note)

@@ -77,7 +77,7 @@ def layout_of(folder: Path, layout: str = "auto", below: bool = False) -> str | 
     if fitting == ["folder", "metadata"]:  # the table says which masks the images have
         fitting.remove("folder")
     if len(fitting) > 1:
-        raise InputError(f"DF161 {folder}: may be {' or '.join(fitting)}; choose one with --layout")
+        raise InputError(Problem("DF161", folder, f"may be {' or '.join(fitting)}", "choose one with --layout"))
     return fitting[0] if fitting else None
 
 
@@ -92,17 +92,18 @@ def find_objects(root: str | Path, layout: str = "auto") -> dict[str, Path]:
     """
     root = Path(root).expanduser().resolve()
     if layout not in ("auto", *LAYOUTS, *OLD_NAMES):
-        raise InputError(f"DF161 --layout {layout}: no such layout; there are: auto, {', '.join(LAYOUTS)}")
+        fix = f"there are: auto, {', '.join(LAYOUTS)}"
+        raise InputError(Problem("DF161", f"--layout {layout}", "no such layout", fix))
     if not root.is_dir():
-        raise InputError(
-            f"DF160 {root}: {'not a folder' if root.exists() else 'no such folder'}; give the dataset's folder"
-        )
+        what = "not a folder" if root.exists() else "no such folder"
+        raise InputError(Problem("DF160", root, what, "give the dataset's folder"))
     places = [(name, folder) for folder in _object_folders(root, layout) for name in _names(folder, layout)]
     objects = dict(places)
+    folders_of = {name: [str(folder) for n, folder in places if n == name] for name in objects}
     twice = [
-        f"DF162 {name}: is an object of {' and of '.join(str(f) for n, f in places if n == name)}; rename one"
-        for name in objects
-        if [n for n, _ in places].count(name) > 1
+        Problem("DF162", name, f"is an object of {' and of '.join(found)}", "rename one")
+        for name, found in folders_of.items()
+        if len(found) > 1
     ]
     if twice:
         raise InputError(*twice)
@@ -126,7 +127,7 @@ def _nothing_known(root: Path, layout: str) -> Problem:
     found = [entry.name for entry in entries(root)]
     wanted = "a known layout" if layout == "auto" else f"the layout {layout}"
     return Problem(
-        "DF161", str(root),
+        "DF161", root,
         f"no images of {wanted}. Found: {', '.join(found[:8]) or 'nothing'}{' ...' if len(found) > 8 else ''}. "
         + (f"'{parent}' looks right: give that. " if parent else "") + explain(root)
         + "Expected test/<defect>/ with ground_truth/<defect>/ (MVTec AD), images/ with masks/, annotation files "
@@ -147,9 +148,8 @@ def check_names(names: Iterable[str], source: str | Path) -> None:
     wrong = [name for name in names if not NAME.fullmatch(name) or RESERVED.fullmatch(name)]
     if wrong:
         told = "may hold letters, digits, spaces and _-.+,()&, a letter or digit first, 100 at most, and be no CON"
-        raise InputError(
-            *(f"DF162 {source}: an object cannot be called '{name}': it {told}; rename it" for name in wrong)
-        )
+        reasons = (f"an object cannot be called '{name}': it {told}" for name in wrong)
+        raise InputError(*(Problem("DF162", source, reason, "rename it") for reason in reasons))
 
 
 def _names(folder: Path, layout: str) -> list[str]:
@@ -168,10 +168,10 @@ def read_object(root: str | Path, name: str, layout: str = "auto", mask_classes:
     root = Path(root)
     found = layout_of(root, layout) or layout_of(root, layout, below=True)
     if found is None:
-        raise InputError(f"DF161 {root}: no known layout")
+        raise InputError(Problem("DF161", root, "no known layout"))
     try:
         reading = LAYOUTS[found][1](root)
     except InputError as error:  # a file that the whole layout stands on
-        return Reading(problems=list(error.found))
+        return Reading(problems=list(error.problems))
     reading.rows = [row for row in reading.rows if row.object in (None, name)]
     return unite(split_classes(reading, mask_classes, root) if mask_classes else reading, root)

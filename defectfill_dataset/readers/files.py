@@ -48,7 +48,7 @@ def _names(folder: Path, only_folders: bool = False) -> list[str]:
             return sorted(e.name for e in found if not is_hidden(e.name) and (not only_folders or _is_folder(e)))
     except PermissionError as error:
         raise InputError(
-            Problem("DF108", str(folder), "this folder may not be read", "allow it, or move it away")
+            Problem("DF108", folder, "this folder may not be read", "allow it, or move it away")
         ) from error
 
 

@@ -54,7 +54,7 @@ def read_label_studio(root: Path) -> Reading:
         try:
             content = read_json(file)
         except InputError as error:
-            reading.problems += [dataclasses.replace(problem, where=relative(file, root)) for problem in error.found]
+            reading.problems += [dataclasses.replace(p, where=relative(file, root)) for p in error.problems]
             continue
         try:
             predicted = 0

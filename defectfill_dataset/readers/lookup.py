@@ -84,7 +84,7 @@ def _agreeing(image: Path, folders: Sequence[str]) -> int:
 
 def note(reading: Reading, where: Path | str, what: str, fix: str) -> None:
     """What is passed over, though it may hold something."""
-    reading.notes.append(Problem("DF158", str(where), f"not read: {what}", fix))
+    reading.notes.append(Problem("DF158", where, f"not read: {what}", fix))
 
 
 def check_tags(marks: Sequence[Mark], tags: Iterable[str]) -> None:
@@ -100,7 +100,7 @@ def xml_roots(files: Iterable[Path], tag: str, reading: Reading, root: Path) -> 
         try:
             content = read_xml(file)
         except InputError as error:
-            reading.problems += [dataclasses.replace(problem, where=relative(file, root)) for problem in error.found]
+            reading.problems += [dataclasses.replace(p, where=relative(file, root)) for p in error.problems]
             continue
         if content.tag == tag:
             yield file, content

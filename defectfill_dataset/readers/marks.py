@@ -197,7 +197,7 @@ def blame_annotation(reading: Reading, image: Path, root: Path, error: Exception
     """The problem that an exception of reading one image's annotation is; `where` names the annotation."""
     name = relative(image, root)
     if isinstance(error, InputError):
-        reading.problems += [dataclasses.replace(problem, image=name) for problem in error.found]
+        reading.problems += [dataclasses.replace(p, image=name) for p in error.problems]
     elif isinstance(error, MALFORMED):
         reading.blame("DF167", image, root, f"its annotation cannot be used: {said(error)}", where=where or name)
     else:
@@ -210,7 +210,7 @@ def json_objects(files: Iterable[Path], reading: Reading, root: Path) -> Iterabl
         try:
             content = read_json(file)
         except InputError as error:
-            reading.problems += [dataclasses.replace(problem, where=relative(file, root)) for problem in error.found]
+            reading.problems += [dataclasses.replace(p, where=relative(file, root)) for p in error.problems]
             continue
         if isinstance(content, dict):
             yield file, content

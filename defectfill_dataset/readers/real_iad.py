@@ -81,13 +81,13 @@ def _tell_unnamed(reading: Reading, root: Path, table: Path, named: set[Path]) -
     images = [file for file in left if file.suffix.lower() != ".png"]
     if images:
         what = f"images that it does not name: {len(images)}, such as {relative(images[0], root)}"
-        reading.notes.append(Problem("DF166", str(table), what, "they are left out"))
+        reading.notes.append(Problem("DF166", table, what, "they are left out"))
 
 
 def _tell_unmarked(reading: Reading, root: Path, images: list[Path], fix: str) -> None:
     if images:
         what = f"images of defective parts without a mask: {len(images)}, such as {relative(images[0], root)}"
-        reading.notes.append(Problem("DF142", str(root), what, fix))
+        reading.notes.append(Problem("DF142", root, what, fix))
 
 
 def _by_folders(root: Path) -> Reading:

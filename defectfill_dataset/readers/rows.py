@@ -61,7 +61,7 @@ class Reading:
 
     def missing(self, where: Path | str, what: str, fix: str = "", code: str = "DF166") -> None:
         """A problem of a table or annotation file, which leaving out an image would not mend."""
-        self.problems.append(Problem(code, str(where), what, fix))
+        self.problems.append(Problem(code, where, what, fix))
 
     def blame(self, code: str, image: Path, root: Path, what: str, fix: str = "", where: str | None = None) -> None:
         """A problem for which this one image cannot be used; `where` names its annotation, if not the image itself."""
@@ -100,7 +100,7 @@ def unite(reading: Reading, root: Path) -> Reading:
         if len(names) > 1:
             listed = ", ".join(f"{name!r} ({number})" for name, number in sorted(names.items()))
             reading.notes.append(
-                Problem("DF156", str(root), f"one defect type is spelt in several ways: {listed}", f"all are read as "
+                Problem("DF156", root, f"one defect type is spelt in several ways: {listed}", f"all are read as "
                         f"'{chosen[key]}'; rename them if they differ")
             )  # fmt: skip
     together: dict[tuple[Path, str], list[Row]] = {}

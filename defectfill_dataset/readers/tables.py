@@ -43,7 +43,7 @@ def read_metadata(root: Path) -> Reading:
         try:
             lines = read_csv(file) if file.suffix.lower() == ".csv" else _read_jsonl(file)
         except InputError as error:
-            reading.problems += error.found
+            reading.problems += error.problems
             continue
         columns = dict.fromkeys(column for line in lines for column in line)
         if "file_name" not in columns:

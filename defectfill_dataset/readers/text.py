@@ -29,7 +29,7 @@ OTHER_ENCODINGS = ["gb18030", "big5", "cp932", "euc_jp", "euc_kr", "cp1252", "cp
 
 
 def unreadable(file: Path | str, what: str, fix: str = "mend or remove it") -> InputError:
-    return InputError(Problem("DF166", str(file), what, fix))
+    return InputError(Problem("DF166", file, what, fix))
 
 
 def read_text(file: Path) -> str:

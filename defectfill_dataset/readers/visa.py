@@ -49,11 +49,11 @@ def read_visa(root: Path) -> Reading:
     if combined:
         what = f"images of several types that the values of their masks do not tell apart: {len(combined)}, such as "
         fix = f"they are read as '{COMBINED}'"
-        reading.notes.append(Problem("DF156", str(table), what + relative(combined[0], root), fix))
+        reading.notes.append(Problem("DF156", table, what + relative(combined[0], root), fix))
     unnamed = [row.image for row in rows if row.mask and row.image not in labels]
     if unnamed:
         what = f"defect images whose type it does not name: {len(unnamed)}, such as {relative(unnamed[0], root)}"
-        reading.notes.append(Problem("DF166", str(table), what, "their type is read as 'anomaly'"))
+        reading.notes.append(Problem("DF166", table, what, "their type is read as 'anomaly'"))
     return reading
 
 
@@ -75,7 +75,7 @@ def _labels(reading: Reading, root: Path, table: Path, lines: list[dict[str, str
             labels[images[key]] = list(found.values())
     if strange:
         what = f"images that it names and that are not there: {len(strange)}, such as '{strange[0]}'"
-        reading.notes.append(Problem("DF166", str(table), what, "their types are not used"))
+        reading.notes.append(Problem("DF166", table, what, "their types are not used"))
     return labels
 
 

@@ -61,7 +61,7 @@ def add_masks(
     try:
         classes = _label_map(root) or _by_xml(root, usable, labels)
     except InputError as error:
-        reading.problems += error.found
+        reading.problems += error.problems
         return set(pairs)
     for image, mask in usable.items():
         _add(reading, root, image, mask, classes, labels.get(image, set()), splits[image])

@@ -120,7 +120,7 @@ def read_classes(root: Path, folders: Iterable[Path]) -> dict[int, str]:
         found |= {file: read_text(file).rstrip().splitlines() for file in files if file.is_file()}
     if not found:
         raise InputError(
-            Problem("DF166", str(root), "no class names", "add data.yaml with 'names', or classes.txt, a name a line")
+            Problem("DF166", root, "no class names", "add data.yaml with 'names', or classes.txt, a name a line")
         )
     (first, names), *others = found.items()
     for other, more in others:

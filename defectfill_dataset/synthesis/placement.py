@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from ..builder import load_defect_pairs, select_defects
 from ..checks import check_pairs
-from ..errors import InputError
+from ..errors import InputError, Problem
 from ..mask_values import binarise
 from ..masks import random_mask
 from ..seeds import derive_seed
@@ -88,9 +88,8 @@ def load_masks(
     rows = select_defects(data, [defect] if defect else None).get("test" if held_out else "train")
     if not rows:
         kind, of = "held-out" if held_out else "reference", f"of '{defect}' " if defect else ""
-        raise InputError(
-            f"DF341 --reference_data {data_dir}: no {kind} mask {of}with --split {split}; change the split"
-        )
+        what = f"no {kind} mask {of}with --split {split}"
+        raise InputError(Problem("DF341", f"--reference_data {data_dir}", what, "change the split"))
     check_pairs(rows)
     return [NamedMask(row["source_file"], binarise(row["mask"])) for row in rows]
 

@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from ..builder import file_digest
+from ..errors import Problem
 from ..images import ORIENTATION, load_image
 from ..mask_values import binarise
 from ..masks import MaskFiles, components
@@ -47,7 +48,7 @@ class ExportImage:
 # In
 
 
-def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list[str]]:
+def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list[Problem]]:
     """The images that a generated folder's manifest lists, and what is wrong with it (DF196, DF197).
 
     Args:
@@ -56,8 +57,9 @@ def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list
     folder = folder.expanduser().resolve()
     manifest = folder / "manifest.jsonl"
     if not manifest.is_file():
-        return [], [f"DF196 {folder}: holds no manifest.jsonl; give a folder that generate_defectfill.py wrote"]
-    items, problems = [], []
+        fix = "give a folder that generate_defectfill.py wrote"
+        return [], [Problem("DF196", folder, "holds no manifest.jsonl", fix)]
+    items, problems = list[ExportImage](), list[Problem]()
     for number, text in enumerate(manifest.read_bytes().splitlines(), 1):
         place = f"{manifest}, line {number}"
         try:
@@ -67,11 +69,13 @@ def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list
             names = {"object": str(line["object"] or ""), "defect": str(line.get("defect") or ONE_TYPE)}
             source = str(line.get("good_image_sha256") or line["good_image"])
         except MALFORMED as error:
-            problems.append(f"DF196 {place}: is not of a generated image ({error!r}); generate it again")
+            problems.append(Problem("DF196", place, f"is not of a generated image ({error!r})", "generate it again"))
             continue
-        problems += [f"DF197 {place}: names '{name}', which is not there; generate it again" for name in missing]
         problems += [
-            f"DF196 {place}: the {kind} '{name}' cannot name a folder of defects; rename it there"
+            Problem("DF197", place, f"names '{name}', which is not there", "generate it again") for name in missing
+        ]
+        problems += [
+            Problem("DF196", place, f"the {kind} '{name}' cannot name a folder of defects", "rename it there")
             for kind, name in names.items()
             if name == "good" or not NAME.fullmatch(name) or RESERVED.fullmatch(name)
         ]
@@ -80,7 +84,7 @@ def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list
             row = Row(image, MaskFiles((mask,)), names["defect"], None, names["object"])
             items.append(ExportImage(stem, folder.parent, row, source))
     if not items and not problems:
-        problems.append(f"DF196 {manifest}: lists no image; generate some")
+        problems.append(Problem("DF196", manifest, "lists no image", "generate some"))
     return items, problems
 
 

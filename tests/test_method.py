@@ -6,29 +6,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from toy_model import RESOLUTION, make_models, toy_pipeline
+from toy_model import GRID, RESOLUTION, Prediction, make_batch, make_models, toy_pipeline
 
 import train_defectfill as t
 from defectfill.lora import LORA_TARGETS, lora_parameters
-
-
-GRID = RESOLUTION // 4
-
-
-def make_batch(n: int = 2, seed: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-    mask, random_mask = torch.zeros(2, n, 1, GRID, GRID)
-    for i in range(n):
-        mask[i, :, i : i + 3, 2 : 4 + i] = 1
-        random_mask[i, :, 4:7, i : i + 4] = 1
-    return {
-        "pixel_values": torch.rand(n, 3, RESOLUTION, RESOLUTION, generator=generator) * 2 - 1,
-        "mask": mask,
-        "random_mask": random_mask,
-        "defect_prompt": torch.zeros(n, dtype=torch.long),
-        "object_prompt": torch.ones(n, dtype=torch.long),
-        "seed": torch.arange(n) + 1000 * seed,
-    }
 
 
 def losses_and_gradients(models: t.Models, batch: dict, options: t.LossOptions) -> tuple[dict, dict]:
@@ -90,11 +71,6 @@ def test_object_loss_does_not_depend_on_the_random_mask():
     ]
     by_hand = ((batch["mask"] + 0.3 * (1 - batch["mask"])) * draws.noise).square().mean()
     assert first == second == pytest.approx(by_hand.item())
-
-
-class Prediction:
-    def __init__(self, sample: torch.Tensor):
-        self.sample = sample
 
 
 # What the UNet and the VAE are given

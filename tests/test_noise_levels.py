@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
-from test_method import Prediction, make_batch, make_models
+from toy_model import Prediction, make_batch, make_models
 
 import train_defectfill as t
 from defectfill.noise_levels import NoiseOptions, error_weights, predicted_x_0, timestep_weights

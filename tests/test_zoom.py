@@ -192,28 +192,28 @@ def tiled(tmp_path):
 
 def test_a_crack_is_painted_tile_by_tile_and_the_rest_of_the_image_is_untouched(trained, tiled, tmp_path, monkeypatch):
     flags, mask = tiled
-    next_crop, seen = generate_defectfill.next_crop, []
+    next_crop, seen = generate_defectfill.next_crop, {}
 
-    def watched(canvas):
-        crop = next_crop(canvas)
-        seen.append((np.asarray(crop.image), crop.mask.copy()))
+    def watched(canvas, *sizes):
+        crop = next_crop(canvas, *sizes)
+        seen.setdefault(crop.box, (np.asarray(canvas.image.crop(crop.box)), crop.mask.copy()))
         return crop
 
     monkeypatch.setattr(generate_defectfill, "next_crop", watched)
     generate("--lora", trained, *flags, *FAST, "--zoom", "on")
     [line] = read_lines(tmp_path / "out/manifest.jsonl")
     boxes = [tuple(crop["box"]) for crop in line["windows"]]
-    assert boxes == crop_boxes(mask, RESOLUTION, CropRule()) and len(boxes) > 2
+    assert boxes == crop_boxes(mask, RESOLUTION, CropRule()) == [*seen] and len(boxes) > 2
     good, result = (np.asarray(Image.open(tmp_path / name)) for name in ("good.png", "out/images/good.png"))
     assert np.array_equal(result[~mask], good[~mask]) and (result[mask] != good[mask]).any(axis=-1).mean() > 0.9
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out/masks/good.png")) > 0, mask)
-    assert sum(inside.sum() for _, inside in seen) == mask.sum()  # every pixel once
-    for (image, inside), box in zip(seen, boxes):  # a tile sees what the tiles before it painted
+    assert sum(inside.sum() for _, inside in seen.values()) == mask.sum()  # every pixel once
+    for box, (image, inside) in seen.items():  # a tile sees what the tiles before it painted
         elsewhere = ~inside
         left, top, right, bottom = box
         before = crop_mask(mask, box) & elsewhere
         assert np.array_equal(image[before], result[top:bottom, left:right][before])
-    assert any((crop_mask(mask, box) & ~inside).any() for (_, inside), box in zip(seen, boxes))
+    assert any((crop_mask(mask, box) & ~inside).any() for box, (_, inside) in seen.items())
     seeds = [seed for crop in line["windows"] for seed in crop["candidate_seeds"]]
     assert len(set(seeds)) == 2 * len(boxes)
     row = page.CELL + 24

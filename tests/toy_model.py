@@ -13,6 +13,7 @@ from defectfill_scripts.make_tiny_base import WORDS, Sizes, build_pipeline, make
 
 
 RESOLUTION = 32
+GRID = RESOLUTION // 4  # cells of the latent grid
 TOY = Sizes(
     resolution=RESOLUTION, vae_channels=(8, 16, 16), unet_channels=(16, 32, 32), attention=(True, True, False),
     head=16, text_width=32, context=77,
@@ -42,3 +43,26 @@ def make_models(lora: bool = True, targets: str = "attention", **changes) -> t.M
     store = t.record_attention(pipe.unet)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     return t.Models(pipe.unet, pipe.text_encoder, pipe.vae.requires_grad_(False), scheduler, store, tokens)
+
+
+def make_batch(n: int = 2, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    mask, random_mask = torch.zeros(2, n, 1, GRID, GRID)
+    for i in range(n):
+        mask[i, :, i : i + 3, 2 : 4 + i] = 1
+        random_mask[i, :, 4:7, i : i + 4] = 1
+    return {
+        "pixel_values": torch.rand(n, 3, RESOLUTION, RESOLUTION, generator=generator) * 2 - 1,
+        "mask": mask,
+        "random_mask": random_mask,
+        "defect_prompt": torch.zeros(n, dtype=torch.long),
+        "object_prompt": torch.ones(n, dtype=torch.long),
+        "seed": torch.arange(n) + 1000 * seed,
+    }
+
+
+class Prediction:
+    """What a UNet returns."""
+
+    def __init__(self, sample: torch.Tensor):
+        self.sample = sample

@@ -56,7 +56,7 @@ def checked_items(args: argparse.Namespace) -> list[ExportImage]:
     if args.good and args.good.is_dir():
         objects = sorted({str(item.row.object) for item in items})
         if len(objects) > 1:
-            what = f"holds one object, the generated images {', '.join(objects)}"
+            what = f"holds one object, the generated images show {', '.join(objects)}"
             problems.append(Problem("DF199", f"--good {args.good}", what, "export one object at a time"))
         inpainted = {item.source for item in items}
         good = read_good_images(args.good, "".join(objects[:1]), inpainted)

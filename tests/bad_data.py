@@ -144,9 +144,9 @@ REFUSED: dict[str, tuple[Callable[[Pair], object], str, str]] = {
     "400 million pixels": (lambda p: p.write(png(20000, 20000)), "DF103", "too large"),
     "120 million pixels": (lambda p: p.write(png(12000, 10000)), "DF103", "too large"),
     "bomb of text": (lambda p: p.write(png(SIZE, SIZE, extra=bytes(2**21))), "DF103", "too large"),
-    "pipe": (replaced_by(os.mkfifo), "DF103", "it is a pipe"),
-    "link to nothing": (replaced_by(lambda f: f.symlink_to("nowhere.png")), "DF103", "link to nothing"),
-    "link to itself": (replaced_by(lambda f: f.symlink_to(f)), "DF103", "link to nothing"),
+    "pipe": (replaced_by(os.mkfifo), "DF103", "it is not a regular file"),
+    "link to nothing": (replaced_by(lambda f: f.symlink_to("nowhere.png")), "DF103", "a broken link"),
+    "link to itself": (replaced_by(lambda f: f.symlink_to(f)), "DF103", "a broken link"),
     "two spellings": (two_spellings, "DF144", "more than one image or mask"),
     "control characters": (
         lambda p: (p.rename("control characters\n\x1b[31m"), p.mask.unlink()), "DF142", "characters\\n\\x1b[31m"),

@@ -112,7 +112,7 @@ def test_training_and_generation_warn_of_what_is_odd(train, tmp_path, caplog, mo
         train("--split", "all", data=tmp_path / "bolt")
         check_source_images([SourceImage(pair.image, pair.mask) for pair in pairs])
     told = [record.getMessage() for record in caplog.records]
-    assert "DF104 test/hole/000.png, test/hole/001.png: does not end as PNG does" in told[0]
+    assert "DF104 test/hole/000.png, test/hole/001.png: does not end as PNG requires" in told[0]
     assert told[-1].startswith(f"DF104 {pairs[0].image}, {pairs[1].image}: does not end") and len(told) == 2
 
 
@@ -152,7 +152,7 @@ def test_names_of_objects_that_are_good(tmp_path):
 
 
 def test_a_file_that_is_gone_is_said_to_be(tmp_path):
-    with pytest.raises(OSError, match="it is not there; put a file there"):
+    with pytest.raises(OSError, match="it is missing; put a file there"):
         open_image(tmp_path / "gone.png")
 
 

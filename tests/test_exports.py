@@ -316,7 +316,7 @@ def test_impossible_wishes(tmp_path, generated, photos):
     (generated / "manifest.jsonl").write_text(text.replace("metal nut", "bolt", 1))
     (line,) = told(out, "coco", generated, "--good", photos)
     assert line == (
-        f"DF199 --good {photos}: is of one object, the generated images of bolt, metal nut; "
+        f"DF199 --good {photos}: holds one object, the generated images show bolt, metal nut; "
         "export one object at a time"
     )
     assert not out.exists()

@@ -433,7 +433,7 @@ def test_wrong_coco_is_told_at_once(tmp_path):
     root = make_coco(tmp_path / "nut", annotations=broken)
     problems = told(root)
     assert codes(problems) == ["DF143", *["DF167"] * 6]
-    for words in ("2 corners", "48x40", "do not fill 48x48", "(90, 1)", "the id 9", "neither"):
+    for words in ("2 corners", "48x40", "does not fill 48x48", "(90, 1)", "the id 9", "neither"):
         assert any(words in line for line in problems), words
     (root / "images/1.png").unlink()
     shutil.copy(root / "images/2.png", root / "2.png")

@@ -106,7 +106,7 @@ def test_a_wrong_class_is_told(text):
 
 
 def test_a_class_given_twice_is_told():
-    with pytest.raises(InputError, match="DF169 .*: 85 is there twice"):
+    with pytest.raises(InputError, match="DF169 .*: 85 is given twice"):
         MaskClasses.parse(["85=hole", "85=crack"])
 
 

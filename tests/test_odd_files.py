@@ -152,7 +152,7 @@ def test_numbers_whose_meaning_is_plain(tmp_path, line, mask):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("0 0.5 0.5 1.2 0.1", "line 2: 1.2 is not from 0 to 1"),
+        ("0 0.5 0.5 1.2 0.1", "line 2: 1.2 is not between 0 and 1"),
         ("0 0.5 0.5 0.1", "line 2: has 3 numbers after the class; a box has 4, a polygon 6, 8, 10 ..."),
         ("0 0.5 0.5 0.1 0.1 0.93", "line 2: has 5 numbers"),
         ("hole 0.5 0.5 0.1 0.1", "line 2: 'hole' is not a number"),
@@ -354,7 +354,7 @@ def test_images_turned_by_exif_are_named(tmp_path, capsys, orientation, note):
     Image.open(root / "test/hole/000.png").save(root / "test/hole/000.png", exif=exif)
     assert check(root) == 0
     out = capsys.readouterr().out
-    assert ("DF127 test/hole/000.png: is turned by its EXIF tag" in out) is note
+    assert ("DF127 test/hole/000.png: is rotated by its EXIF tag" in out) is note
 
 
 # Shapes
@@ -413,7 +413,7 @@ def test_a_flat_list_is_one_polygon(tmp_path):
         ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "annotation 7: a polygon has 7 numbers"),
         (
             {"segmentation": {"size": [48, 48], "counts": [2000.5, 303.5]}},
-            "its run lengths are not whole",
+            "its RLE counts are not whole",
         ),
         ({"segmentation": {"counts": "x"}}, "annotation 7: has no 'size'"),
         ({"bbox": [9, 9, 5, 5], "category_id": 4}, "annotation 7: no category has the id 4"),

@@ -257,7 +257,7 @@ def test_references_keep_their_share_of_the_image(references):
 
 def test_held_out_masks_are_taken_as_they_are_and_the_leak_is_named(references, nut, caplog):
     source = held_out_source(references)
-    assert "has seen the shapes and places of the defects it is tested on" in caplog.text
+    assert "has seen the shapes and positions of the defects it is tested on" in caplog.text
     assert source(nut, 0) is None  # none of its size
     image = nut.resize((120, 120))
     taken = [source(image, seed) for seed in range(10)]
@@ -342,7 +342,7 @@ def test_held_out_masks_through_the_command(trained, folder, caplog):
     with pytest.raises(SystemExit) as ended:
         generate("--lora", trained, *argv, "--object", "nut", "--output_dir", folder / "out", *FAST)
     assert ended.value.code == "Not generated:\nDF340 001.png: no room for its mask"
-    assert "has seen the shapes and places" in caplog.text
+    assert "has seen the shapes and positions" in caplog.text
     held_out = [np.asarray(Image.open(folder / f"data/nut/ground_truth/hole/{i:03d}_mask.png")) > 0 for i in (2, 3)]
     masks = masks_of(folder / "out")
     assert list(masks) == ["000", "002"] and all(any(np.array_equal(m, h) for h in held_out) for m in masks.values())
@@ -394,7 +394,7 @@ def test_bad_areas_are_refused(trained, folder, monkeypatch, flag):
         generate(*argv)
     (folder / "rois/000.png").write_text("no image")
     with pytest.raises(
-        InputError, match=f"DF103 .*000.png: its {flag[2:]} cannot be read: .*rois/000.png: it is no image"
+        InputError, match=f"DF103 .*000.png: its {flag[2:]} cannot be read: .*rois/000.png: it is not an image"
     ):
         generate(*argv)
     (folder / "rois/000.png").rename(folder / "rois/009.png")

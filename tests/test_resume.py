@@ -269,7 +269,7 @@ def test_latest_without_a_checkpoint_starts_anew_but_never_over_something(train,
     (tmp_path / "project").mkdir()
     (tmp_path / "project/README.md").write_text("mine")
     for more in ([], ["--resume_from_checkpoint", "latest"]):
-        with pytest.raises(InputError, match="DF186 .*something else"):
+        with pytest.raises(InputError, match="DF186 .*other files"):
             train(*more, output=tmp_path / "project")
     assert (tmp_path / "project/README.md").read_text() == "mine"
 

@@ -40,7 +40,7 @@ def test_without_the_flag_the_refusal_says_what_it_would_do(tmp_path, train, cap
     with pytest.raises(InputError, match="DF109 --skip_problems: leaves out this image and uses the others$"):
         train(data=tmp_path / "bolt")
     assert check(root) == 2
-    assert "With --skip_problems these images are left out" in capsys.readouterr().out
+    assert "With --skip_problems, these images are left out" in capsys.readouterr().out
 
 
 def test_what_is_whole_trains_and_the_rest_is_written_down(tmp_path, train, caplog):
@@ -117,5 +117,5 @@ def test_nothing_left_is_told(tmp_path):
 
 
 def test_the_flags_of_a_folder_are_not_for_prepared_data(tmp_path, train):
-    with pytest.raises(InputError, match="DF188 --skip_problems: is of --train_data_dir"):
+    with pytest.raises(InputError, match="DF188 --skip_problems: belongs to --train_data_dir"):
         train("--dataset_name", "x", "--skip_problems")

@@ -340,7 +340,7 @@ def test_speed_is_counted_without_loading_and_without_the_first_batch(trained, i
         "peak_memory_bytes": None,
     }
     assert json.loads((tmp_path / "out/speed.json").read_text()) == expected
-    told = "The last start made 3 images on cpu, processes: 1: 5 s an image without loading."
+    told = "The last start generated 3 images on cpu, processes: 1: 5 s per image, not counting model loading."
     assert told in (tmp_path / "out/summary.html").read_text()
     generate(*argv)  # makes nothing
     assert json.loads((tmp_path / "out/speed.json").read_text()) == expected
@@ -356,6 +356,6 @@ def test_the_speed_of_several_processes_is_that_of_the_slowest():
     found = speed.summarise(speeds)
     assert (found["processes"], found["images"], found["peak_memory_bytes"]) == (3, 10, 2**31)
     assert (found["seconds_per_image"], found["warm_seconds_per_image"]) == (0.9, 1.0)
-    assert "at most 2.0 GiB of its memory" in page.speed_line(found)
+    assert "peak memory 2.0 GiB" in page.speed_line(found)
     nothing = speed.summarise(speeds[2:])
     assert nothing["images"] == 0 and nothing["seconds_per_image"] is None and page.speed_line(nothing) == ""

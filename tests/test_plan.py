@@ -181,7 +181,7 @@ def test_a_lora_without_defect_prompts_is_refused(trained, good, tmp_path, monke
     del record["defect_prompts"]
     save_file(tensors, tmp_path / "old.safetensors", metadata=header | {"defectfill": json.dumps(record)})
     argv = ["--lora", tmp_path / "old.safetensors", "--image", good, "--mask_source", "random", *FAST]
-    with pytest.raises(InputError, match="DF411 .*carries no defect prompts; give --prompt"):
+    with pytest.raises(InputError, match="DF411 .*has no defect prompts; give --prompt"):
         generate(*argv, "--generation_prompt", "defect", "--output_dir", tmp_path / "out")
 
 

@@ -580,7 +580,7 @@ def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
         (("--snr_gamma", "0"), "DF187", "above 0"),
         (("--high_noise_power", "-1"), "DF187", "at least 0"),
         (("--noise_offset", "nan"), "DF187", "at least 0"),
-        (("--snr_gamma", "5", "--high_noise_power", "1"), "DF188", "give one of them"),
+        (("--snr_gamma", "5", "--high_noise_power", "1"), "DF188", "give only one of them"),
         (("--timestep_bias_strategy", "later"), "DF188", "together"),
         (("--timestep_bias_multiplier", "2"), "DF188", "together"),
         (("--timestep_bias_portion", "0.5"), "DF188", "earlier or later"),

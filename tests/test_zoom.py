@@ -194,9 +194,11 @@ def test_a_crack_is_painted_tile_by_tile_and_the_rest_of_the_image_is_untouched(
     flags, mask = tiled
     next_crop, seen = generate_defectfill.next_crop, []
 
-    def watched(canvas):
-        crop = next_crop(canvas)
-        seen.append((np.asarray(crop.image), crop.mask.copy()))
+    def watched(canvas, *sizes):
+        is_new = canvas.crop is None
+        crop = next_crop(canvas, *sizes)
+        if is_new:
+            seen.append((np.asarray(canvas.image.crop(crop.box)), crop.mask.copy()))
         return crop
 
     monkeypatch.setattr(generate_defectfill, "next_crop", watched)

@@ -246,6 +246,7 @@ def test_minmax_stretches_each_sample_by_itself():
     stretched = t.attention_map(maps, (8, 8), "minmax")
     assert stretched.amin(dim=(1, 2)).tolist() == [0, 0]
     assert stretched.amax(dim=(1, 2)).tolist() == pytest.approx([1, 1])
+    assert torch.equal(stretched.flatten(1).argmax(dim=1), maps["a"].argmax(dim=1))  # not upside down
     assert torch.equal(t.attention_map({"a": torch.ones(1, 4)}, (2, 2), "minmax"), torch.zeros(1, 2, 2))
 
 

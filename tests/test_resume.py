@@ -255,6 +255,30 @@ def test_a_run_resumes_only_with_the_options_it_began_with(train, two_checkpoint
         train(*flags, "--resume_from_checkpoint", "latest", output=out, data=data)
 
 
+# What a resumed run may be given anew: where things lie and are kept, what is shown, and what changes no
+# weight, or by rounding alone.
+# Prompts, zoom, data, base and precision are in the identity too, as what they come to.
+FREE = set(
+    """
+    output_dir logging_dir cache_dir report_to push_to_hub hub_model_id hub_public push_timeout max_train_steps
+    checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_steps num_validation_images
+    validation_inference_steps dataloader_num_workers gradient_checkpointing enable_xformers_memory_efficient_attention
+""".split()
+)
+ELSEWHERE = set(
+    """
+    pretrained_model_name_or_path revision variant train_data_dir dataset_name dataset_config_name object defect split
+    layout mask_classes skip_problems phrase object_words defect_prompt object_prompt zoom zoom_context zoom_min_area
+    mixed_precision
+""".split()
+)
+
+
+def test_every_option_that_changes_weights_must_stay_as_it_was(base, data, tmp_path):
+    args = train_defectfill.parse_args(options(base, data, tmp_path / "out"))
+    assert vars(args).keys() - FREE - ELSEWHERE == set(train_defectfill.IDENTITY)
+
+
 def test_a_run_resumes_only_on_the_data_it_began_with(train, two_checkpoints, tmp_path):
     out = shutil.copytree(two_checkpoints, tmp_path / "out")
     with pytest.raises(InputError, match="DF320 data_sha256"):

@@ -22,7 +22,7 @@ from toy_model import RESOLUTION, toy_pipeline
 
 import train_defectfill
 from defectfill.base_model import read_base
-from defectfill.lora import LORA_FILE, check_fits, load_lora, read_lora
+from defectfill.lora import LORA_FILE, check_fits, load_lora, lora_parameters, read_lora
 from defectfill.runs import flags as option_checks
 from defectfill_dataset import InputError
 
@@ -163,6 +163,21 @@ def test_learning_rates_warm_up_from_the_first_step(train):
         name for name, tensor in load_file(out / LORA_FILE).items() if "lora_B" in name and tensor.abs().max() > 0
     ]
     assert len(moved) == len(load_file(out / LORA_FILE)) / 2  # B began at 0
+
+
+def test_gradients_are_cleared_and_dropout_is_on_in_steps_alone(train, monkeypatch):
+    original, steps, modes = train_defectfill.training_losses, [], set()
+
+    def watched(models, *rest):
+        modes.add((torch.is_grad_enabled(), models.unet.training, models.text_encoder.training))
+        if torch.is_grad_enabled():
+            steps.append([p.grad is None for p in lora_parameters(models.unet, models.text_encoder).values()])
+        return original(models, *rest)
+
+    monkeypatch.setattr(train_defectfill, "training_losses", watched)
+    train("--gradient_accumulation_steps", "2", "--validation_steps", "1", "--validation_inference_steps", "1")
+    assert [all(cleared) for cleared in steps] == [True, False] * 2 and not any(steps[1] + steps[3])
+    assert modes == {(True, True, True), (False, False, False)}
 
 
 def test_one_image_and_a_batch_of_four_trains(train, tmp_path):
@@ -438,6 +453,19 @@ def test_an_image_that_breaks_while_training_stops_the_run_and_is_named(train, m
 
     monkeypatch.setattr(train_defectfill.TrainingSamples, "resize_and_crop", broken)
     with pytest.raises(OSError, match="disk went away"):
+        train()
+
+
+def test_a_step_that_fails_stops_the_run(train, monkeypatch):
+    original = train_defectfill.training_losses
+
+    def broken(*args):
+        if torch.is_grad_enabled():
+            raise RuntimeError("out of memory")
+        return original(*args)
+
+    monkeypatch.setattr(train_defectfill, "training_losses", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
         train()
 
 

@@ -177,6 +177,13 @@ def test_ddim_clips_nothing_whatever_the_bases_scheduler():
     assert scheduler.config.clip_sample is False and scheduler.config.steps_offset == 1
 
 
+@pytest.mark.parametrize("name", sampling.SCHEDULERS)
+def test_schedulers_read_the_prediction_as_the_base_means_it(name):
+    base = sampling.DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    scheduler = sampling.SCHEDULERS[name](base)
+    assert (scheduler.config.prediction_type, scheduler.config.beta_schedule) == ("v_prediction", "scaled_linear")
+
+
 # Selection
 
 
@@ -445,6 +452,16 @@ def test_runs_on_other_images_of_the_same_names_share_no_seed(trained, inputs, t
     assert len(set(seeds)) == 18
     masks = [(tmp_path / f"out-{name}/masks/000.png").read_bytes() for name in ("good", "others")]
     assert masks[0] != masks[1]
+
+
+def test_images_alike_in_content_share_no_seed(trained, tmp_path):
+    write_image(tmp_path / "good/a.png")
+    shutil.copy(tmp_path / "good/a.png", tmp_path / "good/b.png")
+    out = tmp_path / "out"
+    generate("--lora", trained, "--image", tmp_path / "good", "--mask_source", "random", "--output_dir", out, *FAST)
+    seeds = [s for line in read_lines(out / "manifest.jsonl") for s in line["windows"][0]["candidate_seeds"]]
+    assert len(set(seeds)) == 6
+    assert (out / "masks/a.png").read_bytes() != (out / "masks/b.png").read_bytes()
 
 
 @pytest.mark.slow

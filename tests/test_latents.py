@@ -91,6 +91,7 @@ def test_variants_and_their_boxes_differ_and_all_are_drawn(make_samples):
     pixels, _, boxes = zip(*(samples.variant(0, k) for k in range(3)))
     assert all(torch.equal(a, b) for a, b in zip(samples.variant(0, 1), make_samples(3).variant(0, 1)))
     assert not torch.equal(pixels[0], pixels[1]) and not torch.equal(pixels[1], pixels[2])
+    assert not torch.equal(samples.variant(1, 0)[2], boxes[0])  # nor are those of two images alike
     assert len({tuple(mask.flatten().tolist()) for of_variant in boxes for mask in of_variant}) == 3 * 4
     items = [samples[step, 0, 1] for step in range(200)]
     assert {(item["index"], item["variant"]) for item in items} == {(i, k) for i in range(4) for k in range(3)}

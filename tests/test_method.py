@@ -125,6 +125,13 @@ def test_both_passes_share_noise_timestep_and_noised_latent_and_see_the_clean_ma
     assert text.calls[0][0][0].shape == (2, 77)  # four prompts in the batch, two distinct
 
 
+def test_each_row_gets_the_embedding_of_its_own_prompt():
+    models, rows = make_models(), torch.tensor([1, 0, 1])
+    expected = models.text_encoder(models.tokens.input_ids[rows])[0]
+    assert torch.allclose(t.encode_prompts(models.text_encoder, models.tokens, rows), expected, atol=1e-6)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-2)
+
+
 def test_draws_depend_on_each_samples_seed_alone():
     models = make_models(lora=False)
     batch = make_batch(3)
@@ -222,6 +229,7 @@ def test_minmax_stretches_each_sample_by_itself():
     stretched = t.attention_map(maps, (8, 8), "minmax")
     assert stretched.amin(dim=(1, 2)).tolist() == [0, 0]
     assert stretched.amax(dim=(1, 2)).tolist() == pytest.approx([1, 1])
+    assert torch.equal(stretched.flatten(1).argmax(dim=1), maps["a"].argmax(dim=1))  # not upside down
     assert torch.equal(t.attention_map({"a": torch.ones(1, 4)}, (2, 2), "minmax"), torch.zeros(1, 2, 2))
 
 

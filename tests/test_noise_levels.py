@@ -66,6 +66,13 @@ def test_timesteps_are_drawn_by_their_weights_and_from_each_samples_seed():
     assert torch.equal(drawn.noise, plain.noise) and torch.equal(drawn.posterior, plain.posterior)
 
 
+def test_timesteps_are_drawn_from_all_noise_levels():
+    batch = make_batch(2) | {"seed": torch.arange(400)}
+    drawn = t.sample_noise(make_models(lora=False), batch).timesteps
+    assert 0 <= drawn.min() < 50 and 950 <= drawn.max() < 1000
+    assert 80 < (drawn >= 750).sum() < 120 and 80 < (drawn < 250).sum() < 120
+
+
 def test_offset_noise_shifts_each_channel_and_nothing_else():
     models, batch = make_models(lora=False), make_batch(2)
     plain, shifted = (t.sample_noise(models, batch, NoiseOptions(noise_offset=x)) for x in (0, 0.1))
@@ -87,6 +94,14 @@ def test_weights_count_in_the_defect_and_object_loss_and_not_in_that_of_attentio
         for term in ("l_def", "l_obj"):
             assert torch.allclose(weighted[term], weight * plain[term])
         assert torch.equal(weighted["l_attn"], plain["l_attn"])
+
+
+def test_figures_that_compare_runs_do_not_depend_on_their_weights():
+    models = make_models()
+    items = [{k: v[0] for k, v in make_batch(1).items()}]
+    options = (t.LossOptions(), t.LossOptions(snr_gamma=0.001), t.LossOptions(high_noise_power=0.5))
+    plain, *weighted = (t.measure(models, items, each, torch.device("cpu")) for each in options)
+    assert weighted == [plain, plain]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -233,7 +233,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(two_checkpoints, tmp_path
 
 CHANGED = [
     ("--rank", "8"), ("--learning_rate", "0.1"), ("--seed", "3"), ("--phrase", "hole"), ("--lora_targets", "all"),
-    ("--snr_gamma", "5"), ("--noise_offset", "0.1"), ("--cache_latents", "2"),
+    ("--snr_gamma", "5"), ("--noise_offset", "0.1"), ("--cache_latents", "2"), ("--zoom", "on"),
+    ("--mixed_precision", "bf16"), ("--object_prompt", "The {object} with {phrase}"),
 ]  # fmt: skip
 
 
@@ -253,6 +254,22 @@ def test_a_run_resumes_only_with_the_options_it_began_with(train, two_checkpoint
     data = two_checkpoints.parent / "nut"
     with pytest.raises(InputError, match="DF320"):
         train(*flags, "--resume_from_checkpoint", "latest", output=out, data=data)
+
+
+# Where things lie and are kept, what is shown, and what changes no weight, or by rounding alone.
+MAY_CHANGE = """output_dir logging_dir cache_dir report_to push_to_hub hub_model_id hub_public push_timeout
+    max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_steps
+    num_validation_images validation_inference_steps dataloader_num_workers gradient_checkpointing
+    enable_xformers_memory_efficient_attention""".split()
+# What becomes the data, the prompts, the crops, the base and the precision, which the identity holds themselves.
+HELD_AS_A_RESULT = """train_data_dir dataset_name dataset_config_name object defect split layout mask_classes
+    skip_problems phrase object_words defect_prompt object_prompt zoom zoom_context zoom_min_area
+    pretrained_model_name_or_path revision variant mixed_precision""".split()
+
+
+def test_every_other_option_must_stay_as_the_run_began(base, data, tmp_path):
+    args = train_defectfill.parse_args(options(base, data, tmp_path / "out"))
+    assert vars(args).keys() - {*MAY_CHANGE, *HELD_AS_A_RESULT} == set(train_defectfill.IDENTITY)
 
 
 def test_a_run_resumes_only_on_the_data_it_began_with(train, two_checkpoints, tmp_path):

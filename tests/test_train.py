@@ -22,7 +22,16 @@ from toy_model import RESOLUTION, toy_pipeline
 
 import train_defectfill
 from defectfill.base_model import read_base
-from defectfill.lora import LORA_FILE, check_fits, load_lora, read_lora
+from defectfill.lora import (
+    LORA_FILE,
+    add_lora,
+    check_fits,
+    load_lora,
+    lora_parameters,
+    read_lora,
+    reload_and_compare,
+    save_lora,
+)  # fmt: skip
 from defectfill.runs import flags as option_checks
 from defectfill_dataset import InputError
 
@@ -163,6 +172,36 @@ def test_learning_rates_warm_up_from_the_first_step(train):
         name for name, tensor in load_file(out / LORA_FILE).items() if "lora_B" in name and tensor.abs().max() > 0
     ]
     assert len(moved) == len(load_file(out / LORA_FILE)) / 2  # B began at 0
+
+
+def test_gradients_are_cleared_and_dropout_is_on_in_steps_alone(train, monkeypatch):
+    original, steps, modes = train_defectfill.training_losses, [], set()
+
+    def watched(models, *rest):
+        modes.add((torch.is_grad_enabled(), models.unet.training, models.text_encoder.training))
+        if torch.is_grad_enabled():
+            steps.append([p.grad is None for p in lora_parameters(models.unet, models.text_encoder).values()])
+        return original(models, *rest)
+
+    monkeypatch.setattr(train_defectfill, "training_losses", watched)
+    train("--gradient_accumulation_steps", "2", "--validation_steps", "1", "--validation_inference_steps", "1")
+    assert [all(cleared) for cleared in steps] == [True, False] * 2 and not any(steps[1] + steps[3])
+    assert modes == {(True, True, True), (False, False, False)}
+
+
+def test_a_step_of_several_micro_batches_is_logged_and_warmed_up_as_one(train, monkeypatch):
+    original, losses = train_defectfill.training_losses, []
+
+    def watched(*args):
+        result = original(*args)
+        if torch.is_grad_enabled():
+            losses.append(result["loss"].item())
+        return result
+
+    monkeypatch.setattr(train_defectfill, "training_losses", watched)
+    lines = read_lines(train("--gradient_accumulation_steps", "2", "--learning_rate", "0.4") / "losses.jsonl")
+    assert [line["loss"] for line in lines] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2])
+    assert [line["lr"] for line in lines] == pytest.approx([0.0, 0.2]) and len(losses) == 4
 
 
 def test_one_image_and_a_batch_of_four_trains(train, tmp_path):
@@ -441,6 +480,19 @@ def test_an_image_that_breaks_while_training_stops_the_run_and_is_named(train, m
         train()
 
 
+def test_a_step_that_fails_stops_the_run(train, monkeypatch):
+    original = train_defectfill.training_losses
+
+    def broken(*args):
+        if torch.is_grad_enabled():
+            raise RuntimeError("out of memory")
+        return original(*args)
+
+    monkeypatch.setattr(train_defectfill, "training_losses", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train()
+
+
 @pytest.mark.parametrize("term", ["l_def", "l_obj", "l_attn"])
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(train, monkeypatch, tmp_path, term):
     original, calls = train_defectfill.training_losses, []
@@ -491,6 +543,17 @@ def test_a_lora_that_does_not_load_is_an_error(train, monkeypatch, tmp_path):
     monkeypatch.setattr(train_defectfill.StableDiffusionInpaintPipeline, "load_lora_weights", loads_nothing)
     with pytest.raises(RuntimeError, match="did not load as it was saved"):
         train()
+
+
+def test_a_lora_file_of_another_alpha_is_an_error(tmp_path):
+    for alpha in (8, 16):
+        pipe = toy_pipeline()
+        add_lora(pipe.unet, pipe.text_encoder, 4, alpha, 0.0)
+        if alpha == 8:
+            save_lora(tmp_path / LORA_FILE, pipe.unet, pipe.text_encoder, {})
+            reload_and_compare(pipe, tmp_path / LORA_FILE)
+    with pytest.raises(RuntimeError, match="alpha did not load as it was saved"):
+        reload_and_compare(pipe, tmp_path / LORA_FILE)
 
 
 # What is refused, before any weight is loaded

@@ -38,7 +38,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("data_dir", metavar="DIR", help="Folder of one object, or a folder above several.")
     add_reading_flags(add, "DIR")
     add("--object", metavar="NAME", help="Check only this object.")
-    add("--split", default="auto", metavar="RULE|FILE", help="Defects to train on, as in training.")
+    add(
+        "--split",
+        default="auto",
+        metavar="RULE|FILE",
+        help="Defects that training uses: auto, first_third, all, or a split.json.",
+    )
     add("--resolution", type=int, default=512, metavar="PX", help="Resolution to train at.")
     add(
         "--vae_scale_factor", type=int, default=8, metavar="N", help="Pixels per cell of the base model's latent grid."
@@ -81,10 +86,15 @@ def print_report(report: ObjectReport) -> None:
     """Split, problems and notes, then a table of the defect types."""
     numbers = (len(report.images(split)) for split in ("train", "test", "good"))
     print(f"\n{report.name}: " + ", ".join(map("{} {}".format, numbers, ("references", "held out", "good"))))
+    warnings = (
+        "Warnings; these alone would not stop training:"
+        if report.problems
+        else ("Warnings; training accepts the data as it is:")
+    )
     for what, found in (
         ("Problems that training would refuse:" if report.problems else "No problems.", report.problems),
         ("Left out:" if report.skipped else "", report.skipped),
-        ("Warnings; training accepts the data as it is:" if report.notes else "", report.notes),
+        (warnings if report.notes else "", report.notes),
     ):
         print("\n".join([what] * bool(what) + folded(found)), end="\n" * bool(what))
     if report.problems and all(map(skippable, report.problems)):

@@ -2,8 +2,8 @@
 # From nothing to a contact sheet of generated defects, on a CPU and without a download of models or images.
 #     bash scripts/demo.sh [output folder, default demo]
 # VENV names another environment to use or make (default .venv).
-# A small base learns a defect only if LoRA is on all layers, and paints it best when asked with the defect prompt; the
-# paper's setting, LoRA on attention and the object prompt, is the commands' default.
+# On so small a base, LoRA on all layers and the defect prompt give better holes than the commands' defaults, which are
+# the paper's: LoRA on attention and the object prompt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-demo}"

@@ -97,7 +97,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--format", choices=list(WRITERS), default="parquet", help="Format to write.")
     add_reading_flags(add, "DIR")
     add("--object", metavar="NAME", help="Write only this object.")
-    add("--split", default="auto", metavar="RULE|FILE", help="Defects to train on, as in training.")
+    add(
+        "--split",
+        default="auto",
+        metavar="RULE|FILE",
+        help="Defects that training uses: auto, first_third, all, or a split.json.",
+    )
     add(
         "--license",
         metavar="ID",

@@ -23,7 +23,12 @@ COMMANDS = ("train_defectfill", "generate_defectfill", *(
 
 def errors_page() -> str:
     """docs/errors.md."""
-    lines = ["# Errors and notes", "", "A message begins with a code and the file or flag, and ends with the fix.", ""]
+    lines = [
+        "# Errors and notes",
+        "",
+        "A message begins with a code and, mostly, the file or flag, and ends with the fix.",
+        "",
+    ]
     for group, codes in CODES.items():
         lines += [f"## {group}", "", "| code | meaning |", "|---|---|"]
         lines += [f"| {code} | {meaning} |" for code, meaning in codes.items()] + [""]

@@ -615,7 +615,7 @@ def test_an_interval_between_two_steps_is_refused(capsys):
     argv = "--lora x --image y --mask m --output_dir z --guidance_interval 0.96 1 --num_inference_steps".split()
     with pytest.raises(SystemExit):
         g.parse_args([*argv, "20"])
-    assert "--guidance_interval 0.96 1.0: holds none of the 20 steps; make it longer" in capsys.readouterr().err
+    assert "--guidance_interval 0.96 1.0: contains none of the 20 steps; widen it" in capsys.readouterr().err
     g.parse_args([*argv, "50"])
     g.parse_args([*argv, "20", "--guidance_scale", "1"])
 

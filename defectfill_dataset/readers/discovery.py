@@ -132,7 +132,7 @@ def _nothing_known(root: Path, layout: str) -> Problem:
         + (f"'{parent}' looks right: give that. " if parent else "") + explain(root)
         + "Expected test/<defect>/ with ground_truth/<defect>/ (MVTec AD), images/ with masks/, annotation files "
         "(COCO, YOLO, LabelMe, Pascal VOC, CVAT, Datumaro, Label Studio, metadata.csv), or another layout of "
-        "README.md, in the folder or below it",
+        "docs/data.md, in the folder or below it",
     )  # fmt: skip
 
 

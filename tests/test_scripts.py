@@ -120,6 +120,7 @@ def test_the_base_that_ships_is_small_whole_and_made_as_its_page_says():
     files = [file for file in TINY_BASE.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 12e6
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".md", ".png"}
+    assert not any("_name_or_path" in file.read_text() for file in files if file.suffix == ".json")  # of a machine
     figures = json.loads((TINY_BASE / "figures.json").read_text())
     readme = (TINY_BASE / "README.md").read_text()
     command = readme.partition("make_tiny_base.py ")[2].partition("\n\n")[0].replace("\\\n", " ")

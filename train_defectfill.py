@@ -50,14 +50,16 @@ from defectfill.noise_levels import (
     error_weights,
     offset_noise,
     predicted_x_0,
+    prediction_target,
 )
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.cards import write_model_card
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
 from defectfill.runs.flags import check_training_args, parse_training_args
 from defectfill.runs.hub import check_hub, push
-from defectfill.runs.record import LossLog, StepClock, log_image, lora_record, run_record
+from defectfill.runs.record import LossLog, log_image, lora_record, run_record
 from defectfill.runs.signals import StopSignal
+from defectfill.runs.speed import StepClock
 from defectfill.sampling import composite, ddim, inpaint
 from defectfill_dataset import (
     CropRule,
@@ -314,8 +316,7 @@ def training_losses(models: Models, batch: dict, sample: NoiseSample, options: L
     latents = batch.get("latents") or encode_images(vae, batch["pixel_values"], [mask, random_mask])
     x_0, b_def, b_obj = latents.sample(sample.posterior, vae.config.scaling_factor)
     x_t = scheduler.add_noise(x_0, sample.noise, sample.timesteps)
-    v_prediction = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(x_0, sample.noise, sample.timesteps) if v_prediction else sample.noise
+    target = prediction_target(scheduler, x_0, sample.noise, sample.timesteps)
 
     n = len(mask)
     prompts = torch.cat([batch["defect_prompt"], batch["object_prompt"]])  # (2B,), on the CPU

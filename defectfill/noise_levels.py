@@ -82,6 +82,14 @@ def error_weights(
     return weights[:, None, None, None]
 
 
+def prediction_target(
+    scheduler: DDPMScheduler, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the UNet is to predict, (B, C, h, w): the noise, or the velocity."""
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    return scheduler.get_velocity(x_0, noise, timesteps) if velocity else noise
+
+
 def predicted_x_0(
     scheduler: DDPMScheduler, x_t: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:

@@ -23,6 +23,7 @@ from PIL import Image
 from defectfill_dataset import InputError, Problem, tensor_image, upsample_mask
 
 from .base_model import BaseModel
+from .latents import encode_images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def inpaint(
         guidance_interval: step i is guided where start <= i / num_inference_steps < end (Kynkäänniemi et al., Limited
             Interval Guidance, NeurIPS 2024); in the other steps the UNet runs once a candidate.
     """
-    conditions = encode_images(pipe, images, latent_masks)
+    conditions = make_conditions(pipe, images, latent_masks)
     prompts = pipe.encode_prompt(prompt, pipe.device, 1, guidance_scale > 1)  # positive, negative
     start, end = guidance_interval
     scales = [guidance_scale if start <= i / num_inference_steps < end else 1 for i in range(num_inference_steps + 1)]
@@ -75,16 +76,15 @@ def inpaint(
     return torch.cat(candidates).unflatten(0, (len(seeds), -1))
 
 
-def encode_images(
+def make_conditions(
     pipe: StableDiffusionInpaintPipeline, images: torch.Tensor, latent_masks: torch.Tensor
 ) -> Conditions:
     """The conditions of (P, 3, S, S) images in [-1, 1] and (P, 1, G, G) masks, on the pipeline's device."""
     images, latent_masks = (x.to(pipe.device, pipe.vae.dtype) for x in (images, latent_masks))
-    pixel_masks = upsample_mask(latent_masks, pipe.vae_scale_factor)
-    both = torch.cat([images, images * (1 - pixel_masks)])
+    encoded = encode_images(pipe.vae, images, [latent_masks])
     # The mode, not a sample: a sample would take its noise from one candidate's seed and give it to all.
-    latents = pipe.vae.encode(both).latent_dist.mode() * pipe.vae.config.scaling_factor
-    return Conditions(images, pixel_masks, latent_masks, *latents.chunk(2))
+    latents = (x.to(images.dtype) * pipe.vae.config.scaling_factor for x in (encoded.mean, *encoded.masked))
+    return Conditions(images, upsample_mask(latent_masks, pipe.vae_scale_factor), latent_masks, *latents)
 
 
 def inpaint_batch(

@@ -89,7 +89,7 @@ def print_report(report: ObjectReport) -> None:
     warnings = (
         "Warnings; these alone would not stop training:"
         if report.problems
-        else ("Warnings; training accepts the data as it is:")
+        else "Warnings; training accepts the data as it is:"
     )
     for what, found in (
         ("Problems that training would refuse:" if report.problems else "No problems.", report.problems),

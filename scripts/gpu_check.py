@@ -10,18 +10,17 @@ weights of Stable Diffusion 2's size. Without a GPU, only the steps with the sma
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import runpy
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -112,6 +111,8 @@ def run_command(module: str, argv: list[str], environment: dict[str, str]) -> di
     """Runs a command as `python FILE ARGV` would; on CUDA returns its peak memory."""
     import torch
 
+    from defectfill.runs.speed import peak_memory
+
     os.environ |= environment
     sys.argv[1:] = argv
     try:
@@ -119,20 +120,19 @@ def run_command(module: str, argv: list[str], environment: dict[str, str]) -> di
     except SystemExit as end:
         if end.code:
             raise
-    if not torch.cuda.is_initialized():
-        return {}
-    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return dict(zip(("peak_memory_gib", "peak_reserved_gib"), (round(peak / 2**30, 2) for peak in peaks)))
+    return peak_memory(torch.device("cuda")) if torch.cuda.is_initialized() else {}
 
 
 def describe_machine() -> dict:
     """The GPU, tried, and versions."""
     import torch
 
+    from defectfill.runs.record import versions
+
     if torch.cuda._is_in_bad_fork():  # type: ignore[attr-defined]
         raise RuntimeError("CUDA was used before the fork")
-    found = {"python": platform.python_version(), "cpus": os.cpu_count(), "gpu": None}
-    for name in ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "numpy", *OPTIONAL):
+    found = versions() | {"cpus": os.cpu_count(), "gpu": None}
+    for name in ("torchvision", *OPTIONAL):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -175,10 +175,9 @@ def save_random_base(folder: str) -> dict:
 
 def kill_group(pid: int | None) -> None:
     """Ends a child and its children."""
-    try:
-        os.killpg(pid or 0, signal.SIGKILL) if pid else None
-    except ProcessLookupError:
-        pass
+    with contextlib.suppress(ProcessLookupError):
+        if pid:
+            os.killpg(pid, signal.SIGKILL)
 
 
 def last_line(log: Path) -> str:
@@ -347,17 +346,16 @@ def train(check: Check, name: str, flags: str) -> dict:
 
 
 def generate(check: Check, name: str, flags: str) -> dict:
-    """Generates images; seconds an image by its manifest, without loading and the first batch."""
+    """Generates images; seconds an image by its own record, without loading and the first batch."""
     sizes = check.sizes
     argv = f"""--lora {check.lora} --image {check.pictures(sizes.resolution)}/train/good --mask_source random
         --zoom off --num_images {sizes.images} --num_candidates {sizes.candidates}
         --num_inference_steps {sizes.inference_steps} --selection rmse --seed 0 --output_dir {check.work / name}
         {flags}"""
     peaks = check.command("generate_defectfill", argv)
-    lines = (check.work / name / "manifest.jsonl").read_text().splitlines()
-    seconds = [json.loads(line)["seconds"] for line in lines]
-    later = [s for s in seconds if s != seconds[0]] or seconds
-    return {"seconds_per_image": round(statistics.median(later), 3), "first_image_seconds": seconds[0], **peaks}
+    speed = json.loads((check.work / name / "speed.json").read_text())
+    seconds = speed["warm_seconds_per_image"] or speed["seconds_per_image"]
+    return {"seconds_per_image": seconds, "first_batch_seconds": speed["first_batch_seconds"], **peaks}
 
 
 BF16 = "--mixed_precision bf16 --train_batch_size"
@@ -431,7 +429,7 @@ def describe(result: dict) -> str:
     """What a result says besides the columns."""
     if not result["ok"]:
         return f"{result['status']}: {result['error']}"
-    names = ("first_loss", "last_loss", "largest_difference", "first_image_seconds")
+    names = ("first_loss", "last_loss", "largest_difference", "first_batch_seconds")
     return ", ".join(f"{name.replace('_', ' ')} {result[name]:.4g}" for name in names if name in result) or "ok"
 
 

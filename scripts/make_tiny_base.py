@@ -34,13 +34,15 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from defectfill.latents import encode_images
+from defectfill.noise_levels import error_weights, prediction_target
 from defectfill.random_base import make_tokenizer
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
@@ -447,8 +449,18 @@ def fit(
     average.copy_to(parameters.values())
 
 
+def picture_loss(y: torch.Tensor, x: torch.Tensor, colours: float) -> torch.Tensor:
+    """L1 on the picture, on its fine detail and, by `colours`, on its coarse colours."""
+
+    def detail(x: torch.Tensor) -> torch.Tensor:
+        return x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+
+    loss = F.l1_loss(y, x) + 2 * F.l1_loss(detail(y), detail(x))
+    return loss + colours * F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+
+
 class Reconstruction(torch.nn.Module):
-    """Loss of an autoencoder: L1 on the picture, on its fine detail and, by `colours`, on its coarse colours.
+    """Loss of an autoencoder: `picture_loss`.
 
     The posterior is barely held to a normal.
     """
@@ -457,21 +469,16 @@ class Reconstruction(torch.nn.Module):
         super().__init__()
         self.vae, self.colours = vae, colours
 
-    @staticmethod
-    def detail(x: torch.Tensor) -> torch.Tensor:
-        return x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):  # half precision would cost fine detail
             posterior = self.vae.encode(x).latent_dist
             y = self.vae.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = F.l1_loss(y, x) + 2 * F.l1_loss(self.detail(y), self.detail(x)) + 1e-5 * kl
-        return loss + self.colours * F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+        return picture_loss(y, x, self.colours) + 1e-5 * kl
 
 
 class Decoding(torch.nn.Module):
-    """Loss of the decoder alone: that of an autoencoder, on latents that no longer move.
+    """Loss of the decoder alone: `picture_loss`, on latents that no longer move.
 
     The UNet stays right for them, so the decoder can be trained on at any time.
     """
@@ -486,10 +493,7 @@ class Decoding(torch.nn.Module):
             with torch.no_grad():
                 z = self.encode(x).latent_dist.mean
             y = self.decoder(self.post_quant_conv(z + 0.02 * torch.randn_like(z)))
-        detail = Reconstruction.detail
-        return (
-            F.l1_loss(y, x) + 2 * F.l1_loss(detail(y), detail(x)) + F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
-        )
+        return picture_loss(y, x, 1)
 
 
 def tinted(x: torch.Tensor) -> torch.Tensor:
@@ -550,10 +554,9 @@ def encode(vae: AutoencoderKL, scenes: Scenes, device: torch.device) -> dict[str
     for start in tqdm(range(0, len(scenes.pixels), number), desc="Latents", mininterval=5):
         x = torch.from_numpy(scenes.pixels[start : start + number]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         masks = scenes.masks[start : start + number].to(device).float()
-        holes = 1 - upsample_mask(masks, x.shape[-1] // masks.shape[-1])  # (B, K, 1, R, R)
-        means = vae.encode(torch.cat([x, (x[:, None] * holes).flatten(0, 1)])).latent_dist.mean
-        clean.append(means[: len(x)].cpu())
-        cut.append(means[len(x) :].unflatten(0, (len(x), MASKS)).cpu())
+        latents = encode_images(vae, x, list(masks.unbind(dim=1)))
+        clean.append(latents.mean.cpu())
+        cut.append(torch.stack(latents.masked, dim=1).cpu())
     clean, cut = torch.cat(clean), torch.cat(cut)
     scale = 1 / clean.std()
     return {"clean": (clean * scale).half().contiguous(), "cut": (cut * scale).half().contiguous(), "scale": scale}
@@ -578,17 +581,14 @@ class Inpainting(torch.nn.Module):
         super().__init__()
         self.unet, self.text_encoder = pipe.unet, pipe.text_encoder
         self.noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-        self.velocity = pipe.scheduler.config.prediction_type == "v_prediction"
-        snr = compute_snr(self.noise_scheduler, torch.arange(self.noise_scheduler.config.num_train_timesteps))
-        weights = torch.ones_like(snr) if self.velocity else snr.clamp(max=5) / snr
-        self.register_buffer("weights", weights, persistent=False)
+        self.snr_gamma = None if pipe.scheduler.config.prediction_type == "v_prediction" else 5
 
     def forward(self, x_0, mask, cut, input_ids, noise, t):
         x_t = self.noise_scheduler.add_noise(x_0, noise, t)
         pred = self.unet(torch.cat([x_t, mask, cut], dim=1), t, self.text_encoder(input_ids)[0]).sample
-        target = self.noise_scheduler.get_velocity(x_0, noise, t) if self.velocity else noise
-        error = (pred.float() - target).square() * (0.3 + 0.7 * mask)
-        return (error.mean(dim=(1, 2, 3)) * self.weights[t]).mean()
+        error = (pred.float() - prediction_target(self.noise_scheduler, x_0, noise, t)).square() * (0.3 + 0.7 * mask)
+        weights = error_weights(self.noise_scheduler, t, self.snr_gamma, high_noise_power=0)
+        return (error if weights is None else weights * error).mean()
 
 
 def train_unet(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import read_lines
 
-from defectfill.runs import record
+from defectfill.runs import speed as clocks
 from defectfill_scripts import gpu_check
 from defectfill_scripts.gpu_check import STEPS, TOY, Check, Step, StepError
 
@@ -111,8 +111,8 @@ def test_the_list_names_every_step(capsys):
 
 
 def test_the_clock_leaves_out_warm_up_checkpoints_and_validation(monkeypatch):
-    clock, now = record.StepClock(), iter([0, 10, 20, 30, 40, 41, 61, 64])
-    monkeypatch.setattr(record.time, "perf_counter", lambda: next(now))
+    clock, now = clocks.StepClock(), iter([0, 10, 20, 30, 40, 41, 61, 64])
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(now))
     for step in range(1, 9):
         clock.tick()
         if step == 6:

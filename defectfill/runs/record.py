@@ -3,14 +3,11 @@
 import json
 import logging
 import platform
-import statistics
 import subprocess
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import DatasetDict
 from PIL import Image
 
@@ -103,35 +100,6 @@ class LossLog:
             return {k: sum(line[k] for line in lines) / len(lines) for k in lines[0] if k != "step"} if lines else {}
 
         return {"first_tenth": mean(self.lines[:tenth]), "last_tenth": mean(self.lines[-tenth:])}
-
-
-class StepClock:
-    """Wall-clock seconds of each step, from the moment its losses are known to the same moment of the next."""
-
-    WARM_UP = 5  # steps that do not count: kernels are chosen, memory is taken, a model is compiled
-
-    def __init__(self):
-        self.steps, self.last, self.seconds = 0, None, []
-
-    def tick(self) -> None:
-        """A step's losses are known."""
-        now = time.perf_counter()
-        self.steps += 1
-        if self.last is not None and self.steps > self.WARM_UP:
-            self.seconds.append(now - self.last)
-        self.last = now
-
-    def interrupt(self) -> None:
-        """A checkpoint or a validation came after the step: the time until the next one does not count."""
-        self.last = None
-
-    def summary(self, device: torch.device) -> dict:
-        """The median, None of a run too short; on CUDA the peak memory of the whole run, of tensors and reserved."""
-        speed: dict = {"seconds_per_step": round(statistics.median(self.seconds), 4) if self.seconds else None}
-        if device.type == "cuda":
-            peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-            speed |= zip(("peak_memory_gib", "peak_reserved_gib"), (round(peak / 2**30, 2) for peak in peaks))
-        return speed
 
 
 def log_image(trackers: list, image: Image.Image, step: int) -> None:

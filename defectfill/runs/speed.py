@@ -1,6 +1,7 @@
-"""How fast a generation run was, and how much device memory it took."""
+"""How fast a run was, and how much device memory it took."""
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,43 @@ import torch
 SPEED = "speed.json"
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that this process took on CUDA, of tensors and as torch reserved it; {} on a CPU."""
+    if device.type != "cuda":
+        return {}
+    peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return dict(zip(("peak_memory_gib", "peak_reserved_gib"), (round(peak / 2**30, 2) for peak in peaks)))
+
+
+class StepClock:
+    """Wall-clock seconds of each step, from the moment its losses are known to the same moment of the next."""
+
+    WARM_UP = 5  # steps that do not count: kernels are chosen, memory is taken, a model is compiled
+
+    def __init__(self):
+        self.steps, self.last, self.seconds = 0, None, []
+
+    def tick(self) -> None:
+        """A step's losses are known."""
+        now = time.perf_counter()
+        self.steps += 1
+        if self.last is not None and self.steps > self.WARM_UP:
+            self.seconds.append(now - self.last)
+        self.last = now
+
+    def interrupt(self) -> None:
+        """A checkpoint or a validation came after the step: the time until the next one does not count."""
+        self.last = None
+
+    def summary(self, device: torch.device) -> dict:
+        """The median, None of a run too short; and `peak_memory`."""
+        median = round(statistics.median(self.seconds), 4) if self.seconds else None
+        return {"seconds_per_step": median, **peak_memory(device)}
+
+
 @dataclasses.dataclass
 class Speed:
-    """The clock of one process; it runs from the start, except while weights are loaded.
+    """The clock of one process that generates; it runs from the start, except while weights are loaded.
 
     Args:
         images: made.

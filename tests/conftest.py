@@ -15,7 +15,7 @@ if not installed or not ROOT.joinpath("scripts/__init__.py").samefile(installed.
     pytest.exit("Install this clone first: pip install -c constraints.txt -e .", returncode=4)
 
 import torch  # noqa: E402
-from drawn import write_image  # noqa: E402
+from drawn import write_image, write_mask  # noqa: E402
 from folders import make_mvtec  # noqa: E402
 from generated import make_generated  # noqa: E402
 from runs import options, reset_accelerate  # noqa: E402
@@ -93,3 +93,12 @@ def photos(tmp_path) -> Path:
 @pytest.fixture
 def generated(tmp_path, photos) -> Path:
     return make_generated(tmp_path / "generated")
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Three good images of their own sizes with masks of the same names."""
+    for i, size in enumerate((48, 70, 33)):
+        write_mask(tmp_path / "masks" / f"{i:03d}_mask.png", size)
+        write_image(tmp_path / "good" / f"{i:03d}.png", size)
+    return ["--image", tmp_path / "good", "--mask", tmp_path / "masks"]

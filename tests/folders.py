@@ -13,25 +13,30 @@ from pycocotools import mask as coco_mask
 from defectfill_dataset.readers.discovery import OLD_NAMES
 
 
-def make_mvtec(root: Path, defects: dict[str, int] | None = None, good: int = 3, size: int = 48) -> Path:
-    """An object in MVTec AD's layout; returns its folder."""
+def write_object(
+    folders: dict[str, Path], defects: dict[str, int] | None = None, good: int = 3, size: int = 48
+) -> None:
+    """Images, masks and good images, in the folders of these names; defects in folders named by their types."""
     for defect, number in (defects or {"hole": 4}).items():
         for i in range(number):
-            mask = write_mask(root / "ground_truth" / defect / f"{i:03d}_mask.png", size)
-            write_image(root / "test" / defect / f"{i:03d}.png", size, COLOURS[defect], mask)
+            mask = write_mask(folders["masks"] / defect / f"{i:03d}_mask.png", size)
+            write_image(folders["images"] / defect / f"{i:03d}.png", size, COLOURS[defect], mask)
     for i in range(good):
-        write_image(root / "train" / "good" / f"{i:03d}.png", size)
+        write_image(folders["good"] / f"{i:03d}.png", size)
+
+
+def make_mvtec(root: Path, defects: dict[str, int] | None = None, good: int = 3, size: int = 48) -> Path:
+    """An object in MVTec AD's layout; returns its folder."""
+    folders = {"images": root / "test", "masks": root / "ground_truth", "good": root / "train/good"}
+    write_object(folders, defects, good, size)
     return root
 
 
 def make_seed_layout(root: Path, defects: dict[str, int] | None = None, good: int = 3, size: int = 48) -> Path:
     """An object in the tutorial's layout; returns its folder."""
-    for defect, number in (defects or {"hole": 4}).items():
-        for i in range(number):
-            mask = write_mask(root / "train/defective_masks" / defect / f"{i:03d}_mask.png", size)
-            write_image(root / "train/defective" / defect / f"{i:03d}.png", size, COLOURS[defect], mask)
-    for i in range(good):
-        write_image(root / "test" / "good" / f"{i:03d}.png", size)
+    train = root / "train"
+    folders = {"images": train / "defective", "masks": train / "defective_masks", "good": root / "test/good"}
+    write_object(folders, defects, good, size)
     return root
 
 

@@ -25,6 +25,9 @@ def reset_accelerate() -> None:
         state._reset_state()
 
 
+FAST = ["--num_inference_steps", 2, "--num_candidates", 3, "--selection", "rmse"]  # of a generation
+
+
 def generate(*argv) -> None:
     generate_defectfill.main(generate_defectfill.parse_args([str(a) for a in argv]))
 

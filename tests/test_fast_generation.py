@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from drawn import write_image, write_mask
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from runs import generate, read_lines
+from runs import FAST, generate, read_lines
 from safetensors import safe_open
 from safetensors.torch import save_file
 from skimage.metrics import structural_similarity
@@ -31,18 +30,6 @@ from defectfill.runs import report as page
 from defectfill.runs import speed
 from defectfill.runs.files import save_image
 from defectfill_dataset import InputError
-
-
-FAST = ["--num_inference_steps", 2, "--num_candidates", 3, "--selection", "rmse"]
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    """Three good images of their own sizes with masks of the same names."""
-    for i, size in enumerate((48, 70, 33)):
-        write_mask(tmp_path / "masks" / f"{i:03d}_mask.png", size)
-        write_image(tmp_path / "good" / f"{i:03d}.png", size)
-    return ["--image", tmp_path / "good", "--mask", tmp_path / "masks"]
 
 
 @pytest.fixture

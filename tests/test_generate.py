@@ -17,7 +17,7 @@ import torch
 from drawn import write_image, write_mask
 from folders import make_mvtec
 from PIL import Image
-from runs import content, generate, read_lines
+from runs import FAST, content, generate, read_lines
 from safetensors import safe_open
 from safetensors.torch import save_file
 from toy_model import RESOLUTION, toy_pipeline
@@ -52,18 +52,6 @@ def grid():
 @pytest.fixture
 def good():
     return torch.linspace(-1, 1, RESOLUTION).expand(3, RESOLUTION, RESOLUTION).clone()
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    """Three good images of their own sizes with masks of the same names."""
-    for i, size in enumerate((48, 70, 33)):
-        write_mask(tmp_path / "masks" / f"{i:03d}_mask.png", size)
-        write_image(tmp_path / "good" / f"{i:03d}.png", size)
-    return ["--image", tmp_path / "good", "--mask", tmp_path / "masks"]
-
-
-FAST = ["--num_inference_steps", 2, "--num_candidates", 3, "--selection", "rmse"]
 
 
 # Candidates

@@ -17,7 +17,7 @@ if not installed or not ROOT.joinpath("scripts/__init__.py").samefile(installed.
 import torch  # noqa: E402
 from drawn import write_image, write_mask  # noqa: E402
 from folders import make_mvtec  # noqa: E402
-from generated import make_generated  # noqa: E402
+from generated_folder import make_generated  # noqa: E402
 from runs import options, reset_accelerate  # noqa: E402
 from torchvision.models import alexnet  # noqa: E402
 from toy_model import toy_pipeline  # noqa: E402

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import yaml
-from generated import drawn, export, make_generated, marks, read_back
+from generated_folder import drawn, export, make_generated, marks, read_back
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO

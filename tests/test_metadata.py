@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from drawn import write_image, write_mask
-from generated import export, make_generated
+from generated_folder import export, make_generated
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from runs import generate

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from generated import export, marks, read_back
+from generated_folder import export, marks, read_back
 from PIL import Image
 from torch.nn import functional
 

@@ -1,13 +1,18 @@
 """Runs of the real commands, in this process or in one without our code, and what they leave."""
 
+import faulthandler
 import json
 import os
 import subprocess
 import sys
+import threading
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from toy_model import RESOLUTION
+from tqdm import tqdm
 
 import generate_defectfill
 from defectfill_scripts import check_data
@@ -23,6 +28,28 @@ def options(base: Path, data: Path, output: Path, *more: str) -> list[str]:
 def reset_accelerate() -> None:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+def fork(function: Callable[[], object], seconds: float = 300) -> int:
+    """Runs `function` in a forked child and returns the child's id. One that hangs shows where, and ends with 1."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        tqdm.set_lock(threading.RLock())  # of its own: a child killed inside a shared one would stop its parent's bars
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+        function()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # an exception must not go on through the child's copy of the tests
+
+
+def wait_for(pid: int) -> int:
+    """The exit status of a child; a signal's number counts below zero."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 FAST = ["--num_inference_steps", 2, "--num_candidates", 3, "--selection", "rmse"]  # of a generation

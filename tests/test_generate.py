@@ -17,7 +17,7 @@ import torch
 from drawn import write_image, write_mask
 from folders import make_mvtec
 from PIL import Image
-from runs import FAST, content, generate, read_lines
+from runs import FAST, content, fork, generate, read_lines, wait_for
 from safetensors import safe_open
 from safetensors.torch import save_file
 from toy_model import RESOLUTION, toy_pipeline
@@ -342,18 +342,18 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, inputs, tmp_path):
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "whole", *FAST)
     for fatal in (1, 2, 3):  # killed while the row, the image, the mask of the second image is written
         out = tmp_path / f"killed-{fatal}"
-        pid = os.fork()
-        if not pid:
+
+        def killed_run(out=out, fatal=fatal):
             flush, calls = files.flush, []
 
-            def flush_or_die(path, flush=flush, calls=calls, fatal=fatal):
+            def flush_or_die(path):
                 calls.extend([path] if path.suffix == ".png" else [])
                 return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 3 + fatal else flush(path)
 
             files.flush = flush_or_die
             generate("--lora", trained, *inputs, "--output_dir", out, *FAST)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+        assert wait_for(fork(killed_run)) == -signal.SIGKILL
         part = out / "manifest-part-00000.jsonl"
         assert len(read_lines(part)) == 1 and list(out.rglob(f"{files.TEMPORARY}*"))
         with part.open("a") as lines:

@@ -19,7 +19,7 @@ import torch
 from drawn import COLOURS, write_image, write_mask
 from folders import make_mvtec
 from PIL import Image
-from runs import content, generate, options, read_lines, reset_accelerate
+from runs import content, fork, generate, options, read_lines, reset_accelerate, wait_for
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.spatial.distance import cdist
@@ -554,11 +554,7 @@ def kill_at_random(argv, out, kills: int) -> int:
     """Starts the run again and again, each time until so many more images are there; returns how many were killed."""
     rng, killed = random.Random(0), 0
     for _ in range(kills):
-        pid = os.fork()
-        if not pid:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            generate(*argv)
-            os._exit(0)
+        pid = fork(lambda: generate(*argv))
         wanted = len([*out.glob("images/*.png")]) + rng.randrange(6)
         while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if len([*out.glob("images/*.png")]) >= wanted:
@@ -566,7 +562,7 @@ def kill_at_random(argv, out, kills: int) -> int:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
-        killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        killed += wait_for(pid) == -signal.SIGKILL
     return killed
 
 

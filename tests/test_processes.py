@@ -1,14 +1,16 @@
-"""Real launches: two processes on the CPU."""
+"""Real launches: two processes on the CPU. And the forks of other tests."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from folders import make_mvtec
-from runs import options, read_lines
+from runs import fork, options, read_lines, wait_for
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from defectfill.lora import LORA_FILE
 
@@ -87,3 +89,15 @@ def test_two_processes_train_like_one_of_twice_the_batch(two_processes, train, t
         for run in (tmp_path / "out", two_processes / "out")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_child_killed_while_it_shows_progress_stops_nobody():
+    list(tqdm(range(2)))
+    killed = fork(lambda: (tqdm.get_lock().acquire(), os.kill(os.getpid(), signal.SIGKILL)))
+    assert wait_for(killed) == -signal.SIGKILL
+    assert list(tqdm(range(2))) == [0, 1]
+
+
+def test_a_child_that_fails_or_hangs_ends(capfd):
+    assert wait_for(fork(lambda: 1 / 0)) == 1 and "ZeroDivisionError" in capfd.readouterr().err
+    assert wait_for(fork(signal.pause, seconds=0.5)) == 1 and "test_processes.py" in capfd.readouterr().err

@@ -15,7 +15,7 @@ from offline import ROOT
 import pytest
 import torch
 from folders import make_mvtec
-from runs import options, read_lines, reset_accelerate
+from runs import fork, options, read_lines, reset_accelerate, wait_for
 from safetensors.torch import load_file, save_file
 
 import train_defectfill
@@ -31,18 +31,15 @@ RUN = """--max_train_steps 6 --checkpointing_steps 2 --rank 128 --lora_dropout 0
 KILLED = -signal.SIGKILL
 
 
-def killed_run(argv: list[str], point: str, prepare=lambda: None) -> int:
-    """Runs training in a child process that kills itself at `point`; returns its wait status."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    try:
-        prepare()
+def killed_run(argv: list[str], point: str) -> int:
+    """Runs training in a child process that kills itself at `point`; returns its exit status."""
+
+    def run():
         plant_kill(point)
         reset_accelerate()
         train_defectfill.main(train_defectfill.parse_args(argv))
-    finally:
-        os._exit(0)
+
+    return wait_for(fork(run))
 
 
 def die():
@@ -385,14 +382,13 @@ def test_a_signal_ends_the_run_at_a_step_with_a_checkpoint(train, base, data, tm
 def test_a_second_signal_ends_at_once():
     from defectfill.runs.signals import StopSignal
 
-    pid = os.fork()
-    if not pid:
+    def two_signals():
         StopSignal()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
+
+    assert wait_for(fork(two_signals)) == 128 + signal.SIGTERM
 
 
 def test_the_process_ends_with_its_launcher(monkeypatch):
@@ -401,19 +397,16 @@ def test_the_process_ends_with_its_launcher(monkeypatch):
 
     monkeypatch.setenv("LOCAL_RANK", "0")
     read, write = os.pipe()
-    launcher = os.fork()
-    if not launcher:
-        if not os.fork():
-            stop = StopSignal()
-            os.write(write, b"ready")
-            for _ in range(200):
-                if stop.number is None:
-                    time.sleep(0.1)
-            os.write(write, f" {stop.number}".encode())
-            os._exit(0)
-        os.read(read, 5)
-        os._exit(0)
-    os.waitpid(launcher, 0)
+
+    def process():
+        stop = StopSignal()
+        os.write(write, b"ready")
+        for _ in range(200):
+            if stop.number is None:
+                time.sleep(0.1)
+        os.write(write, f" {stop.number}".encode())
+
+    assert wait_for(fork(lambda: (fork(process), os.read(read, 5)))) == 0
     os.close(write)
     assert os.read(read, 9) == f" {signal.SIGUSR1:d}".encode()
 
@@ -459,17 +452,20 @@ open("written", "w").write(str(stop.number))
 
 def test_one_writer_at_a_time(tmp_path):
     ready, go = os.pipe(), os.pipe()
-    pid = os.fork()
-    if not pid:
+
+    def writer():
         with exclusive_lock(tmp_path / "out"):
             os.write(ready[1], b"x")
             os.read(go[0], 1)
             die()
-    os.read(ready[0], 1)
+
+    pid = fork(writer)
+    os.close(ready[1])
+    assert os.read(ready[0], 1)
     with pytest.raises(InputError, match="DF191"), exclusive_lock(tmp_path / "out"):
         pass
     os.write(go[1], b"x")
-    os.waitpid(pid, 0)
+    assert wait_for(pid) == KILLED
     with exclusive_lock(tmp_path / "out"):  # free again, though its holder was killed
         pass
 

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionInpaintPipeline
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
 from drawn import write_image
 from PIL import Image
-from runs import in_clean_process, read_lines, reset_accelerate
+from runs import fork, in_clean_process, read_lines, reset_accelerate, wait_for
 from safetensors.torch import load_file
 from toy_model import toy_pipeline
 
@@ -95,13 +95,13 @@ def make_base(*argv) -> None:
 @pytest.mark.slow
 def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     make_base("--output_dir", tmp_path / "whole", *SMALL)
-    pid = os.fork()
-    if not pid:  # dies between the two stages of the UNet
+
+    def killed_run():  # dies between the two stages of the UNet
         fit, calls = make_tiny_base.fit, []
         make_tiny_base.fit = lambda *args: (calls.append(1), fit(*args), len(calls) == 3 and os._exit(9))
         make_base("--output_dir", tmp_path / "killed", *SMALL)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+    assert wait_for(fork(killed_run)) == 9
     monkeypatch.setattr(make_tiny_base, "make_scenes", None)  # pictures and latents are there already
     monkeypatch.setattr(make_tiny_base, "encode", None)
     make_base("--output_dir", tmp_path / "killed", *SMALL)

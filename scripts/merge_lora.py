@@ -109,9 +109,7 @@ def main(args: argparse.Namespace) -> None:
         written = StableDiffusionInpaintPipeline.from_pretrained(Path(folder) / "pipeline", dtype=dtype)
         compare_weights(written, pipe, args.output_dir)
         (Path(folder) / "pipeline").rename(args.output_dir)
-    print(
-        f"{args.output_dir}: base and LoRA merged; in fp32, no pixel in [0, 1] differs by more than {difference:.0e}"
-    )
+    print(f"{args.output_dir}: base and LoRA merged; in fp32, pixels in [0, 1] differ by at most {difference:.0e}")
     if args.single_file:
         with atomic_write(args.single_file) as temporary:
             save_single_file(pipe, temporary, open_clip=pipe.text_encoder.config.hidden_size == 1024)

@@ -190,19 +190,11 @@ def test_a_merged_lora_needs_no_lora(trained, base, tmp_path, monkeypatch, open_
     saved, files = merge_lora.save_single_file, []
     monkeypatch.setattr(merge_lora, "save_single_file", lambda pipe, path, **_: (
         saved(pipe, path, open_clip), files.append(set(load_file(path)))))  # fmt: skip
-    merge(
-        trained,
-        "--output_dir",
-        tmp_path / "out/merged",
-        "--single_file",
-        tmp_path / "one.safetensors",
-        "--dtype",
-        "fp32",
-    )
+    single_file = tmp_path / "one.safetensors"
+    merge(trained, "--output_dir", tmp_path / "out/merged", "--single_file", single_file, "--dtype", "fp32")
     plain, merged = (StableDiffusionInpaintPipeline.from_pretrained(f) for f in (base, tmp_path / "out/merged"))
-    assert not torch.equal(
-        *(p.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight for p in (plain, merged))
-    )
+    first, second = (pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q for pipe in (plain, merged))
+    assert not torch.equal(first.weight, second.weight)
     load_lora(plain, read_lora(trained))
     lora = read_lora(trained)
     first, second = (merge_lora.inpaint_noise(pipe, lora, 32) for pipe in (plain, merged))

@@ -59,6 +59,9 @@ works best on such crops: with `padding_mask_crop`, diffusers cuts one out and p
 {% else -%}
 The pipeline also changes pixels outside the mask a little; paste the result into the input with the mask to keep them.
 {% endif %}
+ComfyUI, AUTOMATIC1111, Forge, SD.Next, InvokeAI and other programs that read kohya's LoRA files load it too, with
+strength 1 for UNet and text encoder, on an inpainting checkpoint of the base.
+
 ## Training
 
 {{ steps }} steps of batch {{ batch_size }} at {{ resolution }} px; rank {{ rank }}

@@ -1,5 +1,6 @@
 """Killed and resumed runs against uninterrupted ones, bit for bit; checkpoints that must not be used."""
 
+import hashlib
 import json
 import os
 import resource
@@ -17,9 +18,10 @@ import torch
 from folders import make_mvtec
 from runs import fork, options, read_lines, reset_accelerate, wait_for
 from safetensors.torch import load_file, save_file
+from toy_model import toy_pipeline
 
 import train_defectfill
-from defectfill.lora import LORA_FILE, read_lora
+from defectfill.lora import LORA_FILE, add_lora, portable_name, read_lora
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.files import TEMPORARY, atomic_write, clear_leftovers, exclusive_lock
 from defectfill_dataset import InputError
@@ -120,6 +122,40 @@ def test_a_killed_run_with_cached_latents_resumes_bit_equal(train, base, data, t
     whole, out = uninterrupted(data, *flags), tmp_path / "killed"
     assert killed_run(options(base, data, out, *RUN, *flags), "step") == KILLED
     train(*RUN, *flags, "--resume_from_checkpoint", "latest", output=out)
+    assert same_results(whole, out)
+
+
+def in_pefts_names(checkpoint: Path, models) -> None:
+    """Writes a checkpoint as versions before kohya's names wrote it: alpha in the header alone."""
+    dotted = {}
+    for prefix, model in zip(("unet", "text_encoder.text_model"), models):
+        for name, _ in model.named_parameters():
+            portable = portable_name(f"{prefix}.{name.replace('.default.', '.')}")
+            dotted[portable] = f"{prefix}.{name.replace('.default.', '.')}"
+    header = {"lora_adapter_metadata": json.dumps({f"{m}.lora_alpha": 8.0 for m in ("unet", "text_encoder")})}
+    lora = read_lora(checkpoint)
+    weights = {dotted[k]: v for k, v in lora.tensors.items() if not k.endswith(".alpha")}
+    record = json.dumps(lora.record | {"tensors": len(weights)})
+    save_file(weights, checkpoint / LORA_FILE, metadata=header | {"defectfill": record})
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    old = {f"{dotted[k.split('|')[0]]}|{k.split('|')[1]}": tensor for k, tensor in moments.items()}
+    save_file(old, checkpoint / "optimizer.safetensors")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        content = (checkpoint / name).read_bytes()
+        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_an_earlier_version_is_resumed(train, base, data, tmp_path, uninterrupted):
+    whole, out = uninterrupted(data, "--gradient_accumulation_steps", "1"), tmp_path / "killed"
+    assert killed_run(options(base, data, out, *RUN, "--gradient_accumulation_steps", "1"), "step") == KILLED
+    pipe = toy_pipeline()
+    add_lora(pipe.unet, pipe.text_encoder, 128, 8, 0.0)
+    in_pefts_names(out / "checkpoint-2", (pipe.unet, pipe.text_encoder))
+    assert not any("lora_unet" in name for name in load_file(out / "checkpoint-2/optimizer.safetensors"))
+    train(*RUN, "--gradient_accumulation_steps", "1", "--resume_from_checkpoint", "latest", output=out)
     assert same_results(whole, out)
 
 

@@ -3,9 +3,10 @@
     python scripts/ablate.py --base scripts/tiny_base --segmenter segmenter --output_dir ablation
 
 For every variant, seed and defect type: a LoRA on a third of twelve pairs; defects inpainted into good parts with
-masks that no LoRA saw, one candidate each; and four metrics: the attention map's IoU with the mask on the training
-images; the IoU of the segmenter's prediction with the target mask; its detection rate (share of images with an IoU
-above 0.3); and the feature distance of the generated defects to real ones, in the segmenter's features. Each result
+masks that no LoRA saw, one candidate each, with the defect prompt; and these metrics: the attention map's IoU with the
+mask and the error of x_0 inside it at timestep 800, on the training images; the IoU of the segmenter's prediction with
+the target mask, and the same for images inpainted with the object prompt; its detection rate (share of images with an
+IoU above 0.3); and the feature distance of the generated defects to real ones, in the segmenter's features. Each result
 is a line of results.jsonl and is not computed again. table.md and samples.png are made from them.
 """
 
@@ -30,21 +31,30 @@ from defectfill_scripts import make_demo_data
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
 
 
+RECIPE = "--lora_targets all --rank 32 --lora_alpha 32 --lora_dropout 0 --cache_latents 8".split()  # of scripts/demo.sh
 VARIANTS = {
-    "default": [],
-    "no L_def": ["--lambda_def", "0"],
-    "no L_obj": ["--lambda_obj", "0"],
-    "no L_attn": ["--lambda_attn", "0"],
-    "attention of the defect pass": ["--attention_pass", "defect"],
-    "min-max maps": ["--attention_map_scale", "minmax"],
-    "reduction over the mask": ["--loss_reduction", "mask"],
-    "alpha 0": ["--background_alpha", "0"],
-    "alpha 1": ["--background_alpha", "1"],
+    "recipe": RECIPE,
+    "the paper's LoRA": [],  # rank 8 on attention
+    "rank 32 on attention": "--rank 32 --lora_alpha 32 --lora_dropout 0 --cache_latents 8".split(),
+    "no L_def": [*RECIPE, "--lambda_def", "0"],
+    "no L_obj": [*RECIPE, "--lambda_obj", "0"],
+    "no L_attn": [*RECIPE, "--lambda_attn", "0"],
+    "attention of the defect pass": [*RECIPE, "--attention_pass", "defect"],
+    "min-max maps": [*RECIPE, "--attention_map_scale", "minmax"],
+    "reduction over the mask": [*RECIPE, "--loss_reduction", "mask"],
+    "alpha 0": [*RECIPE, "--background_alpha", "0"],
+    "alpha 1": [*RECIPE, "--background_alpha", "1"],
+    "high-noise power 0.5": [*RECIPE, "--high_noise_power", "0.5"],
+    "min-SNR 5": [*RECIPE, "--snr_gamma", "5"],
+    "offset noise 0.1": [*RECIPE, "--noise_offset", "0.1"],
 }
 CASES = {"nut": "hole", "plate": "scratch", "cloth": "stain"}
 NO_LORA = "base without LoRA"
 REAL = "real defects"
-FIGURES = ("attention_iou", "segmenter_iou", "found", "distance")
+FIGURES = {
+    "attention IoU": "attention_iou", "error of x_0": "x0_error", "segmenter IoU": "segmenter_iou",
+    "object prompt": "object_prompt_iou", "detection rate": "found", "feature distance": "distance",
+}  # fmt: skip
 SHOWN = 6  # images of each run that are kept
 
 
@@ -86,8 +96,8 @@ def figures_of(segmenter: UNet2DModel, images: torch.Tensor, masks: torch.Tensor
 # One run
 
 
-def train(args: argparse.Namespace, part: str, defect: str, options: list[str], seed: int, folder: Path) -> float:
-    """Trains a LoRA into `folder`; returns the attention map's IoU with the mask on the references."""
+def train(args: argparse.Namespace, part: str, defect: str, options: list[str], seed: int, folder: Path) -> dict:
+    """Trains a LoRA into `folder`; returns its measures on the references."""
     record = folder / "run_record.json"
     if not record.exists() or "after" not in json.loads(record.read_text()):
         words = f"""--pretrained_model_name_or_path {args.base} --train_data_dir {args.output_dir}/data/{part}
@@ -97,7 +107,8 @@ def train(args: argparse.Namespace, part: str, defect: str, options: list[str], 
             --checkpointing_steps 1000000 --checkpoints_total_limit 1 --resume_from_checkpoint latest
             --report_to none --output_dir {folder}"""
         train_defectfill.main(train_defectfill.parse_args([*words.split(), *options]))
-    return json.loads(record.read_text())["after"]["attention_iou"]
+    after = json.loads(record.read_text())["after"]
+    return {"attention_iou": after["attention_iou"], "x0_error": after["x0_error"]["defect"]["800"]}
 
 
 def inpaint_parts(
@@ -141,8 +152,11 @@ def run_all(args: argparse.Namespace, results_file: Path) -> None:
                 elif variant == NO_LORA:
                     pictures = inpaint_parts(args, None, f"A {part} with {defect}", good, masks, seed)
                 else:
-                    line["attention_iou"] = train(args, part, defect, VARIANTS[variant], seed, folder)
-                    pictures = inpaint_parts(args, folder, f"A {part} with sks", good, masks, seed)
+                    line |= train(args, part, defect, VARIANTS[variant], seed, folder)
+                    record = read_lora(folder).record
+                    of_object = inpaint_parts(args, folder, record["prompts"][defect], good, masks, seed)
+                    line["object_prompt_iou"] = iou(segment(segmenter, of_object), masks).mean().item()
+                    pictures = inpaint_parts(args, folder, record["defect_prompts"][defect], good, masks, seed)
                 line |= figures_of(segmenter, pictures, masks, real)
                 folder.mkdir(parents=True, exist_ok=True)
                 row = torch.cat([*pictures[:SHOWN]], dim=2)
@@ -158,15 +172,12 @@ def run_all(args: argparse.Namespace, results_file: Path) -> None:
 
 def table(results: list[dict]) -> str:
     """Markdown: the mean over parts and seeds of each figure, and the standard deviation over seeds of that mean."""
-    rows = [
-        "| | seeds | attention IoU | segmenter IoU | detection rate | feature distance |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = [f"| | seeds | {' | '.join(FIGURES)} |", "|---" * (2 + len(FIGURES)) + "|"]
     for variant in dict.fromkeys(line["variant"] for line in results):
         mine = [line for line in results if line["variant"] == variant]
         seeds = sorted({line["seed"] for line in mine})
         cells = []
-        for figure in FIGURES:
+        for figure in FIGURES.values():
             if figure not in mine[0]:
                 cells.append("")
                 continue
@@ -203,7 +214,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Learning rate of UNet and text encoder. Default: %(default)s.",
     )
     add("--num_inference_steps", type=int, default=20, metavar="N", help="DDIM steps. Default: %(default)s.")
-    add("--guidance_scale", type=float, default=2.0, metavar="X", help="Default: %(default)s.")
+    add("--guidance_scale", type=float, default=1.0, metavar="X", help="Default: %(default)s.")
     return parser.parse_args(input_args)
 
 

@@ -231,7 +231,7 @@ def test_features_see_the_defect_and_not_the_rest(segmenter):
 @pytest.mark.slow
 def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypatch):
     command = f"""--base {base} --segmenter {segmenter} --output_dir {tmp_path}/out --resolution 32 --steps 1
-        --images 2 --train_batch_size 1 --num_inference_steps 2 --variants default --seeds 1""".split()
+        --images 2 --train_batch_size 1 --num_inference_steps 2 --variants recipe --seeds 1""".split()
     monkeypatch.setattr(ablate, "CASES", {"nut": "hole"})
     trained = []
     main = ablate.train_defectfill.main
@@ -240,10 +240,11 @@ def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypat
         reset_accelerate()
         ablate.main(ablate.parse_args([*command[:-2], *more, "--seeds", "1"]))
     lines = read_lines(tmp_path / "out/results.jsonl")
-    assert [line["variant"] for line in lines] == [ablate.REAL, ablate.NO_LORA, "default", "no L_attn"]
+    assert [line["variant"] for line in lines] == [ablate.REAL, ablate.NO_LORA, "recipe", "no L_attn"]
     assert [args.lambda_attn for args in trained] == [0.05, 0]  # the first is not trained again
     table = (tmp_path / "out/table.md").read_text()
-    assert "| no L_attn | 1 | 0." in table and f"| {ablate.REAL} | 1 |  | " in table
+    assert "| no L_attn | 1 | 0." in table and f"| {ablate.REAL} | 1 |  |  | " in table
+    assert all(line["object_prompt_iou"] is not None and line["x0_error"] > 0 for line in lines[2:])
     assert Image.open(tmp_path / "out/samples.png").height == 4 * 32
 
 

@@ -14,6 +14,7 @@ Masks are 1 inside the defect.
 import dataclasses
 import datetime
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +72,8 @@ from defectfill_dataset import (
 )
 from defectfill_dataset.commands import exit_on_input_error
 
+
+logger = logging.getLogger(__name__)
 
 SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image
 WRITERS = 4  # threads
@@ -313,7 +316,7 @@ class LazyModel:
         command = self.run.command
         if self.pipe is None:
             self.pipe = load_pipeline(
-                self.run.base, command.variant, command.cache_dir, self.run.settings["mixed_precision"], self.device,
+                self.run.base, command.cache_dir, self.run.settings["mixed_precision"], self.device,
                 command.scheduler, command.channels_last,
             )  # fmt: skip
             if command.torch_compile:
@@ -390,15 +393,17 @@ def prepare(command: GenerationCommand, device: torch.device) -> PreparedGenerat
     check_output_dir(command.output_dir, [planned.source_image for planned in plan])
     recipes = list({id(planned.recipe): planned.recipe for planned in plan}.values())
     name, revision, resolution = choose_base(command, recipes)
-    base = read_base(name, revision, command.cache_dir)
+    base = read_base(name, revision, command.cache_dir, command.variant)
     check_resolution(base, resolution)
     for lora in {recipe.lora.path: recipe.lora for recipe in recipes}.values():
         check_fits(lora, base)
+        check_content(lora, base, command.pretrained_model_name_or_path is not None)
     tokenizer = load_tokenizer(base, command.cache_dir)
     for prompt in {recipe.settings["prompt"] for recipe in recipes}:
         check_prompt(prompt, tokenizer)
     settings = {
         "base": base.name,
+        "base_sha256": base.digest,
         "revision": base.revision,
         "variant": command.variant,
         "resolution": resolution,
@@ -439,7 +444,8 @@ def choose_base(command: GenerationCommand, recipes: Sequence[Recipe]) -> tuple[
     for recipe in recipes:
         for key, flag in BASE_FLAGS.items():
             theirs, ours = recipe.lora.record.get(key), first.record.get(key)
-            if theirs != ours and getattr(command, flag) is None:
+            moved = key == "base" and first.record.get("base_sha256") in {recipe.lora.record.get("base_sha256")} - {None}
+            if theirs != ours and not moved and getattr(command, flag) is None:
                 what = f"was trained with {key} {theirs}, {first.path} with {ours}"
                 fix = f"give --{flag}, or generate with each in a run of its own"
                 raise InputError(Problem("DF414", recipe.lora.path, what, fix))
@@ -452,6 +458,25 @@ def choose_base(command: GenerationCommand, recipes: Sequence[Recipe]) -> tuple[
             raise InputError(Problem("DF417", recipe.lora.path, what, fix))
     revision = command.revision or (first.record.get("revision") if name == first.record.get("base") else None)
     return name, revision, resolution
+
+
+def check_content(lora: LoraFile, base: BaseModel, is_chosen: bool) -> None:
+    """Compares the content of the base, a folder, with that of the one the LoRA was trained on, if it was recorded.
+
+    Args:
+        is_chosen: by `--pretrained_model_name_or_path`; another base is then only worth a warning.
+
+    Raises:
+        InputError: the recorded base was changed after the training (DF414).
+    """
+    trained = lora.record.get("base_sha256")
+    if not trained or not base.digest or lora.record.get("variant") != base.variant or trained == base.digest:
+        return
+    if not is_chosen:
+        what = f"its base {base.name} has other weights or configuration than when it was trained"
+        fix = "put the base back, retrain, or give --pretrained_model_name_or_path to use the base as it is"
+        raise InputError(Problem("DF414", lora.path, what, fix))
+    logger.warning("%s", Problem("DF414", lora.path, f"was trained on another base than {base.name}"))
 
 
 def start_run(run: PreparedGeneration) -> list[str]:

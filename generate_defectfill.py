@@ -444,7 +444,9 @@ def choose_base(command: GenerationCommand, recipes: Sequence[Recipe]) -> tuple[
     for recipe in recipes:
         for key, flag in BASE_FLAGS.items():
             theirs, ours = recipe.lora.record.get(key), first.record.get(key)
-            moved = key == "base" and first.record.get("base_sha256") in {recipe.lora.record.get("base_sha256")} - {None}
+            moved = key == "base" and first.record.get("base_sha256") in {recipe.lora.record.get("base_sha256")} - {
+                None
+            }
             if theirs != ours and not moved and getattr(command, flag) is None:
                 what = f"was trained with {key} {theirs}, {first.path} with {ours}"
                 fix = f"give --{flag}, or generate with each in a run of its own"

@@ -323,7 +323,9 @@ def load_model(base: BaseModel, part: str, kind: type, cache_dir: str | None, dt
     told = [f"{len(keys)} keys are {how} (first: {min(keys)})" for how, keys in wrong.items() if keys]
     if told:
         what = f"the weights do not match config.json: {', '.join(told)}"
-        raise InputError(Problem("DF179", f"{base.name}/{part}", what, "they are of another model; download both again"))
+        raise InputError(
+            Problem("DF179", f"{base.name}/{part}", what, "they are of another model; download both again")
+        )
     return model
 
 

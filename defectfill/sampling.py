@@ -186,7 +186,7 @@ SCHEDULERS = {
 
 
 def assemble_pipeline(unet, text_encoder, vae, scheduler, tokenizer) -> StableDiffusionInpaintPipeline:
-    """The models as a pipeline without a safety checker, which blackens what it takes for wounds; nothing is copied."""
+    """The models, not copied, as a pipeline without a safety checker, which blackens what it takes for wounds."""
     pipe = StableDiffusionInpaintPipeline(
         vae=vae,
         text_encoder=text_encoder,

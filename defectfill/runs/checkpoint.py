@@ -230,7 +230,7 @@ def check_identity(saved: dict, now: dict) -> None:
     if changed:
         whats = {k: f"the run was started with {saved.get(k)!r}, now it is {now.get(k)!r}" for k in changed}
         if "base_sha256" in whats:
-            whats["base_sha256"] = f"{now['base']} is not the base that the run was started with ({saved['base']})"
+            whats["base_sha256"] = f"{now['base']} has other content than the run was started with"
         raise InputError(
             *(Problem("DF320", k, what) for k, what in whats.items()),
             advice="Resume with the same options, or choose another --output_dir.",

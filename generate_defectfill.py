@@ -308,7 +308,7 @@ class LazyModel:
     run: PreparedGeneration
     device: torch.device
     pipe: StableDiffusionInpaintPipeline | None = None
-    lora: Path | None = None
+    lora: LoraFile | None = None
     unfuse: Callable[[], None] | None = None
 
     def load(self, lora: LoraFile) -> StableDiffusionInpaintPipeline:
@@ -321,13 +321,13 @@ class LazyModel:
             )  # fmt: skip
             if command.torch_compile:
                 compile_unet(self.pipe, command.torch_compile)
-        if lora.path != self.lora:
+        if lora is not self.lora:
             if self.unfuse:
                 self.unfuse()
             self.pipe.unload_lora_weights()
             load_lora(self.pipe, lora)
             self.unfuse = fuse_lora(self.pipe) if command.fuse_lora else None
-            self.lora = lora.path
+            self.lora = lora
         return self.pipe
 
 

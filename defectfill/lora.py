@@ -1,8 +1,15 @@
-"""The LoRA file: any diffusers loads it as it was trained; reading it checks every tensor."""
+"""The LoRA file: diffusers and other programs load it as it was trained; reading it checks every tensor.
+
+It has the names of kohya's scripts, with each layer's alpha beside its matrices: the one form that every program we
+know reads at full strength. The layer `lora_unet_mid_block_attentions_0_proj_in` has the matrices `.lora_down.weight`
+(A, as peft says) and `.lora_up.weight` (B), and `.alpha`; what it adds is scaled by alpha / rank.
+"""
 
 import dataclasses
 import json
-from collections.abc import Callable
+import re
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -38,11 +45,28 @@ LORA_TARGETS = {
     "all": (WITH_FEED_FORWARD[0] + PROJECTIONS + CONVOLUTIONS, WITH_FEED_FORWARD[1]),
 }
 
-# Only what older peft versions also know, and no lora_dropout: diffusers would leave it active at inference.
-PORTABLE_CONFIG = (
-    "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
-    "lora_bias", "fan_in_fan_out", "init_lora_weights",
-)  # fmt: skip
+# A tensor's name as kohya, diffusers (new and old) and peft write it, and its layer's in them all.
+TENSOR = re.compile(
+    r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?[._](?P<matrix>A|B|down|up)(?:\.default)?\.weight|\.alpha)"
+)
+LAYER = re.compile(
+    r"(?:base_model_model_)?"
+    r"(?:(?:lora_)?(?P<unet>unet)_|(?P<text>lora_te1?|text_encoder)_)?(?P<path>(?:text_model_)?(?P<place>.+))"
+)
+MATRICES = {"A": "lora_down.weight", "down": "lora_down.weight", "B": "lora_up.weight", "up": "lora_up.weight"}
+
+
+def portable_name(name: str) -> str | None:
+    """A LoRA tensor's name in kohya's form, from any known form; None if it is no plain LoRA's tensor."""
+    tensor = TENSOR.fullmatch(name)
+    if not tensor:
+        return None
+    dotted = tensor["layer"].replace(".processor.", ".")
+    layer = LAYER.fullmatch(re.sub(r"to_out$", "to_out_0", dotted.replace(".", "_")))
+    assert layer  # it matches any text
+    of_text = layer["text"] or not layer["unet"] and re.match("(text_model_)?encoder_layers_", layer["path"])
+    prefix = f"lora_te_text_model_{layer['place']}" if of_text else f"lora_unet_{layer['path']}"
+    return f"{prefix}.{MATRICES[tensor['matrix']] if tensor['matrix'] else 'alpha'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +74,7 @@ class LoraFile:
     """A LoRA file's content.
 
     Args:
-        tensors: by portable name, as `lora_parameters` names them.
+        tensors: by portable name: matrices as `lora_parameters` names them, and every layer's alpha.
         record: the training run's base, prompts, resolution and more; empty if another program wrote the file.
         sha256: of the file.
     """
@@ -73,10 +97,11 @@ def add_lora(
     """Adds LoRA to layers of both models, in fp32 whatever their own precision; the rest is frozen.
 
     Args:
-        alpha: every layer is scaled by alpha / rank, convolutions of another rank too.
+        alpha: every layer is scaled by alpha / rank, convolutions of another rank too; in fp32, as in the file.
         targets: a key of `LORA_TARGETS`.
         conv_rank: of convolutions; None is `rank`.
     """
+    alpha = torch.tensor(alpha, dtype=torch.float32).item()
     for model, modules in zip((unet, text_encoder), LORA_TARGETS[targets]):
         model.requires_grad_(False)
         config = LoraConfig(
@@ -85,7 +110,8 @@ def add_lora(
         if conv_rank not in (None, rank):
             convolutions = set(CONVOLUTIONS).intersection(modules)
             config.rank_pattern = dict.fromkeys(sorted(convolutions), conv_rank)
-            config.alpha_pattern = dict.fromkeys(sorted(convolutions), alpha * conv_rank / rank)
+            conv_alpha = torch.tensor(alpha * conv_rank / rank, dtype=torch.float32).item()
+            config.alpha_pattern = dict.fromkeys(sorted(convolutions), conv_alpha)
         model.add_adapter(config, adapter_name=ADAPTER)
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
@@ -96,21 +122,25 @@ def add_lora(
 
 
 def lora_parameters(unet: torch.nn.Module, text_encoder: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Every LoRA parameter by its portable name.
-
-    The text encoder's names keep the `text_model.` level that transformers 5.6 dropped: new diffusers strips it, old
-    diffusers and other programs need it.
-    """
+    """Every LoRA parameter by its portable name."""
     return {
-        prefix + name.replace(f".{ADAPTER}.", "."): parameter
-        for prefix, model in (("unet.", unet), ("text_encoder.text_model.", text_encoder))
+        str(portable_name(f"{prefix}.{name}")): parameter
+        for prefix, model in (("unet", unet), ("text_encoder", text_encoder))
         for name, parameter in model.named_parameters()
         if ".lora_" in name
     }
 
 
+def lora_layers(unet: torch.nn.Module, text_encoder: torch.nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Every layer with LoRA and its portable name."""
+    for prefix, model in (("unet", unet), ("text_encoder", text_encoder)):
+        for name, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                yield portable_name(f"{prefix}.{name}.alpha").removesuffix(".alpha"), module
+
+
 def save_lora(path: Path, unet: torch.nn.Module, text_encoder: torch.nn.Module, record: dict) -> None:
-    """Writes the LoRA of both models, in fp32, with its alpha and `record` in the file's header; not atomically.
+    """Writes the LoRA of both models, in fp32, with `record` in the file's header; not atomically.
 
     Raises:
         FloatingPointError: a weight is not finite; nothing is written.
@@ -119,28 +149,56 @@ def save_lora(path: Path, unet: torch.nn.Module, text_encoder: torch.nn.Module, 
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise FloatingPointError(f"{len(broken)} LoRA tensors are not finite, {broken[0]} first; no LoRA is written")
-    adapter = {}
-    for prefix, model in (("unet", unet), ("text_encoder", text_encoder)):
-        config = model.peft_config[ADAPTER].to_dict()
-        adapter |= {f"{prefix}.{key}": _plain(config[key]) for key in PORTABLE_CONFIG}
-    header = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps(adapter),
-        "defectfill": json.dumps(record | {"tensors": len(tensors)}),
+    for name, layer in lora_layers(unet, text_encoder):
+        tensors[f"{name}.alpha"] = torch.tensor(layer.lora_alpha[ADAPTER], dtype=torch.float32)
+    header = {"format": "pt", "defectfill": json.dumps(record | {"tensors": len(tensors)})}
+    save_file(tensors, path, metadata=header | kohya_metadata(unet, record))
+    sort_header(path)
+
+
+def kohya_metadata(unet: torch.nn.Module, record: dict) -> dict[str, str]:
+    """What programs that know kohya's files show of one: rank, alpha, base, steps, the trained phrases."""
+    config = unet.peft_config[ADAPTER]
+    conv_rank = config.rank_pattern.get("conv1", config.r)
+    conv = {"conv_dim": str(conv_rank), "conv_alpha": str(config.alpha_pattern.get("conv1", config.lora_alpha))}
+    width = unet.config["cross_attention_dim"]  # of the text encoder's output: 768 in version 1, 1024 in version 2
+    known = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": config.r,
+        "ss_network_alpha": config.lora_alpha,
+        "ss_network_args": json.dumps(conv) if "conv1" in config.target_modules else "{}",
+        "ss_base_model_version": {768: "sd_v1", 1024: "sd_v2"}.get(width),
+        "ss_v2": str(width == 1024),
+        "ss_sd_model_name": record.get("base"),
+        "ss_steps": record.get("steps"),
+        "ss_seed": record.get("seed"),
+        "ss_resolution": record.get("resolution") and "({0}, {0})".format(record["resolution"]),
+        "ss_tag_frequency": json.dumps({"defectfill": dict.fromkeys(record.get("defect_prompts", {}).values(), 1)}),
     }
-    save_file(tensors, path, metadata=header)
+    return {key: str(value) for key, value in known.items() if value is not None}
 
 
-def _plain(value):
-    return sorted(value) if isinstance(value, set) else value
+def sort_header(path: Path) -> None:
+    """Sorts the metadata of a safetensors file, whose order is random, so that equal LoRAs are equal files."""
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
-def read_lora(source: str | Path) -> LoraFile:
+def read_lora(source: str | Path, alpha: float | None = None) -> LoraFile:
     """Reads a LoRA from a file, a folder that holds `LORA_FILE`, or a Hub id.
 
+    Args:
+        alpha: of a file that does not tell its own.
+
     Raises:
-        InputError: not found (DF400), not a safetensors file (DF401), not a LoRA of both models (DF402), or tensors
-            that are not finite (DF403) or missing (DF404).
+        InputError: not found (DF400), not a safetensors file (DF401), not a plain LoRA (DF402), tensors that are not
+            finite (DF403) or missing (DF404), or alpha is unknown or given twice (DF405).
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -159,12 +217,16 @@ def read_lora(source: str | Path) -> LoraFile:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         record = json.loads(header.get("defectfill", "{}"))
+        config = json.loads(header.get("lora_adapter_metadata", "{}"))
+        beside = path.with_name("adapter_config.json")  # of peft
+        if path.name == "adapter_model.safetensors" and beside.exists():
+            config = {f"{model}.{k}": v for k, v in json.loads(beside.read_text()).items() for model in CONFIG_PREFIX}
     except (SafetensorError, ValueError) as error:
         raise InputError(Problem("DF401", path, f"not a whole safetensors file: {error}")) from error
-    for prefix in ("unet.", "text_encoder.text_model."):
-        if not any(name.startswith(prefix) and ".lora_" in name for name in tensors):
-            what = f"no '{prefix}... .lora_A.weight' tensors; not a LoRA of train_defectfill.py"
-            raise InputError(Problem("DF402", path, what))
+    unknown = [name for name in tensors if portable_name(name) is None]
+    if unknown or not tensors:
+        what = f"{len(unknown)} tensors are not a plain LoRA's, {unknown[0]} first" if unknown else "holds no tensor"
+        raise InputError(Problem("DF402", path, what))
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         what = f"{len(broken)} tensors are not finite, {broken[0]} first"
@@ -172,7 +234,44 @@ def read_lora(source: str | Path) -> LoraFile:
     if len(tensors) != record.get("tensors", len(tensors)):
         what = f"{len(tensors)} of {record['tensors']} tensors; the file was truncated or changed"
         raise InputError(Problem("DF404", path, what))
-    return LoraFile(path, tensors, record, file_digest(path))
+    portable = {str(portable_name(name)): tensor for name, tensor in tensors.items()}
+    return LoraFile(path, portable | read_alphas(path, portable, config, alpha), record, file_digest(path))
+
+
+# Of a peft configuration's keys in a header, by a layer's portable prefix.
+CONFIG_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+
+
+def read_alphas(
+    path: Path, tensors: dict[str, torch.Tensor], config: dict, given: float | None
+) -> dict[str, torch.Tensor]:
+    """The alpha of each layer that has none among its tensors: of peft's configuration, or the one given.
+
+    Raises:
+        InputError: a layer lacks a matrix (DF404), or alpha is unknown or given twice (DF405).
+    """
+    layers = {name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}
+    for layer in layers:
+        missing = {f"{layer}.{matrix}" for matrix in MATRICES.values()} - tensors.keys()
+        if missing:
+            raise InputError(Problem("DF404", path, f"{missing.pop()} is missing; the file was truncated or changed"))
+    alphas, of_given = {}, False
+    for layer in sorted(layer for layer in layers if f"{layer}.alpha" not in tensors):
+        model = next(model for model, prefix in CONFIG_PREFIX.items() if layer.startswith(prefix))
+        patterns = config.get(f"{model}.alpha_pattern") or {}
+        of_layer = [alpha for end, alpha in patterns.items() if layer.endswith(re.sub(r"\W", "_", f"_{end}"))]
+        alpha = [*of_layer, config.get(f"{model}.lora_alpha")][0]
+        if alpha is None:
+            alpha, of_given = given, True
+        elif config.get(f"{model}.use_rslora"):
+            alpha *= len(tensors[f"{layer}.lora_down.weight"]) ** 0.5
+        if alpha is None:
+            fix = "give --lora_alpha as in its training; the strength of a layer is alpha / rank"
+            raise InputError(Problem("DF405", path, "does not tell its alpha", fix))
+        alphas[f"{layer}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    if given is not None and not of_given:
+        raise InputError(Problem("DF405", path, "tells its own alpha", "leave out --lora_alpha"))
+    return alphas
 
 
 def check_fits(lora: LoraFile, base: BaseModel) -> None:
@@ -184,14 +283,20 @@ def check_fits(lora: LoraFile, base: BaseModel) -> None:
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(base.unet)
         text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(base.text_encoder))
-    places = {f"unet.{name}": module for name, module in unet.named_modules()}
-    places |= {f"text_encoder.text_model.{name}": module for name, module in text_encoder.named_modules()}
+    places = {
+        str(portable_name(f"{prefix}.{name}.alpha")).removesuffix(".alpha"): module
+        for prefix, model in (("unet", unet), ("text_encoder", text_encoder))
+        for name, module in model.named_modules()
+        if name
+    }
     for name, tensor in lora.tensors.items():
-        module, _, end = name.partition(".lora_")
-        shape = getattr(places.get(module), "weight", torch.empty(0)).shape
+        layer, _, end = name.partition(".")
+        shape = getattr(places.get(layer), "weight", torch.empty(0)).shape
         # A is (rank, in, ...), with the kernel of a convolution; B is (out, rank, ...), with a kernel of 1.
-        fits = len(shape) == tensor.dim() > 1 and (
-            tensor.shape[1:] == shape[1:] if end.startswith("A") else tensor.shape[0] == shape[0]
+        fits = len(shape) > 1 and (
+            end == "alpha"
+            or len(shape) == tensor.dim()
+            and (tensor.shape[1:] == shape[1:] if end == "lora_down.weight" else tensor.shape[0] == shape[0])
         )
         if not fits:
             trained_on = lora.record.get("base", "an unknown base")
@@ -206,7 +311,7 @@ def load_lora(pipe, lora: LoraFile) -> None:
     Raises:
         RuntimeError: the pipeline does not hold exactly the file's tensors.
     """
-    pipe.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=ADAPTER)
+    pipe.load_lora_weights(dict(lora.tensors), adapter_name=ADAPTER)
     compare_lora(lora, pipe.unet, pipe.text_encoder)
 
 
@@ -233,15 +338,22 @@ def fuse_lora(pipe) -> Callable[[], None]:
 
 def compare_lora(lora: LoraFile, unet: torch.nn.Module, text_encoder: torch.nn.Module) -> None:
     """Raises RuntimeError unless both models hold exactly the file's tensors, bit for bit in the models' precision."""
-    loaded = lora_parameters(unet, text_encoder)
-    missing = sorted(lora.tensors.keys() ^ loaded.keys())
+    loaded = {name: parameter.detach().cpu() for name, parameter in lora_parameters(unet, text_encoder).items()}
+    matrices = {name: tensor for name, tensor in lora.tensors.items() if not name.endswith(".alpha")}
+    missing = sorted(matrices.keys() ^ loaded.keys())
     if missing:
         raise RuntimeError(
             f"{lora.path}: {len(missing)} LoRA tensors are only in the file or only in the model: {missing[0]}"
         )
-    for name, parameter in loaded.items():
-        if not torch.equal(parameter.detach().cpu(), lora.tensors[name].to(parameter.dtype)):
+    for name, tensor in loaded.items():
+        if not torch.equal(tensor, matrices[name].to(tensor.dtype)):
             raise RuntimeError(f"{lora.path}: {name} did not load as it was saved")
+    for name, layer in lora_layers(unet, text_encoder):
+        alpha, rank = lora.tensors[f"{name}.alpha"].item(), len(matrices[f"{name}.lora_down.weight"])
+        if layer.scaling[ADAPTER] != alpha / rank:
+            raise RuntimeError(
+                f"{lora.path}: {name} has strength {layer.scaling[ADAPTER]}, in the file {alpha / rank}"
+            )
 
 
 def reload_and_compare(pipe, path: Path) -> None:
@@ -250,14 +362,8 @@ def reload_and_compare(pipe, path: Path) -> None:
     Raises:
         RuntimeError: the file does not load as it was saved.
     """
-    lora, scalings = read_lora(path), _scalings(pipe)
+    lora = read_lora(path)
+    compare_lora(lora, pipe.unet, pipe.text_encoder)
     pipe.unload_lora_weights()
-    load_lora(pipe, lora)
-    if _scalings(pipe) != scalings:
-        raise RuntimeError(f"{path}: alpha did not load as it was saved")
-
-
-def _scalings(pipe) -> list[float]:
-    """alpha / rank of every LoRA layer."""
-    modules = (module for model in (pipe.unet, pipe.text_encoder) for module in model.modules())
-    return [module.scaling[ADAPTER] for module in modules if isinstance(module, BaseTunerLayer)]
+    pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=ADAPTER)
+    compare_lora(lora, pipe.unet, pipe.text_encoder)

@@ -17,7 +17,7 @@ from defectfill_dataset.codes import CODES
 
 COMMANDS = ("train_defectfill", "generate_defectfill", *(
     f"defectfill_scripts.{name}"
-    for name in ("check_data", "prepare_data", "preview_masks", "export_generated", "gpu_check")
+    for name in ("check_data", "prepare_data", "preview_masks", "export_generated", "merge_lora", "gpu_check")
 ))  # fmt: skip
 
 

@@ -248,9 +248,9 @@ def test_the_chosen_pass_feeds_the_attention_map(attention_pass):
 def test_attention_loss_alone_trains_decoder_cross_attention_and_text_encoder():
     """Detached maps; text encoder under no_grad."""
     _, gradients = losses_and_gradients(make_models(), make_batch(), ONLY_ATTENTION)
-    decoder = [g for n, g in gradients.items() if "up_blocks" in n and "attn2.to_k" in n]
-    queries = [g for n, g in gradients.items() if "up_blocks" in n and "attn2.to_q" in n]
-    text = [g for n, g in gradients.items() if n.startswith("text_encoder") and "layers.0" in n]
+    decoder = [g for n, g in gradients.items() if "up_blocks" in n and "attn2_to_k" in n]
+    queries = [g for n, g in gradients.items() if "up_blocks" in n and "attn2_to_q" in n]
+    text = [g for n, g in gradients.items() if n.startswith("lora_te") and "layers_0" in n]
     assert len(decoder) == len(queries) == 8 and text
     assert all(g is not None and g.abs().sum() > 0 for g in [*decoder, *queries, *text])
 

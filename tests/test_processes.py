@@ -72,7 +72,7 @@ def two_processes(base, tmp_path_factory, variants):
 def test_two_processes_end_with_the_same_weights(two_processes):
     first, second = (load_file(two_processes / f"out/rank-{rank}.safetensors") for rank in range(2))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-    assert any(t.abs().max() > 0 for k, t in first.items() if "lora_B" in k)
+    assert any(t.abs().max() > 0 for k, t in first.items() if "lora_up" in k)
     assert len(read_lines(two_processes / "out/losses.jsonl")) == 3 and (two_processes / "out/checkpoint-2").exists()
 
 

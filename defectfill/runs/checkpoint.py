@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from defectfill_dataset import InputError, Problem
 
-from ..lora import LORA_FILE
+from ..lora import LORA_FILE, portable_name
 from .files import TEMPORARY, flush, write_json
 
 
@@ -209,6 +209,7 @@ def restore(
     fused = bool(optimizer.param_groups[0].get("fused"))
     for full_name, value in {**load_file(checkpoint / OPTIMIZER_FILE), **state["optimizer"]}.items():
         name, key = full_name.split("|")
+        name = portable_name(name) or name  # older checkpoints have peft's names
         on_device = torch.is_tensor(value) and (key != "step" or fused)  # plain AdamW counts its steps on the CPU
         optimizer.state[parameters[name]][key] = value.to(parameters[name].device) if on_device else value
     lr_scheduler.load_state_dict(state["lr_scheduler"])

@@ -81,6 +81,9 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a `GenerationRequest`: those that a line of `--cases` may hold."""
     add = parser.add_argument_group("model").add_argument
     add("--lora", nargs="+", metavar="PATH|ID", help="LoRA folders, files or Hub ids; each makes its own images.")
+    add("--lora_alpha", type=float, metavar="X",
+        help="Alpha of LoRA files that do not tell their own, as it was in their training. Files of "
+        "train_defectfill.py and of kohya's scripts do.")  # fmt: skip
     add(
         "--generation_prompt",
         choices=["object", "defect"],
@@ -259,6 +262,8 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for flag in ("num_images", "num_candidates", "num_inference_steps", "batch_size", "max_attempts"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
+        parser.error(f"--lora_alpha {args.lora_alpha}: must be a finite number above 0")
     if args.zoom_context is not None and not 1 <= args.zoom_context < math.inf:
         parser.error(f"--zoom_context {args.zoom_context}: must be a finite number of at least 1")
     if args.zoom_min_area is not None and not 0 <= args.zoom_min_area < 1:

@@ -35,18 +35,19 @@ def read_inputs(requests: Sequence[GenerationRequest], cache_dir: str | None) ->
         InputError: whatever is wrong with the files, the LoRAs, or the defect types asked of them.
     """
     images: dict[tuple[str, ...], list[SourceImage]] = {}
-    loras: dict[str, LoraFile] = {}
+    loras: dict[tuple[str, float | None], LoraFile] = {}
     sources: dict[tuple[str | None, ...], tuple[MaskSource | None, dict]] = {}
     inputs = []
     for request in requests:
         paths = tuple(map(str, (request.image, request.mask, request.foreground, request.roi)))
         if paths not in images:
             images[paths] = read_images(request)
-        for path in request.lora:
-            if path not in loras:
-                loras[path] = read_lora(path)
+        files = [(path, request.lora_alpha) for path in request.lora]
+        for path, alpha in files:
+            if (path, alpha) not in loras:
+                loras[path, alpha] = read_lora(path, alpha)
         recipes = []
-        for lora, defect, prompt in choose_defects(request, [loras[path] for path in request.lora]):
+        for lora, defect, prompt in choose_defects(request, [loras[file] for file in files]):
             flags = (defect, *(str(getattr(request, flag)) for flag in MASK_FLAGS))
             if flags not in sources:
                 sources[flags] = read_source(request, defect, cache_dir)

@@ -157,6 +157,7 @@ def make_recipe(
         "prompt": prompt,
         "generation_prompt": None if request.prompt else request.generation_prompt,
         "lora_sha256": lora.sha256,
+        **({} if request.lora_alpha is None else {"lora_alpha": request.lora_alpha}),
         "mask_source": request.mask_source,
         **mask_settings,
         "zoom": zoom and zoom._asdict(),

@@ -14,6 +14,7 @@ class GenerationRequest:
 
     # model and sampling
     lora: list[str]
+    lora_alpha: float | None  # of files that do not tell their own
     prompt: str | None
     generation_prompt: str  # object or defect: which of the LoRA's own prompts, without `prompt`
     num_images: int | None  # of each defect type; None: one an image

@@ -14,7 +14,6 @@ Masks are 1 inside the defect.
 import dataclasses
 import datetime
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from defectfill.base_model import BaseModel, check_prompt, check_resolution, load_tokenizer, read_base
-from defectfill.lora import LoraFile, check_fits, fuse_lora, load_lora
+from defectfill.lora import LoraFile, check_content, check_fits, fuse_lora, load_lora
 from defectfill.runs.checkpoint import check_identity
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
 from defectfill.runs.flags import parse_generation_args
@@ -72,8 +71,6 @@ from defectfill_dataset import (
 )
 from defectfill_dataset.commands import exit_on_input_error
 
-
-logger = logging.getLogger(__name__)
 
 SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image
 WRITERS = 4  # threads
@@ -460,25 +457,6 @@ def choose_base(command: GenerationCommand, recipes: Sequence[Recipe]) -> tuple[
             raise InputError(Problem("DF417", recipe.lora.path, what, fix))
     revision = command.revision or (first.record.get("revision") if name == first.record.get("base") else None)
     return name, revision, resolution
-
-
-def check_content(lora: LoraFile, base: BaseModel, is_chosen: bool) -> None:
-    """Compares the content of the base, a folder, with that of the one the LoRA was trained on, if it was recorded.
-
-    Args:
-        is_chosen: by `--pretrained_model_name_or_path`; another base is then only worth a warning.
-
-    Raises:
-        InputError: the recorded base was changed after the training (DF414).
-    """
-    trained = lora.record.get("base_sha256")
-    if not trained or not base.digest or lora.record.get("variant") != base.variant or trained == base.digest:
-        return
-    if not is_chosen:
-        what = f"its base {base.name} has other weights or configuration than when it was trained"
-        fix = "put the base back, retrain, or give --pretrained_model_name_or_path to use the base as it is"
-        raise InputError(Problem("DF414", lora.path, what, fix))
-    logger.warning("%s", Problem("DF414", lora.path, f"was trained on another base than {base.name}"))
 
 
 def start_run(run: PreparedGeneration) -> list[str]:

@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from defectfill.base_model import BaseModel, check_prompt, check_resolution, load_tokenizer, read_base
-from defectfill.lora import LoraFile, check_fits, fuse_lora, load_lora
+from defectfill.lora import LoraFile, check_content, check_fits, fuse_lora, load_lora
 from defectfill.runs.checkpoint import check_identity
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
 from defectfill.runs.flags import parse_generation_args
@@ -313,7 +313,7 @@ class LazyModel:
         command = self.run.command
         if self.pipe is None:
             self.pipe = load_pipeline(
-                self.run.base, command.variant, command.cache_dir, self.run.settings["mixed_precision"], self.device,
+                self.run.base, command.cache_dir, self.run.settings["mixed_precision"], self.device,
                 command.scheduler, command.channels_last,
             )  # fmt: skip
             if command.torch_compile:
@@ -390,15 +390,17 @@ def prepare(command: GenerationCommand, device: torch.device) -> PreparedGenerat
     check_output_dir(command.output_dir, [planned.source_image for planned in plan])
     recipes = list({id(planned.recipe): planned.recipe for planned in plan}.values())
     name, revision, resolution = choose_base(command, recipes)
-    base = read_base(name, revision, command.cache_dir)
+    base = read_base(name, revision, command.cache_dir, command.variant)
     check_resolution(base, resolution)
     for lora in {recipe.lora.path: recipe.lora for recipe in recipes}.values():
         check_fits(lora, base)
+        check_content(lora, base, command.pretrained_model_name_or_path is not None)
     tokenizer = load_tokenizer(base, command.cache_dir)
     for prompt in {recipe.settings["prompt"] for recipe in recipes}:
         check_prompt(prompt, tokenizer)
     settings = {
         "base": base.name,
+        "base_sha256": base.digest,
         "revision": base.revision,
         "variant": command.variant,
         "resolution": resolution,
@@ -439,7 +441,10 @@ def choose_base(command: GenerationCommand, recipes: Sequence[Recipe]) -> tuple[
     for recipe in recipes:
         for key, flag in BASE_FLAGS.items():
             theirs, ours = recipe.lora.record.get(key), first.record.get(key)
-            if theirs != ours and getattr(command, flag) is None:
+            moved = key == "base" and first.record.get("base_sha256") in {recipe.lora.record.get("base_sha256")} - {
+                None
+            }
+            if theirs != ours and not moved and getattr(command, flag) is None:
                 what = f"was trained with {key} {theirs}, {first.path} with {ours}"
                 fix = f"give --{flag}, or generate with each in a run of its own"
                 raise InputError(Problem("DF414", recipe.lora.path, what, fix))

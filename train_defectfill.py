@@ -60,7 +60,7 @@ from defectfill.runs.hub import check_hub, push
 from defectfill.runs.record import LossLog, log_image, lora_record, run_record
 from defectfill.runs.signals import StopSignal
 from defectfill.runs.speed import StepClock
-from defectfill.sampling import composite, ddim, inpaint
+from defectfill.sampling import assemble_pipeline, composite, ddim, inpaint
 from defectfill_dataset import (
     CropRule,
     InputError,
@@ -479,7 +479,7 @@ def make_models(
     args: argparse.Namespace, prepared: PreparedTraining, dtype: torch.dtype, device: torch.device
 ) -> Models:
     """The base's models on `device` with fresh LoRA and recording processors."""
-    unet, text_encoder, vae, noise_scheduler = load_models(prepared.base, args.variant, args.cache_dir, dtype)
+    unet, text_encoder, vae, noise_scheduler = load_models(prepared.base, args.cache_dir, dtype)
     set_seed(args.seed)
     add_lora(unet, text_encoder, args.rank, args.lora_alpha, args.lora_dropout, args.lora_targets, args.conv_rank)
     if args.gradient_checkpointing:
@@ -701,18 +701,8 @@ def make_validation(
 
 def make_pipeline(prepared: PreparedTraining, models: Models) -> StableDiffusionInpaintPipeline:
     """The models as a pipeline with DDIM; nothing is copied or cast."""
-    pipe = StableDiffusionInpaintPipeline(
-        vae=models.vae,
-        text_encoder=models.text_encoder,
-        tokenizer=prepared.tokenizer,
-        unet=models.unet,
-        scheduler=ddim(models.noise_scheduler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    scheduler = ddim(models.noise_scheduler)
+    return assemble_pipeline(models.unet, models.text_encoder, models.vae, scheduler, prepared.tokenizer)
 
 
 def finish(
@@ -784,7 +774,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
         raise InputError(Problem("DF189", "--mixed_precision fp16", what, "use bf16 or no"))
     every_type = read_data(args, accelerator)
     data = select_defects(every_type, args.defect)
-    base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
+    base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir, args.variant)
     check_resolution(base, args.resolution)
     check_images(args, data, base)
     zoom = choose_crop_rule(args.zoom, args.zoom_context, args.zoom_min_area, map(binarise, data["train"]["mask"]))
@@ -796,6 +786,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
     others = other_types(every_type["train"], data["train"]) if zoom else None
     identity = {name: getattr(args, name) for name in IDENTITY} | {
         "base": base.name,
+        "base_sha256": base.digest,
         "revision": base.revision,
         "variant": args.variant,
         "data_sha256": data_digest(data["train"]),

@@ -7,6 +7,7 @@ know reads at full strength. The layer `lora_unet_mid_block_attentions_0_proj_in
 
 import dataclasses
 import json
+import logging
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from defectfill_dataset import InputError, Problem, file_digest
 
 from .base_model import BaseModel
 
+
+logger = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
@@ -303,6 +306,25 @@ def check_fits(lora: LoraFile, base: BaseModel) -> None:
             there = tuple(shape) if shape else "nothing"
             what = f"{name} is {tuple(tensor.shape)}, but {base.name} has {there} there"
             raise InputError(Problem("DF410", lora.path, what, f"the LoRA was trained on {trained_on}"))
+
+
+def check_content(lora: LoraFile, base: BaseModel, is_chosen: bool) -> None:
+    """Compares the content of the base, a folder, with that of the one the LoRA was trained on, if it was recorded.
+
+    Args:
+        is_chosen: by `--pretrained_model_name_or_path`; another base is then only worth a warning.
+
+    Raises:
+        InputError: the recorded base was changed after the training (DF414).
+    """
+    trained = lora.record.get("base_sha256")
+    if not trained or not base.digest or lora.record.get("variant") != base.variant or trained == base.digest:
+        return
+    if not is_chosen:
+        what = f"its base {base.name} has other weights or configuration than when it was trained"
+        fix = "put the base back, retrain, or give --pretrained_model_name_or_path to use the base as it is"
+        raise InputError(Problem("DF414", lora.path, what, fix))
+    logger.warning("%s", Problem("DF414", lora.path, f"was trained on another base than {base.name}"))
 
 
 def load_lora(pipe, lora: LoraFile) -> None:

@@ -20,9 +20,9 @@ from diffusers import (
 )
 from PIL import Image
 
-from defectfill_dataset import InputError, Problem, tensor_image, upsample_mask
+from defectfill_dataset import tensor_image, upsample_mask
 
-from .base_model import BaseModel
+from .base_model import BaseModel, load_models, load_tokenizer
 from .latents import encode_images
 
 
@@ -185,45 +185,46 @@ SCHEDULERS = {
 }
 
 
+def assemble_pipeline(unet, text_encoder, vae, scheduler, tokenizer) -> StableDiffusionInpaintPipeline:
+    """The models, not copied, as a pipeline without a safety checker, which blackens what it takes for wounds."""
+    pipe = StableDiffusionInpaintPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def load_pipeline(
     base: BaseModel,
-    variant: str | None,
     cache_dir: str | None,
     precision: str,
     device: torch.device,
     scheduler: str = "ddim",
     channels_last: bool = False,
 ) -> StableDiffusionInpaintPipeline:
-    """The base's pipeline with one of `SCHEDULERS`, without a safety checker, which blackens what it takes for wounds.
+    """The base's pipeline with one of `SCHEDULERS`.
 
     Args:
         precision: "no", "fp16" or "bf16", of the whole model.
         channels_last: the memory layout of UNet and VAE.
 
     Raises:
-        InputError: the weights cannot be loaded (DF182).
+        InputError: the weights cannot be loaded (DF182), or do not match the configuration (DF179).
     """
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    try:
-        pipe = StableDiffusionInpaintPipeline.from_pretrained(
-            base.name,
-            revision=base.revision,
-            variant=variant,
-            cache_dir=cache_dir,
-            dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        ).to(device)
-    except (OSError, ValueError) as error:
-        what = f"its safetensors weights cannot be loaded: {error}"
-        raise InputError(Problem("DF182", base.name, what)) from error
+    pipe = assemble_pipeline(*load_models(base, cache_dir, dtype), load_tokenizer(base, cache_dir)).to(device)
     pipe.scheduler = SCHEDULERS[scheduler](pipe.scheduler)
     if channels_last:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     pipe.vae.enable_slicing()
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

@@ -129,7 +129,7 @@ def load(base: str | None, device: torch.device) -> StableDiffusionInpaintPipeli
     """The pipeline to measure, in half precision on CUDA."""
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
     if base:
-        return load_pipeline(read_base(base), None, None, precision, device)
+        return load_pipeline(read_base(base), None, precision, device)
     pipe = random_sd2_pipeline(device, dtype)
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)

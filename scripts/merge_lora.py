@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 
 from defectfill.base_model import read_base
-from defectfill.lora import LoraFile, check_fits, fuse_lora, load_lora, read_lora
+from defectfill.lora import LoraFile, check_content, check_fits, fuse_lora, load_lora, read_lora
 from defectfill.runs.files import TEMPORARY, atomic_write
 from defectfill.runs.flags import add_base_flags
 from defectfill.sampling import inpaint, load_pipeline
@@ -70,10 +70,11 @@ def merged_pipeline(args: argparse.Namespace, lora: LoraFile) -> tuple[StableDif
         fix = "give --pretrained_model_name_or_path and --resolution"
         raise InputError(Problem("DF412", lora.path, "has no record of its base", fix))
     revision = args.revision or (record.get("revision") if name == record.get("base") else None)
-    base = read_base(name, revision, args.cache_dir)
+    base = read_base(name, revision, args.cache_dir, args.variant)
     check_fits(lora, base)
+    check_content(lora, base, args.pretrained_model_name_or_path is not None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_pipeline(base, args.variant, args.cache_dir, "no", device)
+    pipe = load_pipeline(base, args.cache_dir, "no", device)
     load_lora(pipe, lora)
     expected = inpaint_noise(pipe, lora, resolution)
     fuse_lora(pipe)

@@ -12,6 +12,6 @@ with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     HUB_PORT = free.getsockname()[1]  # tests/test_hub.py starts a Hub there
 os.environ.update(
-    HF_HOME=HOME, TORCH_HOME=HOME, OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1",
+    HF_HOME=HOME, TORCH_HOME=HOME, XDG_CACHE_HOME=HOME, OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1",
     HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1",
 )  # fmt: skip

@@ -279,7 +279,7 @@ def test_the_lora_decides_what_is_painted(trained, base, inputs, tmp_path):
 
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST)
     line = read_lines(tmp_path / "out/manifest.jsonl")[0]
-    pipe = sampling.load_pipeline(read_base(str(base)), None, None, "no", torch.device("cpu"))
+    pipe = sampling.load_pipeline(read_base(str(base)), None, "no", torch.device("cpu"))
     load_lora(pipe, read_lora(trained))
     image, mask = Image.open(tmp_path / "good/000.png"), np.asarray(Image.open(tmp_path / "masks/000_mask.png")) > 0
     [crop] = line["windows"]

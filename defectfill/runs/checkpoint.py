@@ -221,13 +221,18 @@ def restore(
 
 
 def check_identity(saved: dict, now: dict) -> None:
-    """Raises InputError (DF320), with each difference, unless a run resumes with the options it began with."""
-    changed = [k for k in sorted(saved.keys() | now.keys()) if saved.get(k) != now.get(k)]
+    """Raises InputError (DF320), with each difference, unless a run resumes with the options it began with.
+
+    A base in a folder is compared by content, wherever it lies; by its path where the digest was not yet recorded.
+    """
+    by_content = saved.get("base_sha256") and now.get("base_sha256")
+    ignored = "base" if by_content else "base_sha256"
+    changed = [k for k in sorted((saved.keys() | now.keys()) - {ignored}) if saved.get(k) != now.get(k)]
     if changed:
+        whats = {k: f"the run was started with {saved.get(k)!r}, now it is {now.get(k)!r}" for k in changed}
+        if "base_sha256" in whats:
+            whats["base_sha256"] = f"{now['base']} has other content than the run was started with"
         raise InputError(
-            *(
-                Problem("DF320", k, f"the run was started with {saved.get(k)!r}, now it is {now.get(k)!r}")
-                for k in changed
-            ),
+            *(Problem("DF320", k, what) for k, what in whats.items()),
             advice="Resume with the same options, or choose another --output_dir.",
         )

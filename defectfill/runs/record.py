@@ -44,7 +44,9 @@ def lora_record(
     return {
         "schema": 1,
         "base": Path(base.name).name if published and Path(base.name).exists() else base.name,
+        "base_sha256": base.digest,
         "revision": base.revision,
+        "variant": base.variant,
         "object": object_words,
         "prompts": {defect: pair.object.text for defect, pair in prompts.items()},
         "defect_prompts": {defect: pair.defect.text for defect, pair in prompts.items()},
@@ -59,6 +61,7 @@ def run_record(options: dict, identity: dict, data: DatasetDict) -> dict:
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
         **{k: identity[k] for k in ("mixed_precision", "processes", "device", "data_sha256", "prompts")},
         "base_revision": identity["revision"],
+        "base_sha256": identity["base_sha256"],
         "versions": versions(),
         "git_revision": git_revision(),
         "images": {split: len(rows) for split, rows in data.items()},

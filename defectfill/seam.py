@@ -27,7 +27,7 @@ def local_radius(inside: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """
     radius = np.ones(inside.shape, dtype=np.float32)
     for r in np.unique(np.geomspace(1, depth.max(), SCALES).astype(int))[1:]:
-        radius[ndimage.distance_transform_edt(depth < r) < r] = r  # the opening by a disc of this radius
+        radius[ndimage.distance_transform_edt(depth < r) <= r] = r  # the opening by a disc of this radius
     return radius
 
 

@@ -344,7 +344,7 @@ def test_several_defects_need_a_choice(train, inputs, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(trained, inputs, tmp_path):
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "whole", *FAST)
-    for fatal in (1, 2, 3):  # killed while the row, the image, the mask of the second image is written
+    for fatal in range(1, 1 + len(g.KINDS)):  # killed while a file of the second image is written
         out = tmp_path / f"killed-{fatal}"
 
         def killed_run(out=out, fatal=fatal):
@@ -352,7 +352,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, inputs, tmp_path):
 
             def flush_or_die(path):
                 calls.extend([path] if path.suffix == ".png" else [])
-                return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 3 + fatal else flush(path)
+                return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == len(g.KINDS) + fatal else flush(path)
 
             files.flush = flush_or_die
             generate("--lora", trained, *inputs, "--output_dir", out, *FAST)

@@ -230,7 +230,7 @@ def paste_inpainted(canvas: Canvas) -> None:
     crop, candidates, reconstruction, line = canvas.inpainted
     if len(canvas.contact_rows) < SHEET_CROPS:
         alpha = pool_mask(crop.alpha, crop.source.shape[-1]) / 255
-        results = torch.lerp(crop.source, candidates * 2 - 1, alpha)
+        results = torch.where(alpha > 0, torch.lerp(crop.source, candidates * 2 - 1, alpha), crop.source)
         cells = [thumbnail(in_source_mode(canvas, tensor_image(result))) for result in results]
         good, mask = (thumbnail(tensor_image(x)) for x in (crop.source, crop.pixel_mask.expand(3, -1, -1) * 2 - 1))
         canvas.contact_rows.append(contact_row(good, mask, cells, line["scores"], line["chosen"]))

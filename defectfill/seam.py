@@ -34,8 +34,8 @@ def local_radius(inside: np.ndarray, depth: np.ndarray) -> np.ndarray:
 def feather_alpha(mask: np.ndarray) -> np.ndarray:
     """(H, W) alpha that rises from the outline of an (H, W) mask inwards, and is 0 outside.
 
-    It is 255 from a third of the mask's local radius on, or from 3 pixels where that is more, but always on the middle
-    line, however thin the mask is. Nothing is blended where the mask meets the border of the image.
+    It is 255 from a third of the mask's local radius on, or from 3 pixels where that is more, and at the latest on the
+    middle line, however thin the mask is. Nothing is blended where the mask meets the border of the image.
     """
     alpha = np.zeros(mask.shape, dtype=np.uint8)
     labels, _ = ndimage.label(mask, np.ones((3, 3)))

@@ -53,7 +53,8 @@ from defectfill.runs.plan import PlannedImage, Recipe, batch_plan, check_plan, m
 from defectfill.runs.report import contact_row, stack, thumbnail, write_report
 from defectfill.runs.requests import GenerationCommand
 from defectfill.runs.speed import SPEED, Speed, summarise
-from defectfill.sampling import compile_unet, composite, inpaint, load_pipeline, reconstruct
+from defectfill.sampling import compile_unet, composite, fit, inpaint, load_pipeline, reconstruct
+from defectfill.seam import changed_mask, feather_alpha, grid_mask, seam_step, vae_error
 from defectfill.selection import REJECTIONS, Measures, QualityFilter, Scorer, make_scorer, measure, select_accepted
 from defectfill_dataset import (
     Box,
@@ -85,6 +86,7 @@ class Crop(NamedTuple):
 
     box: Box
     mask: np.ndarray  # (h, w) bool, a view of the canvas's `mask_left`
+    alpha: np.ndarray  # (h, w) in 0..255, how a candidate is blended in
     source: torch.Tensor  # (3, S, S) in [-1, 1]
     pixel_mask: torch.Tensor  # (1, S, S)
     latent_mask: torch.Tensor  # (1, G, G)
@@ -95,6 +97,7 @@ class Inpainted(NamedTuple):
 
     crop: Crop
     candidates: torch.Tensor  # (N, 3, S, S) in [0, 1], on the CPU
+    reconstruction: torch.Tensor  # (3, S, S) in [0, 1], on the CPU: the crop through the VAE alone
     line: dict
 
 
@@ -103,10 +106,14 @@ class Canvas:
     """A planned image while it is made: the crops finished so far, and what is left.
 
     Args:
+        source: RGB, the source image.
         image: RGB, with the finished crops pasted in, but for `inpainted`.
         grey: whether the source file is grey, and so the image that is written.
         placed: its mask; None if there is no place for one.
         mask_left: (H, W) bool, the pixels of the mask that no pasted crop has inpainted.
+        alpha: (H, W) in 0..255, how candidates are blended in, from the whole mask; not used with `grid`.
+        painted: (H, W) bool, the mask, and what pasted crops painted beside it: the label that is written.
+        vae_error: (H, W) in 0..255, the `vae_error` of the pasted crop at each pixel.
         boxes: of all crops, in their order.
         crop: the next to inpaint, once it is cut out.
         inpainted: the crop finished last, until it is pasted.
@@ -118,10 +125,14 @@ class Canvas:
     """
 
     planned: PlannedImage
+    source: Image.Image
     image: Image.Image
     grey: bool
     placed: PlacedMask | None = None
     mask_left: np.ndarray | None = None
+    alpha: np.ndarray | None = None
+    painted: np.ndarray | None = None
+    vae_error: np.ndarray | None = None
     boxes: list[Box] = dataclasses.field(default_factory=list)
     crop: Crop | None = None
     inpainted: Inpainted | None = None
@@ -138,9 +149,12 @@ def start_canvas(planned: PlannedImage, resolution: int, scale_factor: int) -> C
     grey = open_image(planned.source_image.file).mode in ("1", "L")
     if placed is None:
         what = "no room for its mask"
-        return Canvas(planned, image, grey, problem=Problem("DF340", planned.source_image.file.name, what))
-    boxes = crop_boxes(placed.mask, resolution, planned.recipe.zoom)
-    canvas = Canvas(planned, image, grey, placed, placed.mask.copy(), boxes)
+        return Canvas(planned, image, image, grey, problem=Problem("DF340", planned.source_image.file.name, what))
+    mask = placed.mask
+    alpha = feather_alpha(mask) if planned.recipe.settings["composite"] == "feather" else mask * np.uint8(255)
+    vae_error = np.zeros(mask.shape, dtype=np.uint8)
+    boxes = crop_boxes(mask, resolution, planned.recipe.zoom)
+    canvas = Canvas(planned, image, image.copy(), grey, placed, mask.copy(), alpha, mask.copy(), vae_error, boxes)
     next_crop(canvas, resolution, scale_factor)
     return canvas
 
@@ -156,7 +170,12 @@ def next_crop(canvas: Canvas, resolution: int, scale_factor: int) -> Crop:
         paste_inpainted(canvas)
         box = canvas.boxes[len(canvas.lines)]
         mask, source = crop_mask(canvas.mask_left, box), image_tensor(canvas.image.crop(box), resolution)
-        canvas.crop = Crop(box, mask, source, pool_mask(mask, resolution), pool_mask(mask, resolution // scale_factor))
+        pixel_mask, latent_mask = pool_mask(mask, resolution), pool_mask(mask, resolution // scale_factor)
+        if canvas.planned.recipe.settings["composite"] == "grid":
+            alpha = grid_mask(latent_mask, mask.shape) * np.uint8(255)
+        else:
+            alpha = crop_mask(canvas.alpha, box) * mask
+        canvas.crop = Crop(box, mask, alpha, source, pixel_mask, latent_mask)
     return canvas.crop
 
 
@@ -180,8 +199,15 @@ def retry_crop(canvas: Canvas, max_attempts: int) -> None:
     canvas.problem = Problem("DF342", canvas.planned.source_image.file.name, rejected, advice)
 
 
-def finish_crop(canvas: Canvas, candidates: torch.Tensor, seeds: list[int], measures: Measures, chosen: int) -> None:
-    """Keeps (N, 3, S, S) candidates in [0, 1] of the crop until it is pasted; adds its line."""
+def finish_crop(
+    canvas: Canvas,
+    candidates: torch.Tensor,
+    reconstruction: torch.Tensor,
+    seeds: list[int],
+    measures: Measures,
+    chosen: int,
+) -> None:
+    """Keeps (N, 3, S, S) candidates and the (3, S, S) reconstruction of the crop until it is pasted; adds its line."""
     line = {
         "box": canvas.crop.box,
         "candidate_seeds": seeds,
@@ -193,7 +219,7 @@ def finish_crop(canvas: Canvas, candidates: torch.Tensor, seeds: list[int], meas
         "refused": canvas.rejected,
     }
     canvas.lines.append(line)
-    canvas.crop, canvas.inpainted = None, Inpainted(canvas.crop, candidates.cpu(), line)
+    canvas.crop, canvas.inpainted = None, Inpainted(canvas.crop, candidates.cpu(), reconstruction.cpu(), line)
     canvas.attempt, canvas.rejected = 1, dict.fromkeys(REJECTIONS, 0)
 
 
@@ -201,14 +227,18 @@ def paste_inpainted(canvas: Canvas) -> None:
     """Pastes the chosen candidate of the crop finished last, if there is one, into the image; adds its contact row."""
     if canvas.inpainted is None:
         return
-    crop, candidates, line = canvas.inpainted
+    crop, candidates, reconstruction, line = canvas.inpainted
     if len(canvas.contact_rows) < SHEET_CROPS:
-        results = torch.where(crop.pixel_mask > 0.5, candidates * 2 - 1, crop.source)
+        alpha = pool_mask(crop.alpha, crop.source.shape[-1]) / 255
+        results = torch.where(alpha > 0, torch.lerp(crop.source, candidates * 2 - 1, alpha), crop.source)
         cells = [thumbnail(in_source_mode(canvas, tensor_image(result))) for result in results]
         good, mask = (thumbnail(tensor_image(x)) for x in (crop.source, crop.pixel_mask.expand(3, -1, -1) * 2 - 1))
         canvas.contact_rows.append(contact_row(good, mask, cells, line["scores"], line["chosen"]))
-    result = composite(canvas.image.crop(crop.box), candidates[line["chosen"]], crop.mask)
-    canvas.image.paste(result, crop.box[:2])
+    before, painted = canvas.image.crop(crop.box), crop.alpha > 0
+    canvas.image.paste(composite(before, candidates[line["chosen"]], crop.alpha), crop.box[:2])
+    line["vae_error"] = vae_error(before, fit(reconstruction, before.size), painted)
+    crop_mask(canvas.vae_error, crop.box)[painted] = line["vae_error"]
+    crop_mask(canvas.painted, crop.box)[painted] = True
     crop.mask[:] = False
     canvas.inpainted = None
 
@@ -224,17 +254,25 @@ def in_source_mode(canvas: Canvas, image: Image.Image) -> Image.Image:
 
 
 def write_image(canvas: Canvas, folder: Path, keep_metadata: bool) -> dict:
-    """Writes image, mask and contact rows of a finished canvas; returns the line of the manifest."""
+    """Writes image, masks and contact rows of a finished canvas; returns the line of the manifest."""
     paste_inpainted(canvas)
-    planned, mask, defects = canvas.planned, canvas.placed.mask, canvas.placed.defects
+    planned, mask, defects = canvas.planned, canvas.painted, canvas.placed.defects
+    source, image = (in_source_mode(canvas, x) for x in (canvas.source, canvas.image))
     files = {kind: f"{kind}/{planned.name}.png" for kind in KINDS}
     exif = upright_exif(planned.source_image.file) if keep_metadata else b""
-    save_image(in_source_mode(canvas, canvas.image), folder / files["images"], exif)
+    save_image(image, folder / files["images"], exif)
     save_image(Image.fromarray(mask).convert("L"), folder / files["masks"])
+    save_image(
+        Image.fromarray(changed_mask(source, image, canvas.vae_error)).convert("L"), folder / files["mask_changed"]
+    )
     save_image(stack(canvas.contact_rows), folder / files["contact"])
     return planned.line | {
         "image": files["images"],
         "mask": files["masks"],
+        "mask_changed": files["mask_changed"],
+        "seam_step": seam_step(image, mask),
+        "good_seam_step": seam_step(source, mask),
+        "reference_seam_step": planned.recipe.reference_seam_step,
         "mask_parts": [{"from": defect.name, "top": defect.top, "left": defect.left} for defect in defects],
         "boxes": component_boxes(mask),
         "windows": canvas.lines,
@@ -373,7 +411,7 @@ def generate_batch(pipe: StableDiffusionInpaintPipeline, canvases: Sequence[Canv
             if chosen is None:
                 retry_crop(canvas, command.max_attempts)
             else:
-                finish_crop(canvas, candidates[i], seeds[i], measures, chosen)
+                finish_crop(canvas, candidates[i], reconstructions[i], seeds[i], measures, chosen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,7 +523,9 @@ def finish_run(folder: Path, problems: dict[str, Problem], speeds: Sequence[Spee
             write_report(temporary, read_lines(folder / PLAN), lines, problems.values(), speed)
         rows = [Image.open(folder / "contact" / f"{line['name']}.png") for line in lines[:SHEET_IMAGES]]
         save_image(stack(rows), folder / "contact_sheet.png")
-    print(f"{len(lines)} images in {folder}: images/, masks/, {MANIFEST}, contact_sheet.png, summary.html")
+    print(
+        f"{len(lines)} images in {folder}: images/, masks/, mask_changed/, {MANIFEST}, contact_sheet.png, summary.html"
+    )
     if problems:
         raise SystemExit("Not generated:\n" + "\n".join(map(str, problems.values())))
 

@@ -1,4 +1,5 @@
-"""Reference colour statistics: the colours of the training defects, and how far other defects' colours are from them.
+"""Reference statistics: the colours of the training defects, how far other defects' colours are from them, and the
+strength of the training defects' seams.
 
 Shapes: n pixels of a defect, N candidates, S side of a square image. Masks are 1 inside the defect. A colour is
 relative: less the mean colour of the defect's surroundings, R, G and B in [-1, 1].
@@ -6,10 +7,13 @@ relative: less the mean colour of the defect's surroundings, R, G and B in [-1, 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from defectfill_dataset import TrainingSamples, image_tensor, pool_mask
+
+from .seam import seam_step
 
 
 COLOUR_NOISE = 16 / 255  # standard deviation of the noise that any image may have, in each channel
@@ -63,13 +67,24 @@ def reference_statistics(references: Sequence[torch.Tensor]) -> dict:
 
 
 def statistics_by_defect(samples: TrainingSamples) -> dict[str, dict]:
-    """The colour statistics of each defect type that is trained on; all crops of an image count as one reference."""
+    """The statistics of each defect type that is trained on; all crops of an image count as one reference's colours.
+
+    Returns:
+        the `reference_statistics` of each type, and its `seam_step`, the mean of its crops'; None without an outline.
+    """
     colours: dict[str, dict[str, torch.Tensor]] = {}  # defect type -> source image -> (n, 3)
+    steps: dict[str, list[float]] = {}
     for crop in samples.crops:
         image, mask = image_tensor(crop.image, samples.resolution), pool_mask(crop.mask, samples.resolution)
         found, of_type = defect_colours(image / 2 + 0.5, mask), colours.setdefault(crop.defect, {})
         of_type[crop.source_file] = torch.cat([of_type.get(crop.source_file, found[:0]), found])
-    return {defect: reference_statistics(list(of_type.values())) for defect, of_type in colours.items()}
+        step = seam_step(crop.image, crop.mask)
+        steps.setdefault(crop.defect, []).extend([] if step is None else [step])
+    return {
+        defect: reference_statistics(list(of_type.values()))
+        | {"seam_step": float(np.mean(steps[defect])) if steps[defect] else None}
+        for defect, of_type in colours.items()
+    }
 
 
 def colour_distances(candidates: torch.Tensor, mask: torch.Tensor, statistics: dict) -> list[float]:

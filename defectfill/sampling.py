@@ -148,10 +148,18 @@ def reconstruct(pipe: StableDiffusionInpaintPipeline, images: torch.Tensor) -> t
     return (pipe.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
-def composite(image: Image.Image, candidate: torch.Tensor, mask: np.ndarray) -> Image.Image:
-    """The candidate, (3, S, S) in [0, 1], inside the (H, W) mask; every pixel outside is the image's own."""
-    inpainted = tensor_image(candidate * 2 - 1).resize(image.size, Image.Resampling.BICUBIC)
-    return Image.fromarray(np.where(mask[..., None], np.asarray(inpainted), np.asarray(image)))
+def fit(candidate: torch.Tensor, size: tuple[int, int]) -> Image.Image:
+    """A (3, S, S) candidate in [0, 1] at the `size` (W, H) of its crop."""
+    return tensor_image(candidate * 2 - 1).resize(size, Image.Resampling.BICUBIC)
+
+
+def composite(image: Image.Image, candidate: torch.Tensor, alpha: np.ndarray) -> Image.Image:
+    """The candidate, (3, S, S) in [0, 1], blended into the image; where alpha is 0 every pixel is the image's own.
+
+    Args:
+        alpha: (H, W) in 0..255, or a bool mask of the candidate's pixels.
+    """
+    return Image.composite(fit(candidate, image.size), image, Image.fromarray(alpha).convert("L"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def measure(
         mask: (1, S, S).
         statistics: of the training defects' colours, if they are known.
     """
-    pasted = torch.where(mask > 0.5, candidates, source)  # what the composite will hold, at the model's size
+    pasted = torch.where(mask > 0.5, candidates, source)  # whichever way they are blended in later
     scores = scorer(pasted, source, mask) if scorer else [0.0] * len(candidates)
     pixels = candidates.flatten(1)
     sound = (pixels.isfinite().all(dim=1) & pixels.any(dim=1)).tolist()  # half precision may overflow, or go black

@@ -28,6 +28,7 @@ from defectfill.base_model import read_base
 from defectfill.lora import LORA_FILE
 from defectfill.runs import files
 from defectfill.runs import report as page
+from defectfill.seam import feather_alpha
 from defectfill_dataset import InputError, image_tensor, pool_mask, upsample_mask
 
 
@@ -230,13 +231,16 @@ def test_a_backbone_file_of_something_else(net, content):
 
 @pytest.mark.parametrize("size", [(48, 48), (101, 37), (16, 200)])
 def test_every_pixel_outside_the_mask_is_the_inputs(size):
-    """The whole frame passed through the VAE."""
+    """The whole frame passed through the VAE. Beside `exact`, its alpha is of any strength inside."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     mask = rng.random(size[::-1]) > 0.7
     result = np.asarray(sampling.composite(image, torch.rand(3, 32, 32), mask))
     assert np.array_equal(result[~mask], np.asarray(image)[~mask]) and result.shape == np.asarray(image).shape
     assert (result[mask] != np.asarray(image)[mask]).any(axis=-1).mean() > 0.9
+    alpha = rng.integers(0, 256, size[::-1], dtype=np.uint8) * mask
+    result = np.asarray(sampling.composite(image, torch.rand(3, 32, 32), alpha))
+    assert np.array_equal(result[alpha == 0], np.asarray(image)[alpha == 0])
 
 
 # Whole runs
@@ -285,7 +289,7 @@ def test_the_lora_decides_what_is_painted(trained, base, inputs, tmp_path):
     [crop] = line["windows"]
     good, grid = image_tensor(image, RESOLUTION)[None], pool_mask(mask, GRID)[None]
     [candidates] = sampling.inpaint(pipe, good, grid, line["prompt"], [crop["candidate_seeds"]], 2, 7.5)
-    expected = sampling.composite(image, candidates[crop["chosen"]], mask)
+    expected = sampling.composite(image, candidates[crop["chosen"]], feather_alpha(mask))
     assert np.array_equal(np.asarray(expected), np.asarray(Image.open(tmp_path / "out" / line["image"])))
 
 
@@ -340,7 +344,7 @@ def test_several_defects_need_a_choice(train, inputs, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(trained, inputs, tmp_path):
     generate("--lora", trained, *inputs, "--output_dir", tmp_path / "whole", *FAST)
-    for fatal in (1, 2, 3):  # killed while the row, the image, the mask of the second image is written
+    for fatal in range(1, 1 + len(g.KINDS)):  # killed while a file of the second image is written
         out = tmp_path / f"killed-{fatal}"
 
         def killed_run(out=out, fatal=fatal):
@@ -348,7 +352,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, inputs, tmp_path):
 
             def flush_or_die(path):
                 calls.extend([path] if path.suffix == ".png" else [])
-                return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 3 + fatal else flush(path)
+                return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == len(g.KINDS) + fatal else flush(path)
 
             files.flush = flush_or_die
             generate("--lora", trained, *inputs, "--output_dir", out, *FAST)

@@ -20,6 +20,7 @@ from ..base_model import SD2_MIRROR
 from ..lora import LORA_TARGETS
 from ..noise_levels import NoiseOptions
 from ..sampling import COMPILED, SCHEDULERS
+from ..seam import COMPOSITES
 from ..selection import LPIPS_FILES
 from .requests import GenerationCommand, GenerationRequest
 
@@ -104,6 +105,14 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         default=[0.0, 1.0],
         metavar=("START", "END"),
         help="Guided steps, in fractions of all steps; the other steps cost half. Default: 0 1, all steps.",
+    )
+    add(
+        "--composite",
+        choices=COMPOSITES,
+        default="feather",
+        help="How a candidate is pasted. feather: blended in, from the mask's outline inwards. exact: the whole mask, "
+        "with a hard edge. grid: all that the model repaints, which is up to a latent cell more than the mask; the "
+        "written masks hold all of it.",
     )
     add = parser.add_argument_group("zoom").add_argument
     add(

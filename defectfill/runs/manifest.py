@@ -20,7 +20,7 @@ from .source_images import SourceImage
 
 
 PLAN, MANIFEST, PARTS = "plan.jsonl", "manifest.jsonl", "manifest-part-*.jsonl"
-KINDS = ("images", "masks", "contact")  # folders of PNG files
+KINDS = ("images", "masks", "mask_changed", "contact")  # folders of PNG files
 
 
 def check_output_dir(folder: Path, source_images: Iterable[SourceImage]) -> None:

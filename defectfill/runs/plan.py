@@ -38,8 +38,18 @@ class Recipe:
     @property
     def reference_colours(self) -> dict | None:
         """The colour statistics of the training defects; None if the LoRA has none, or of one reference only."""
-        known = self.lora.record.get("appearance", {}).get(self.settings["defect"])
-        return known if known and known["strangest"] else None
+        known = self.reference_statistics
+        return known if known.get("strangest") else None
+
+    @property
+    def reference_seam_step(self) -> float | None:
+        """The `seam_step` of the training defects; None if the LoRA has none."""
+        return self.reference_statistics.get("seam_step")
+
+    @property
+    def reference_statistics(self) -> dict:
+        """What the LoRA's record says of how the training defects look."""
+        return self.lora.record.get("appearance", {}).get(self.settings["defect"], {})
 
 
 class RequestInputs(NamedTuple):
@@ -164,6 +174,7 @@ def make_recipe(
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         "guidance_interval": request.guidance_interval,
+        "composite": request.composite,
     }
     return Recipe(lora, mask_source, zoom, settings)
 

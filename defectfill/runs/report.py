@@ -120,6 +120,21 @@ def embedded(file: Path) -> str:
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}">'
 
 
+def seam_line(lines: list[dict]) -> str:
+    """A paragraph of one defect type's seam strength, beside that of its good images and its references."""
+    of_images, of_good, of_references = (
+        [line[key] for line in lines if line[key] is not None]
+        for key in ("seam_step", "good_seam_step", "reference_seam_step")
+    )
+    if not of_images:
+        return ""
+    references = f"{np.mean(of_references):.1f}" if of_references else "not known"
+    return (
+        f"<p>Grey step across the mask's outline, of 255 levels, mean: generated images: {np.mean(of_images):.1f}, "
+        f"references: {references}, the good images at the same places: {np.mean(of_good):.1f}.</p>"
+    )
+
+
 def section(name: str, lines: list[dict], folder: Path) -> str:
     """One defect type: histograms of its measures, and its first contact rows."""
     crops = [crop for line in lines for crop in line["windows"]]
@@ -136,7 +151,7 @@ def section(name: str, lines: list[dict], folder: Path) -> str:
         for line in lines[:SHOWN]
     )
     number = f"<p>The first {len(lines[:SHOWN])} of {len(lines)} images:</p>"
-    return f'<h2>{html.escape(name)}</h2>{legend}{histograms}{number}<div class="wide">{rows}</div>'
+    return f'<h2>{html.escape(name)}</h2>{seam_line(lines)}{legend}{histograms}{number}<div class="wide">{rows}</div>'
 
 
 def group_by_type(lines: Iterable[dict]) -> dict[tuple[str, str], list[dict]]:

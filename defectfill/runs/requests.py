@@ -21,6 +21,7 @@ class GenerationRequest:
     num_inference_steps: int
     guidance_scale: float
     guidance_interval: list[float]  # start and end, in [0, 1]
+    composite: str  # feather, exact or grid
     zoom: str  # auto, on or off
     zoom_context: float | None
     zoom_min_area: float | None

@@ -3,11 +3,12 @@
     python scripts/ablate.py --base scripts/tiny_base --segmenter segmenter --output_dir ablation
 
 For every variant, seed and defect type: a LoRA on a third of twelve pairs; defects inpainted into good parts with
-masks that no LoRA saw, one candidate each, with the defect prompt; and these metrics: the attention map's IoU with the
-mask and the error of x_0 inside it at timestep 800, on the training images; the IoU of the segmenter's prediction with
-the target mask, and the same for images inpainted with the object prompt; its detection rate (share of images with an
-IoU above 0.3); and the feature distance of the generated defects to real ones, in the segmenter's features. Each result
-is a line of results.jsonl and is not computed again. table.md and samples.png are made from them.
+masks that no LoRA saw, one candidate each, with the defect prompt, feathered; and these metrics: the attention map's
+IoU with the mask and the error of x_0 inside it at timestep 800, on the training images; the IoU of the segmenter's
+prediction with the target mask, the same for candidates pasted exactly, and for images inpainted with the object
+prompt; its detection rate (share of images with an IoU above 0.3); and the feature distance of the generated defects to
+real ones, in the segmenter's features. Each result is a line of results.jsonl and is not computed again. table.md and
+samples.png are made from them.
 """
 
 import argparse
@@ -26,12 +27,14 @@ import train_defectfill
 from defectfill.lora import load_lora, read_lora
 from defectfill.runs.files import exclusive_lock, write_json
 from defectfill.sampling import ddim, inpaint
+from defectfill.seam import feather_alpha
 from defectfill_dataset import derive_seed, pool_mask, tensor_image
 from defectfill_scripts import make_demo_data
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
 
 
-RECIPE = "--lora_targets all --rank 32 --lora_alpha 32 --lora_dropout 0 --cache_latents 8".split()  # of scripts/demo.sh
+# Of scripts/demo.sh.
+RECIPE = "--lora_targets all --rank 32 --lora_alpha 32 --lora_dropout 0 --cache_latents 8".split()
 VARIANTS = {
     "recipe": RECIPE,
     "the paper's LoRA": [],  # rank 8 on attention
@@ -53,7 +56,7 @@ NO_LORA = "base without LoRA"
 REAL = "real defects"
 FIGURES = {
     "attention IoU": "attention_iou", "error of x_0": "x0_error", "segmenter IoU": "segmenter_iou",
-    "object prompt": "object_prompt_iou", "detection rate": "found", "feature distance": "distance",
+    "exact composite": "exact_iou", "object prompt": "object_prompt_iou", "detection rate": "found", "feature distance": "distance",
 }  # fmt: skip
 SHOWN = 6  # images of each run that are kept
 
@@ -113,21 +116,23 @@ def train(args: argparse.Namespace, part: str, defect: str, options: list[str], 
 
 def inpaint_parts(
     args: argparse.Namespace, lora: Path | None, prompt: str, good: torch.Tensor, masks: torch.Tensor, seed: int
-) -> torch.Tensor:
-    """(B, 3, R, R) good parts with a defect inpainted inside each mask, one candidate each, outside untouched."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, 3, R, R) good parts with a defect inpainted inside each mask, one candidate each: feathered, and exact."""
     pipe = StableDiffusionInpaintPipeline.from_pretrained(args.base, dtype=torch.float32, safety_checker=None)
     pipe.scheduler = ddim(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     if lora:
         load_lora(pipe, read_lora(lora))
-    inpainted = []
+    feathered, exact = [], []
     for i, (image, mask) in enumerate(zip(good, masks)):
         grid = pool_mask(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor)
         seeds = [[derive_seed(seed, "ablation", i)]]
         steps, guidance = args.num_inference_steps, args.guidance_scale
         candidates = inpaint(pipe, image[None], grid[None], prompt, seeds, steps, guidance)
-        inpainted.append(torch.where(mask > 0.5, candidates[0, 0] * 2 - 1, image))
-    return torch.stack(inpainted)
+        alpha = torch.from_numpy(feather_alpha(mask[0].numpy() > 0.5)) / 255
+        feathered.append(torch.lerp(image, candidates[0, 0] * 2 - 1, alpha))
+        exact.append(torch.where(mask > 0.5, candidates[0, 0] * 2 - 1, image))
+    return torch.stack(feathered), torch.stack(exact)
 
 
 def run_all(args: argparse.Namespace, results_file: Path) -> None:
@@ -150,13 +155,14 @@ def run_all(args: argparse.Namespace, results_file: Path) -> None:
                 if variant == REAL:
                     pictures = unseen
                 elif variant == NO_LORA:
-                    pictures = inpaint_parts(args, None, f"A {part} with {defect}", good, masks, seed)
+                    pictures, _ = inpaint_parts(args, None, f"A {part} with {defect}", good, masks, seed)
                 else:
                     line |= train(args, part, defect, VARIANTS[variant], seed, folder)
                     record = read_lora(folder).record
-                    of_object = inpaint_parts(args, folder, record["prompts"][defect], good, masks, seed)
+                    of_object, _ = inpaint_parts(args, folder, record["prompts"][defect], good, masks, seed)
                     line["object_prompt_iou"] = iou(segment(segmenter, of_object), masks).mean().item()
-                    pictures = inpaint_parts(args, folder, record["defect_prompts"][defect], good, masks, seed)
+                    pictures, exact = inpaint_parts(args, folder, record["defect_prompts"][defect], good, masks, seed)
+                    line["exact_iou"] = iou(segment(segmenter, exact), masks).mean().item()
                 line |= figures_of(segmenter, pictures, masks, real)
                 folder.mkdir(parents=True, exist_ok=True)
                 row = torch.cat([*pictures[:SHOWN]], dim=2)

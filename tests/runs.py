@@ -52,6 +52,16 @@ def wait_for(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def launch(script: Path, *argv, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+    """Runs a script in two processes on the CPU, through `accelerate launch`; it must succeed, unless not `check`."""
+    flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, script, *map(str, argv)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | env
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
 FAST = ["--num_inference_steps", 2, "--num_candidates", 3, "--selection", "rmse"]  # of a generation
 
 

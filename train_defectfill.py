@@ -42,7 +42,7 @@ from transformers import CLIPTokenizer
 from defectfill.base_model import BaseModel, check_resolution, load_models, load_tokenizer, read_base
 from defectfill.colour_stats import statistics_by_defect
 from defectfill.latents import LatentCache, encode_images, to_device
-from defectfill.lora import LORA_FILE, add_lora, lora_parameters, read_lora, reload_and_compare, save_lora
+from defectfill.lora import LORA_FILE, add_lora, lora_parameters, reload_and_compare, save_lora
 from defectfill.noise_levels import (
     PLAIN_NOISE,
     NoiseOptions,
@@ -57,6 +57,7 @@ from defectfill.runs.cards import write_model_card
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
 from defectfill.runs.flags import check_training_args, parse_training_args
 from defectfill.runs.hub import check_hub, push
+from defectfill.runs.processes import check_launch, check_same, contradictions, from_main_process
 from defectfill.runs.record import LossLog, log_image, lora_record, run_record
 from defectfill.runs.signals import StopSignal
 from defectfill.runs.speed import StepClock
@@ -561,10 +562,9 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
                 return measure(bare_models, samples.references(), options, device)
 
     if prepared.checkpoint:
-        weights = read_lora(prepared.checkpoint).tensors
-        state = checkpoints.restore(
-            prepared.checkpoint, weights, parameters, optimizer, lr_scheduler, accelerator.scaler
-        )
+        saved = from_main_process(lambda: checkpoints.load(prepared.checkpoint), accelerator.is_main_process)
+        state = checkpoints.restore(saved, parameters, optimizer, lr_scheduler, accelerator.scaler)
+        del saved
         step, before = state["step"], state["before"]
     else:
         step, before = 0, measure_references()
@@ -810,7 +810,9 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
         identity["other_types_sha256"] = data_digest(others)
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps  # the schedule's length
-    checkpoint = checkpoints.find_resume(args.output_dir, args.resume_from_checkpoint, identity, args.max_train_steps)
+    check_same(identity)
+    find = functools.partial(checkpoints.find_resume, args.output_dir, args.resume_from_checkpoint, identity)
+    checkpoint = from_main_process(lambda: find(args.max_train_steps), accelerator.is_main_process)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, args.output_dir.resolve().name)
     samples = TrainingSamples(
@@ -844,6 +846,7 @@ def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator:
 
 def main(args: argparse.Namespace) -> None:
     check_training_args(args)
+    check_launch()
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -860,6 +863,8 @@ def main(args: argparse.Namespace) -> None:
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    for line in contradictions(args.gradient_accumulation_steps, args.mixed_precision):
+        logger.warning(line)
     prepared = prepare(args, accelerator)
     stop = StopSignal()
     with exclusive_lock(args.output_dir) if accelerator.is_main_process else nullcontext():

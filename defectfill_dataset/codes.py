@@ -79,6 +79,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF310": "A checkpoint or a run's file is damaged.",
         "DF320": "The run was started with other inputs or options.",
         "DF321": "The checkpoint is already at the last step.",
+        "DF322": "The processes of a run have different data, bases or options.",
     },
     "Generation": {
         "DF340": "There is no room for a mask in an image.",

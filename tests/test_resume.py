@@ -167,7 +167,7 @@ def test_adamws_step_count_comes_back_where_adamw_keeps_it(two_checkpoints, fuse
     optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters.values()], lr=1.0)
     optimizer.param_groups[0]["fused"] = fused
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    checkpoints.restore(two_checkpoints / "checkpoint-2", weights, parameters, optimizer, scheduler, None)
+    checkpoints.restore(checkpoints.load(two_checkpoints / "checkpoint-2"), parameters, optimizer, scheduler, None)
     kept = optimizer.state[next(iter(parameters.values()))]
     assert kept["exp_avg"].is_meta and kept["step"].is_meta == fused
 
@@ -182,9 +182,9 @@ def test_control_the_comparison_notices_what_is_not_restored(
     assert killed_run(options(base, data, out, *RUN, "--gradient_accumulation_steps", "1"), "step") == KILLED
     restore = checkpoints.restore
 
-    def restore_less(checkpoint, weights, parameters, optimizer, lr_scheduler, scaler):
+    def restore_less(saved, parameters, optimizer, lr_scheduler, scaler):
         before = lr_scheduler.state_dict()
-        state = restore(checkpoint, weights, parameters, optimizer, lr_scheduler, scaler)
+        state = restore(saved, parameters, optimizer, lr_scheduler, scaler)
         if lost == "moments":
             optimizer.state.clear()
         if lost == "schedule":
@@ -342,7 +342,8 @@ def test_no_pickle_is_ever_loaded(two_checkpoints, tmp_path, monkeypatch):
         [{"params": list(parameters.values())}, {"params": [torch.nn.Parameter(torch.ones(1))]}]
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    assert checkpoints.restore(out / "checkpoint-2", weights, parameters, optimizer, scheduler, None)["step"] == 2
+    saved = checkpoints.load(out / "checkpoint-2")
+    assert checkpoints.restore(saved, parameters, optimizer, scheduler, None)["step"] == 2
 
 
 # Faults while saving

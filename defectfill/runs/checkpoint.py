@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from defectfill_dataset import InputError, Problem
 
-from ..lora import LORA_FILE, portable_name
+from ..lora import LORA_FILE, portable_name, read_lora
 from .files import TEMPORARY, flush, write_json
 
 
@@ -192,22 +193,35 @@ def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_s
     return checkpoint
 
 
+class Saved(NamedTuple):
+    """What a checkpoint holds, read."""
+
+    state: dict
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]  # the optimizer's tensors, by the names of `_optimizer_state`
+
+
+def load(checkpoint: Path) -> Saved:
+    """Reads a checkpoint's files."""
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    return Saved(state, read_lora(checkpoint).tensors, load_file(checkpoint / OPTIMIZER_FILE))
+
+
 @torch.no_grad()
 def restore(
-    checkpoint: Path,
-    weights: dict[str, torch.Tensor],
+    saved: Saved,
     parameters: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler | None,
 ) -> dict:
     """Puts weights, moments, learning rates and loss scale back; returns the caller's state."""
-    state = json.loads((checkpoint / STATE_FILE).read_text())
+    state = saved.state
     for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+        parameter.copy_(saved.weights[name])
     optimizer.state.clear()
     fused = bool(optimizer.param_groups[0].get("fused"))
-    for full_name, value in {**load_file(checkpoint / OPTIMIZER_FILE), **state["optimizer"]}.items():
+    for full_name, value in {**saved.moments, **state["optimizer"]}.items():
         name, key = full_name.split("|")
         name = portable_name(name) or name  # older checkpoints have peft's names
         on_device = torch.is_tensor(value) and (key != "step" or fused)  # plain AdamW counts its steps on the CPU

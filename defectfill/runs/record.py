@@ -15,6 +15,7 @@ from defectfill_dataset import PromptPair
 
 from ..base_model import BaseModel
 from .files import atomic_write
+from .processes import launch_environment
 
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ def run_record(options: dict, identity: dict, data: DatasetDict) -> dict:
     """Options, versions and data of the run, for the output folder."""
     return {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
-        **{k: identity[k] for k in ("mixed_precision", "processes", "device", "data_sha256", "prompts")},
+        **{k: identity[k] for k in ("mixed_precision", "gradient_accumulation_steps", "processes", "device")},
+        "environment": launch_environment(),
+        **{k: identity[k] for k in ("data_sha256", "prompts")},
         "base_revision": identity["revision"],
         "versions": versions(),
         "git_revision": git_revision(),

@@ -58,7 +58,7 @@ from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock,
 from defectfill.runs.flags import check_training_args, parse_training_args
 from defectfill.runs.hub import check_hub, push
 from defectfill.runs.processes import check_launch, check_same, contradictions, from_main_process
-from defectfill.runs.record import LossLog, log_image, lora_record, run_record
+from defectfill.runs.record import LossLog, log_image, lora_record, run_record, stop_if_not_finite
 from defectfill.runs.signals import StopSignal
 from defectfill.runs.speed import StepClock
 from defectfill.sampling import composite, ddim, inpaint
@@ -67,6 +67,7 @@ from defectfill_dataset import (
     InputError,
     Problem,
     PromptPair,
+    RunError,
     TokenizedPrompts,
     TrainingSamples,
     binarise,
@@ -599,7 +600,9 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
                 *means, norm = numbers.tolist()  # the one wait for the GPU in a step
                 terms = dict(zip(LOSSES, means))
                 clock.tick()
-                stop_if_not_finite(terms, norm, step, samples, batch, scaled=accelerator.scaler is not None)
+                images = [samples.crops[i].source_file for i in batch["index"].tolist()]
+                scaled = accelerator.scaler is not None
+                stop_if_not_finite(step + 1, terms, norm, images, scaled, log, args.output_dir)
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -612,7 +615,8 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         if accelerator.optimizer_step_was_skipped:  # fp16: the gradient overflowed, and the loss scale was halved
             skipped += 1
             if skipped == MAX_SKIPPED_STEPS:
-                raise FloatingPointError(f"Step {step}: {skipped} steps in a row skipped by fp16; use bf16 or no")
+                what = f"{skipped} steps in a row skipped by fp16"
+                raise RunError(Problem("DF323", f"step {step}", what, "use --mixed_precision bf16 or no"))
         else:
             skipped = 0
             lr_scheduler.step()
@@ -638,7 +642,9 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     if accelerator.is_main_process:
         log.flush()
         measures = {"before": before, "after": measure_references(), **log.summary(), "speed": clock.summary(device)}
-        finish(args, prepared, accelerator, bare_models, measures, time.time() - began)
+        with checkpoints.last_save(args.output_dir):
+            finish(args, prepared, accelerator, bare_models, measures, time.time() - began)
+    accelerator.wait_for_everyone()  # none leaves the group, or takes its launcher along, before all is pushed
     accelerator.end_training()
 
 
@@ -664,18 +670,6 @@ def write_lora(path: Path, models: Models, record: dict) -> None:
     """Writes the LoRA file atomically."""
     with atomic_write(path) as temporary:
         save_lora(temporary, models.unet, models.text_encoder, record)
-
-
-def stop_if_not_finite(terms: dict, norm: float, step: int, samples, batch: dict, scaled: bool) -> None:
-    """Raises FloatingPointError, before the weights change, if a loss or an unscaled gradient is not finite."""
-    if all(map(math.isfinite, terms.values())) and (scaled or math.isfinite(norm)):
-        return
-    names = ", ".join(samples.crops[i].source_file for i in batch["index"].tolist())
-    shown = ", ".join(f"{k} {v:g}" for k, v in terms.items())
-    raise FloatingPointError(
-        f"Step {step + 1}: {shown}, gradient norm {norm:g}, last images {names}. The weights were not changed "
-        "and the last checkpoint is good. Lower --learning_rate, or use bf16 in place of fp16"
-    )
 
 
 def make_validation(
@@ -852,8 +846,8 @@ def main(args: argparse.Namespace) -> None:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
-        # The other processes wait while the first measures, validates and saves.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
+        # The other processes wait while the first measures, validates, saves and pushes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2, seconds=args.push_timeout))],
     )
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",

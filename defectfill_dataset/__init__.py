@@ -18,7 +18,7 @@ from .builder import (
 )
 from .checks import check_pairs
 from .crops import Box, CropRule, choose_crop_rule, crop_boxes, crop_mask
-from .errors import InputError, Problem
+from .errors import InputError, Problem, RunError
 from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image, upright_exif
 from .mask_values import MaskClasses, binarise
 from .masks import boxes_mask, component_boxes, pool_mask, random_boxes, random_mask, upsample_mask
@@ -54,6 +54,7 @@ __all__ = [
     "Prompt",
     "Problem",
     "PromptPair",
+    "RunError",
     "SHAPES",
     "TokenizedPrompts",
     "TrainingSamples",

@@ -80,6 +80,8 @@ CODES: dict[str, dict[str, str]] = {
         "DF320": "The run was started with other inputs or options.",
         "DF321": "The checkpoint is already at the last step.",
         "DF322": "The processes of a run have different data, bases or options.",
+        "DF323": "A loss or gradient is not finite, or fp16 skips every step: training stops.",
+        "DF324": "The results cannot be written: the disk is full, or has failed.",
     },
     "Generation": {
         "DF340": "There is no room for a mask in an image.",

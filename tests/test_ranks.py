@@ -238,3 +238,20 @@ def test_what_one_process_reads_or_raises_reaches_all():
     with pytest.raises(ZeroDivisionError):
         from_main_process(lambda: 1 / 0, True)
     assert from_main_process(lambda: 3, False) is None  # a process alone has nobody to hear from
+
+
+@pytest.mark.slow
+def test_no_process_leaves_before_the_first_has_saved_and_pushed(driver, base, data, tmp_path):
+    done = launch(driver, *options(base, data, tmp_path / "out", "--train_batch_size", "1"), SLOW_PUSH="yes")
+    lines = [line for line in done.stdout.splitlines() if line.endswith(("finished", "leaves"))]
+    assert lines[0] == "0 finished" and sorted(lines[1:]) == ["0 leaves", "1 leaves"]
+
+
+def test_the_wait_is_longer_than_a_push(train, monkeypatch):
+    kept = []
+    handlers = train_defectfill.InitProcessGroupKwargs
+    monkeypatch.setattr(
+        train_defectfill, "InitProcessGroupKwargs", lambda timeout: kept.append(timeout) or handlers(timeout=timeout)
+    )
+    train("--push_timeout", "7200")
+    assert kept[0].total_seconds() == 2 * 7200

@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from defectfill_dataset import InputError, Problem
+from defectfill_dataset import InputError, Problem, RunError
 
 from ..lora import LORA_FILE, portable_name, read_lora
 from .files import TEMPORARY, flush, write_json
@@ -161,6 +162,29 @@ def find_checkpoint(output_dir: Path, which: str) -> Path | None:
     if wrong:
         raise InputError(Problem("DF310", f"--resume_from_checkpoint {which}", wrong, "choose another or 'latest'"))
     return checkpoint
+
+
+def last_checkpoint(output_dir: Path) -> tuple[str, str]:
+    """What to say of the newest sound checkpoint when a run ends in an error, and how to go on from it."""
+    checkpoint = find_checkpoint(output_dir, "latest")
+    if checkpoint is None:
+        return "no checkpoint was written", "start again in another --output_dir"
+    return f"{checkpoint.name} is good", "run the same command with --resume_from_checkpoint latest"
+
+
+@contextmanager
+def last_save(output_dir: Path) -> Iterator[None]:
+    """Around the writing of the results.
+
+    Raises:
+        RunError: they cannot be written (DF324).
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        state, advice = last_checkpoint(output_dir)
+        what = f"the results cannot be written ({error}); {state}"
+        raise RunError(Problem("DF324", output_dir, what, f"make room on the disk, then {advice}")) from error
 
 
 def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_steps: int) -> Path | None:

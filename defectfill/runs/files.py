@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -99,10 +100,25 @@ def publish_dir(source: Path, folder: Path, last: str) -> None:
     flush(folder)
 
 
+def finite(value: object) -> object:
+    """The value with None in place of every float, at any depth, that is not a number: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, content: dict) -> None:
-    """Writes `content` as indented JSON, atomically."""
+    """Writes `content` as indented JSON, atomically; null in place of NaN and infinities."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Appends to a file, which is whole after a crash of the process, if not of the system."""
+    with path.open("a") as stream:
+        stream.write(text)
 
 
 @contextmanager

@@ -83,6 +83,7 @@ from defectfill_dataset import (
     other_types,
     sampling_schedule,
     select_defects,
+    single_types,
     split_names,
     tensor_image,
     to_words,
@@ -777,7 +778,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
         what = "needs a GPU, and none is available"
         raise InputError(Problem("DF189", "--mixed_precision fp16", what, "use bf16 or no"))
     every_type = read_data(args, accelerator)
-    data = select_defects(every_type, args.defect)
+    data = select_defects(every_type, args.defect or single_types(every_type))
     base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
     check_resolution(base, args.resolution)
     check_images(args, data, base)

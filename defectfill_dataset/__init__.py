@@ -15,6 +15,7 @@ from .builder import (
     load_prepared,
     other_types,
     select_defects,
+    single_types,
 )
 from .checks import check_pairs
 from .crops import Box, CropRule, choose_crop_rule, crop_boxes, crop_mask
@@ -90,6 +91,7 @@ __all__ = [
     "reference_shapes",
     "sampling_schedule",
     "select_defects",
+    "single_types",
     "tensor_image",
     "pool_mask",
     "to_words",

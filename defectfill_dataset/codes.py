@@ -15,7 +15,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF120": "An image has 16 bits per channel. Training keeps 8; generation rejects it.",
         "DF122": "An image is pure black and white. It is read.",
         "DF124": "An image has a single colour. It is read.",
-        "DF125": "An image is converted to RGB without a colour profile.",
+        "DF125": "An image is converted to RGB, by its own colour profile or without one.",
         "DF126": "An image's EXIF orientation is invalid. It is not rotated.",
         "DF127": "An EXIF tag rotates an image; its size does not show whether its mask was drawn before or after.",
         "DF130": "An image is too small.",

@@ -361,7 +361,8 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--dataset_name", metavar="PATH|ID", help="Prepared dataset, instead of --train_data_dir.")
     add("--dataset_config_name", metavar="NAME", help="Configuration of the prepared dataset.")
     add("--object", metavar="NAME", help="Object to train on, if the data holds several.")
-    add("--defect", nargs="+", metavar="NAME", help="Defect types to learn. Default: all types of the object.")
+    add("--defect", nargs="+", metavar="NAME", help="Defect types to learn. Default: all types of the object but "
+        "'combined'.")
     add("--split", default="auto", metavar="RULE|FILE",
         help="Defects to train on: auto (the dataset's own split, else first_third), first_third (of each type), all, "
              "or a split.json.")

@@ -30,15 +30,22 @@ def reset_accelerate() -> None:
         state._reset_state()
 
 
+PARENT = os.getpid()
+
+
 def fork(function: Callable[[], object], seconds: float = 300) -> int:
-    """Runs `function` in a forked child and returns the child's id. One that hangs shows where, and ends with 1."""
+    """Runs `function` in a forked child and returns the child's id.
+
+    One that hangs shows where, and ends with 1; a child's child has no such timer.
+    """
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
         tqdm.set_lock(threading.RLock())  # of its own: a child killed inside a shared one would stop its parent's bars
-        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+        if os.getppid() == PARENT:  # a child's child would wait for ever for its parent's timer, which it replaces
+            faulthandler.dump_traceback_later(seconds, exit=True, file=2)
         function()
         status = 0
     except BaseException:

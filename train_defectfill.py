@@ -43,6 +43,7 @@ from defectfill.base_model import BaseModel, check_resolution, load_models, load
 from defectfill.colour_stats import statistics_by_defect
 from defectfill.latents import LatentCache, encode_images, to_device
 from defectfill.lora import LORA_FILE, add_lora, lora_parameters, reload_and_compare, save_lora
+from defectfill.memory import left_out_if_out_of_memory
 from defectfill.noise_levels import (
     PLAIN_NOISE,
     NoiseOptions,
@@ -685,10 +686,11 @@ def make_validation(
 
     def validate(step: int) -> None:
         if accelerator.is_main_process:
-            with evaluating(models, accelerator):
-                image = validation_image(models, pipe, items, options, args.validation_inference_steps)
-            save_image(image, folder / f"step-{step:06d}.png")
-            log_image(accelerator.trackers, image, step)
+            with left_out_if_out_of_memory(f"The validation image of step {step}"):
+                with evaluating(models, accelerator):
+                    image = validation_image(models, pipe, items, options, args.validation_inference_steps)
+                save_image(image, folder / f"step-{step:06d}.png")
+                log_image(accelerator.trackers, image, step)
         accelerator.wait_for_everyone()
 
     return validate

@@ -370,9 +370,9 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(train, tmp_path, monkeypat
 
 def test_everything_is_flushed_before_the_rename_and_the_old_deleted_after(train, tmp_path, monkeypatch):
     events = []
-    flush, rename, rmtree = checkpoints.flush, os.rename, shutil.rmtree
+    flush, rename, rmtree = checkpoints.flush, checkpoints.rename, shutil.rmtree
     monkeypatch.setattr(checkpoints, "flush", lambda p: (events.append(("flush", Path(p).name)), flush(p)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(("rename", Path(b).name)), rename(a, b)))
+    monkeypatch.setattr(checkpoints, "rename", lambda a, b: (events.append(("rename", Path(b).name)), rename(a, b)))
     monkeypatch.setattr(shutil, "rmtree", lambda p, **k: (events.append(("delete", Path(p).name)), rmtree(p, **k)))
     train("--checkpointing_steps", "1", "--checkpoints_total_limit", "1")
     second = events[events.index(("rename", "checkpoint-1")) + 2 :]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from defectfill_dataset import InputError, Problem, RunError
 
 from ..lora import LORA_FILE, portable_name, read_lora
-from .files import TEMPORARY, flush, write_json
+from .files import TEMPORARY, flush, rename, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ def save_checkpoint(
         flush(temporary)
         if final.exists():
             _discard(final)
-        os.rename(temporary, final)
+        rename(temporary, final)
         flush(output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -75,7 +74,10 @@ def save_checkpoint(
         return False
     if total_limit is not None:
         for old in list_checkpoints(output_dir)[:-total_limit]:
-            _discard(old)
+            try:
+                _discard(old)
+            except OSError as error:
+                logger.warning(f"{old.name} could not be deleted ({error})")
     return True
 
 
@@ -93,7 +95,7 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict) -> tupl
 
 def _discard(folder: Path) -> None:
     trash = folder.with_name(f"{TEMPORARY}trash-{folder.name}")
-    os.rename(folder, trash)  # at once out of sight: no half-deleted checkpoint is ever listed
+    rename(folder, trash)  # at once out of sight: no half-deleted checkpoint is ever listed
     shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -115,7 +117,7 @@ def archive_newer_checkpoints(output_dir: Path, step: int) -> None:
             aside = checkpoint.with_name(f"{checkpoint.name}.old")
             if aside.exists():
                 _discard(aside)
-            os.rename(checkpoint, aside)
+            rename(checkpoint, aside)
             logger.warning(f"{checkpoint.name} is newer than the resumed step; renamed to {aside.name}")
 
 
@@ -228,7 +230,8 @@ class Saved(NamedTuple):
 def load(checkpoint: Path) -> Saved:
     """Reads a checkpoint's files."""
     state = json.loads((checkpoint / STATE_FILE).read_text())
-    return Saved(state, read_lora(checkpoint).tensors, load_file(checkpoint / OPTIMIZER_FILE))
+    moments = {name: tensor.clone() for name, tensor in load_file(checkpoint / OPTIMIZER_FILE).items()}
+    return Saved(state, read_lora(checkpoint).tensors, moments)  # cloned, or the file would stay mapped, and in use
 
 
 @torch.no_grad()

@@ -300,7 +300,7 @@ def read_requests(file: Path, args: argparse.Namespace) -> list[GenerationReques
     parser = LineParser(add_help=False, allow_abbrev=False)
     add_request_flags(parser)
     requests, problems = [], []
-    for number, text in enumerate(file.read_text().splitlines(), 1):
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not text.strip():
             continue
         try:

@@ -487,7 +487,7 @@ def finish_run(folder: Path, problems: dict[str, Problem], speeds: Sequence[Spee
 
 
 def main(command: GenerationCommand) -> None:
-    check_launch()
+    check_launch(training=False)
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(on_cpu, timeout=datetime.timedelta(days=7))  # processes wait for the slowest
     run = prepare(command, state.device)

@@ -843,7 +843,7 @@ def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator:
 
 def main(args: argparse.Namespace) -> None:
     check_training_args(args)
-    check_launch()
+    check_launch(training=True)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

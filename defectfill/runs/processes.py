@@ -21,8 +21,11 @@ SPLITTING = {
 ACCUMULATION, PRECISION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION"
 
 
-def check_launch() -> None:
+def check_launch(training: bool) -> None:
     """Refuses what accelerate was told in the environment if it cannot work; before accelerate itself begins.
+
+    Args:
+        training: in several processes on the CPU only if asked to, as accelerate does; generation shares it anyway.
 
     Raises:
         InputError: a launch that splits the model (DF188), fewer GPUs than processes (DF189), a number of
@@ -34,10 +37,10 @@ def check_launch() -> None:
             fix = "launch with --multi_gpu: the frozen model fits one GPU, and only the LoRA has an optimizer"
             raise InputError(Problem("DF188", f"accelerate launch ({variable})", what, fix))
     steps = os.environ.get(ACCUMULATION, "1")
-    if not steps.isdecimal() or int(steps) < 1:
+    if training and not (steps.isdecimal() and int(steps)):
         raise InputError(Problem("DF187", f"{ACCUMULATION}={steps}", "must be a number of at least 1"))
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if processes > max(1, gpus) and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+    if processes > max(1, gpus) and (training or gpus) and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         what = f"{processes} processes were launched, but there are {gpus} GPUs"
         fix = "launch one for each GPU, one alone without a GPU, or set ACCELERATE_USE_CPU=true to use the CPU"
         raise InputError(Problem("DF189", "accelerate launch --multi_gpu", what, fix))

@@ -227,11 +227,12 @@ class Saved(NamedTuple):
     moments: dict[str, torch.Tensor]  # the optimizer's tensors, by the names of `_optimizer_state`
 
 
-def load(checkpoint: Path) -> Saved:
-    """Reads a checkpoint's files."""
+def load(checkpoint: Path, weights: dict[str, torch.Tensor] | None = None) -> Saved:
+    """Reads a checkpoint's files; `weights` where it is not a LoRA that is trained."""
     state = json.loads((checkpoint / STATE_FILE).read_text())
     moments = {name: tensor.clone() for name, tensor in load_file(checkpoint / OPTIMIZER_FILE).items()}
-    return Saved(state, read_lora(checkpoint).tensors, moments)  # cloned, or the file would stay mapped, and in use
+    # Cloned, or the file would stay mapped, and in use.
+    return Saved(state, read_lora(checkpoint).tensors if weights is None else weights, moments)
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ from defectfill.runs.manifest import (
     write_table,
 )
 from defectfill.runs.plan import PlannedImage, Recipe, batch_plan, check_plan, make_plan
+from defectfill.runs.processes import check_launch
 from defectfill.runs.report import contact_row, stack, thumbnail, write_report
 from defectfill.runs.requests import GenerationCommand
 from defectfill.runs.speed import SPEED, Speed, summarise
@@ -531,6 +532,7 @@ def finish_run(folder: Path, problems: dict[str, Problem], speeds: Sequence[Spee
 
 
 def main(command: GenerationCommand) -> None:
+    check_launch(training=False)
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(on_cpu, timeout=datetime.timedelta(days=7))  # processes wait for the slowest
     run = prepare(command, state.device)

@@ -42,7 +42,8 @@ from transformers import CLIPTokenizer
 from defectfill.base_model import BaseModel, check_resolution, load_models, load_tokenizer, read_base
 from defectfill.colour_stats import statistics_by_defect
 from defectfill.latents import LatentCache, encode_images, to_device
-from defectfill.lora import LORA_FILE, add_lora, lora_parameters, read_lora, reload_and_compare, save_lora
+from defectfill.lora import LORA_FILE, add_lora, lora_parameters, reload_and_compare, save_lora
+from defectfill.memory import left_out_if_out_of_memory
 from defectfill.noise_levels import (
     PLAIN_NOISE,
     NoiseOptions,
@@ -57,7 +58,8 @@ from defectfill.runs.cards import write_model_card
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
 from defectfill.runs.flags import check_training_args, parse_training_args
 from defectfill.runs.hub import check_hub, push
-from defectfill.runs.record import LossLog, log_image, lora_record, run_record
+from defectfill.runs.processes import check_launch, check_same, contradictions, from_main_process
+from defectfill.runs.record import LossLog, log_image, lora_record, run_record, stop_if_not_finite
 from defectfill.runs.signals import StopSignal
 from defectfill.runs.speed import StepClock
 from defectfill.sampling import assemble_pipeline, composite, ddim, inpaint
@@ -66,6 +68,7 @@ from defectfill_dataset import (
     InputError,
     Problem,
     PromptPair,
+    RunError,
     TokenizedPrompts,
     TrainingSamples,
     binarise,
@@ -81,6 +84,7 @@ from defectfill_dataset import (
     other_types,
     sampling_schedule,
     select_defects,
+    single_types,
     split_names,
     tensor_image,
     to_words,
@@ -561,10 +565,9 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
                 return measure(bare_models, samples.references(), options, device)
 
     if prepared.checkpoint:
-        weights = read_lora(prepared.checkpoint).tensors
-        state = checkpoints.restore(
-            prepared.checkpoint, weights, parameters, optimizer, lr_scheduler, accelerator.scaler
-        )
+        saved = from_main_process(lambda: checkpoints.load(prepared.checkpoint), accelerator.is_main_process)
+        state = checkpoints.restore(saved, parameters, optimizer, lr_scheduler, accelerator.scaler)
+        del saved
         step, before = state["step"], state["before"]
     else:
         step, before = 0, measure_references()
@@ -599,7 +602,9 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
                 *means, norm = numbers.tolist()  # the one wait for the GPU in a step
                 terms = dict(zip(LOSSES, means))
                 clock.tick()
-                stop_if_not_finite(terms, norm, step, samples, batch, scaled=accelerator.scaler is not None)
+                images = [samples.crops[i].source_file for i in batch["index"].tolist()]
+                scaled = accelerator.scaler is not None
+                stop_if_not_finite(step + 1, terms, norm, images, scaled, log, args.output_dir)
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -612,7 +617,8 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         if accelerator.optimizer_step_was_skipped:  # fp16: the gradient overflowed, and the loss scale was halved
             skipped += 1
             if skipped == MAX_SKIPPED_STEPS:
-                raise FloatingPointError(f"Step {step}: {skipped} steps in a row skipped by fp16; use bf16 or no")
+                what = f"{skipped} steps in a row skipped by fp16"
+                raise RunError(Problem("DF323", f"step {step}", what, "use --mixed_precision bf16 or no"))
         else:
             skipped = 0
             lr_scheduler.step()
@@ -638,7 +644,9 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     if accelerator.is_main_process:
         log.flush()
         measures = {"before": before, "after": measure_references(), **log.summary(), "speed": clock.summary(device)}
-        finish(args, prepared, accelerator, bare_models, measures, time.time() - began)
+        with checkpoints.last_save(args.output_dir):
+            finish(args, prepared, accelerator, bare_models, measures, time.time() - began)
+    accelerator.wait_for_everyone()  # none leaves the group, or takes its launcher along, before all is pushed
     accelerator.end_training()
 
 
@@ -666,18 +674,6 @@ def write_lora(path: Path, models: Models, record: dict) -> None:
         save_lora(temporary, models.unet, models.text_encoder, record)
 
 
-def stop_if_not_finite(terms: dict, norm: float, step: int, samples, batch: dict, scaled: bool) -> None:
-    """Raises FloatingPointError, before the weights change, if a loss or an unscaled gradient is not finite."""
-    if all(map(math.isfinite, terms.values())) and (scaled or math.isfinite(norm)):
-        return
-    names = ", ".join(samples.crops[i].source_file for i in batch["index"].tolist())
-    shown = ", ".join(f"{k} {v:g}" for k, v in terms.items())
-    raise FloatingPointError(
-        f"Step {step + 1}: {shown}, gradient norm {norm:g}, last images {names}. The weights were not changed "
-        "and the last checkpoint is good. Lower --learning_rate, or use bf16 in place of fp16"
-    )
-
-
 def make_validation(
     args, prepared: PreparedTraining, models: Models, options: LossOptions, accelerator: Accelerator
 ) -> Callable:
@@ -690,10 +686,11 @@ def make_validation(
 
     def validate(step: int) -> None:
         if accelerator.is_main_process:
-            with evaluating(models, accelerator):
-                image = validation_image(models, pipe, items, options, args.validation_inference_steps)
-            save_image(image, folder / f"step-{step:06d}.png")
-            log_image(accelerator.trackers, image, step)
+            with left_out_if_out_of_memory(f"The validation image of step {step}"):
+                with evaluating(models, accelerator):
+                    image = validation_image(models, pipe, items, options, args.validation_inference_steps)
+                save_image(image, folder / f"step-{step:06d}.png")
+                log_image(accelerator.trackers, image, step)
         accelerator.wait_for_everyone()
 
     return validate
@@ -773,7 +770,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
         what = "needs a GPU, and none is available"
         raise InputError(Problem("DF189", "--mixed_precision fp16", what, "use bf16 or no"))
     every_type = read_data(args, accelerator)
-    data = select_defects(every_type, args.defect)
+    data = select_defects(every_type, args.defect or single_types(every_type))
     base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir, args.variant)
     check_resolution(base, args.resolution)
     check_images(args, data, base)
@@ -801,7 +798,9 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
         identity["other_types_sha256"] = data_digest(others)
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps  # the schedule's length
-    checkpoint = checkpoints.find_resume(args.output_dir, args.resume_from_checkpoint, identity, args.max_train_steps)
+    check_same(identity)
+    find = functools.partial(checkpoints.find_resume, args.output_dir, args.resume_from_checkpoint, identity)
+    checkpoint = from_main_process(lambda: find(args.max_train_steps), accelerator.is_main_process)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, args.output_dir.resolve().name)
     samples = TrainingSamples(
@@ -835,13 +834,14 @@ def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator:
 
 def main(args: argparse.Namespace) -> None:
     check_training_args(args)
+    check_launch(training=True)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
-        # The other processes wait while the first measures, validates and saves.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
+        # The other processes wait while the first measures, validates, saves and pushes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2, seconds=args.push_timeout))],
     )
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
@@ -851,6 +851,8 @@ def main(args: argparse.Namespace) -> None:
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    for line in contradictions(args.gradient_accumulation_steps, args.mixed_precision):
+        logger.warning(line)
     prepared = prepare(args, accelerator)
     stop = StopSignal()
     with exclusive_lock(args.output_dir) if accelerator.is_main_process else nullcontext():

@@ -24,6 +24,7 @@ from defectfill_dataset import tensor_image, upsample_mask
 
 from .base_model import BaseModel, load_models, load_tokenizer
 from .latents import encode_images
+from .memory import in_batches
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ def inpaint(
         images: (P, 3, S, S) in [-1, 1], defect-free.
         latent_masks: (P, 1, G, G), 1 where the defect goes.
         seeds: of the initial noise, N for each image.
-        batch_size: candidates per UNet call, of one image or of several; all by default.
+        batch_size: candidates per UNet call, of one image or of several; all by default, fewer if memory is short.
         guidance_interval: step i is guided where start <= i / num_inference_steps < end (Kynkäänniemi et al., Limited
             Interval Guidance, NeurIPS 2024); in the other steps the UNet runs once a candidate.
     """
@@ -67,12 +68,13 @@ def inpaint(
     start, end = guidance_interval
     scales = [guidance_scale if start <= i / num_inference_steps < end else 1 for i in range(num_inference_steps + 1)]
     rows = [(place, seed) for place, seeds_of_image in enumerate(seeds) for seed in seeds_of_image]
-    size = batch_size or len(rows)
-    candidates = []
-    for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
+
+    def inpaint_rows(batch: Sequence[tuple[int, int]]) -> torch.Tensor:
         places = torch.tensor([place for place, _ in batch], device=pipe.device)
         of_batch = Conditions(*(tensor[places] for tensor in conditions))
-        candidates.append(inpaint_batch(pipe, of_batch, prompts, [seed for _, seed in batch], scales))
+        return inpaint_batch(pipe, of_batch, prompts, [seed for _, seed in batch], scales)
+
+    candidates = in_batches(inpaint_rows, rows, batch_size or len(rows))
     return torch.cat(candidates).unflatten(0, (len(seeds), -1))
 
 

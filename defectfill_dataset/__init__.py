@@ -15,10 +15,11 @@ from .builder import (
     load_prepared,
     other_types,
     select_defects,
+    single_types,
 )
 from .checks import check_pairs
 from .crops import Box, CropRule, choose_crop_rule, crop_boxes, crop_mask
-from .errors import InputError, Problem
+from .errors import InputError, Problem, RunError
 from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image, upright_exif
 from .mask_values import MaskClasses, binarise
 from .masks import boxes_mask, component_boxes, pool_mask, random_boxes, random_mask, upsample_mask
@@ -54,6 +55,7 @@ __all__ = [
     "Prompt",
     "Problem",
     "PromptPair",
+    "RunError",
     "SHAPES",
     "TokenizedPrompts",
     "TrainingSamples",
@@ -89,6 +91,7 @@ __all__ = [
     "reference_shapes",
     "sampling_schedule",
     "select_defects",
+    "single_types",
     "tensor_image",
     "pool_mask",
     "to_words",

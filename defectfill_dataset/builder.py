@@ -19,6 +19,7 @@ from .images import UNREADABLE
 from .mask_values import MaskClasses
 from .masks import Mask
 from .readers import Row, check_names, find_objects, read_object, relative
+from .readers.visa import COMBINED
 from .splits import SPLIT_RULES, split_rows
 
 
@@ -240,6 +241,23 @@ def _choose_object(source: str | Path, objects: Iterable[str], wanted: str | Non
 
 def _rows_where(dataset: Dataset, column: str, values: Collection[str]) -> Dataset:
     return dataset.select([i for i, value in enumerate(dataset[column]) if value in values])
+
+
+def single_types(data: DatasetDict) -> list[str]:
+    """The defect types to learn when none are named: all but `combined`, a word for several that names no appearance.
+
+    Raises:
+        InputError: there is only `combined` (DF163).
+    """
+    known = sorted({defect for split in ("train", "test") if split in data for defect in data[split].unique("defect")})
+    single = [defect for defect in known if defect.casefold() != COMBINED]
+    what = "is not learnt, because the word names no appearance"
+    if known and not single:
+        raise InputError(Problem("DF163", f"defect type {known[0]}", what, f"name it with --defect {known[0]}"))
+    for defect in known:
+        if defect not in single:
+            logger.warning(f"{defect} {what}; name it with --defect to learn it too")
+    return single
 
 
 def select_defects(data: DatasetDict, defects: Sequence[str] | None) -> DatasetDict:

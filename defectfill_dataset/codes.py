@@ -15,7 +15,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF120": "An image has 16 bits per channel. Training keeps 8; generation rejects it.",
         "DF122": "An image is pure black and white. It is read.",
         "DF124": "An image has a single colour. It is read.",
-        "DF125": "An image is converted to RGB without a colour profile.",
+        "DF125": "An image is converted to RGB, by its own colour profile or without one.",
         "DF126": "An image's EXIF orientation is invalid. It is not rotated.",
         "DF127": "An EXIF tag rotates an image; its size does not show whether its mask was drawn before or after.",
         "DF130": "An image is too small.",
@@ -84,6 +84,9 @@ CODES: dict[str, dict[str, str]] = {
         "DF310": "A checkpoint or a run's file is damaged.",
         "DF320": "The run was started with other inputs or options.",
         "DF321": "The checkpoint is already at the last step.",
+        "DF322": "The processes of a run have different data, bases or options.",
+        "DF323": "A loss or gradient is not finite, or fp16 skips every step: training stops.",
+        "DF324": "The results cannot be written: the disk is full, or has failed.",
     },
     "Generation": {
         "DF340": "There is no room for a mask in an image.",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import InputError
+from .errors import InputError, RunError
 from .readers import LAYOUTS
 from .readers.discovery import OLD_NAMES
 
@@ -59,12 +59,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_on_input_error(main: Callable[[], None]) -> None:
-    """Runs a command's `main`; wrong input ends it with its message on stderr and exit status 2, no traceback."""
+    """Runs a command's `main`; its errors end it with a message on stderr, no traceback.
+
+    The exit status is 2 for wrong input, 1 for a run that could not go on.
+    """
     try:
         main()
     except InputError as error:
         tell("\n" + error.text())
         sys.exit(2)
+    except RunError as error:
+        tell(f"\n{error}")
+        sys.exit(1)
     except SystemExit as end:
         if not isinstance(end.code, str):
             raise

@@ -55,6 +55,14 @@ class InputError(ValueError):
         return "\n".join(folded(self.problems, most) + [self.advice] * bool(self.advice))
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on though its input was right; its text is that of its problem, one line."""
+
+    def __init__(self, problem: Problem):
+        super().__init__(str(problem))
+        self.problem = problem
+
+
 def folded(problems: Iterable[Problem], most: int = SHOWN) -> list[str]:
     """The text of each problem once, of each code `most` and then how many more there are."""
     shown, counts = list[str](), collections.Counter[str]()

@@ -1,5 +1,6 @@
 """Images: from files, to tensors, and back to 8-bit images."""
 
+import functools
 import io
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from .errors import Problem
 
@@ -60,13 +61,13 @@ def file_warnings(image: ImageFile.ImageFile, name: str) -> tuple[Problem, ...]:
     """Warnings about an opened, undecoded image file of this name that is unusual but readable."""
     by_name = Image.registered_extensions().get(Path(os.fsdecode(image.filename)).suffix.lower(), image.format)
     grey = "use the original if it has grey levels, which train better"
-    without_profile = f"is in {image.mode}, converted to RGB without a colour profile"
+    how = "by its own colour profile" if cmyk_to_rgb(image) else "without a colour profile"
     checks = (
         (not ends(image), "DF104", f"does not end as {image.format} requires", "was it truncated, or data appended?"),
         (image.format not in (by_name, "MPO"), "DF105", f"is {image.format} by its content", "rename it"),
         (has_16_bits(image), "DF120", "has 16 bits per channel", "8 are kept"),
         (image.mode == "1", "DF122", "is pure black and white", grey),
-        (image.mode in ("CMYK", "LAB", "YCbCr"), "DF125", without_profile, ""),
+        (image.mode in ("CMYK", "LAB", "YCbCr"), "DF125", f"is in {image.mode}, converted to RGB {how}", ""),
     )
     return tuple(Problem(code, name, what, fix) for there, code, what, fix in checks if there)
 
@@ -86,6 +87,8 @@ def ends(image: ImageFile.ImageFile) -> bool:
 def load_image(image: Image.Image) -> Image.Image:
     """An image file's pixels as 8-bit RGB, turned the way its EXIF tag says; 16-bit grey is scaled by its full range.
 
+    CMYK is converted to sRGB by the image's own colour profile, if it has one that can be used.
+
     Raises:
         ValueError: a damaged file; or float or 32-bit pixels, 16 bits of which 12 or fewer are used, or transparent
             pixels: 8-bit RGB would show something else.
@@ -101,7 +104,25 @@ def load_image(image: Image.Image) -> Image.Image:
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise ValueError("it has transparent pixels; flatten it onto a background")
     upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
-    return upright if upright.mode == "RGB" else upright.convert("RGB")  # no copy of large images without need
+    if upright.mode == "RGB":  # no copy of large images without need
+        return upright
+    by_profile = cmyk_to_rgb(image)
+    return by_profile.apply(upright) if by_profile else upright.convert("RGB")
+
+
+def cmyk_to_rgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """How a CMYK image's own profile converts it to sRGB; None for other images, and without a usable profile."""
+    profile = image.info.get("icc_profile") if image.mode == "CMYK" else None
+    return _transform(profile) if profile else None
+
+
+@functools.lru_cache(maxsize=4)  # the images of a dataset share one
+def _transform(profile: bytes) -> ImageCms.ImageCmsTransform | None:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), "CMYK", "RGB")
+    except (OSError, ImageCms.PyCMSError):
+        return None
 
 
 def upright_size(file: Path) -> tuple[int, int]:

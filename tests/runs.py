@@ -30,15 +30,22 @@ def reset_accelerate() -> None:
         state._reset_state()
 
 
+PARENT = os.getpid()
+
+
 def fork(function: Callable[[], object], seconds: float = 300) -> int:
-    """Runs `function` in a forked child and returns the child's id. One that hangs shows where, and ends with 1."""
+    """Runs `function` in a forked child and returns the child's id.
+
+    One that hangs shows where, and ends with 1; a child's child has no such timer.
+    """
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
         tqdm.set_lock(threading.RLock())  # of its own: a child killed inside a shared one would stop its parent's bars
-        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+        if os.getppid() == PARENT:  # a child's child would wait for ever for its parent's timer, which it replaces
+            faulthandler.dump_traceback_later(seconds, exit=True, file=2)
         function()
         status = 0
     except BaseException:
@@ -50,6 +57,16 @@ def fork(function: Callable[[], object], seconds: float = 300) -> int:
 def wait_for(pid: int) -> int:
     """The exit status of a child; a signal's number counts below zero."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def launch(script: Path, *argv, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+    """Runs a script in two processes on the CPU, through `accelerate launch`; it must succeed, unless not `check`."""
+    flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, script, *map(str, argv)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | env
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
 
 
 FAST = ["--num_inference_steps", 2, "--num_candidates", 3, "--selection", "rmse"]  # of a generation

@@ -83,6 +83,7 @@ def test_stable_diffusions_sizes_need_a_gpu(tmp_path):
         ("x.py: error: unrecognized arguments: --x", "not available"),
         ("torch.OutOfMemoryError: CUDA out of memory.\nTried to allocate 2 GiB", "out of memory"),
         ("\nDF189 --mixed_precision fp16: needs a GPU", "refused"),
+        ("\nDF323 step 3: loss nan", "failed"),
         ("Traceback\nValueError: no", "failed"),
         ("", "failed"),
     ],

@@ -2,13 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from folders import make_mvtec
-from runs import fork, options, read_lines, wait_for
+from runs import fork, launch, options, read_lines, wait_for
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -45,11 +43,8 @@ def two_processes(base, tmp_path_factory, variants):
     data = make_mvtec(folder / "nut")
     driver = folder / "driver.py"
     driver.write_text(DRIVER)
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
     flags = "--train_batch_size 1 --max_train_steps 3 --gradient_accumulation_steps 2 --gradient_checkpointing".split()
     rates = "--lora_dropout 0 --learning_rate 0.01 --text_encoder_lr 0.01 --checkpointing_steps 2".split()
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, driver]
     argv = options(
         base,
         data,
@@ -63,8 +58,7 @@ def two_processes(base, tmp_path_factory, variants):
         "--cache_latents",
         variants,
     )
-    done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    launch(driver, *argv)
     return folder
 
 

@@ -162,12 +162,13 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(train, base, data, tmp_pa
 @pytest.mark.parametrize("fused", [False, True])
 def test_adamws_step_count_comes_back_where_adamw_keeps_it(two_checkpoints, fused):
     """Fused AdamW keeps it beside the moments, on the GPU; shown on the meta device."""
-    weights = read_lora(two_checkpoints / "checkpoint-2").tensors
+    tensors = read_lora(two_checkpoints / "checkpoint-2").tensors
+    weights = {k: v for k, v in tensors.items() if not k.endswith(".alpha")}
     parameters = {k: torch.nn.Parameter(torch.empty_like(v, device="meta")) for k, v in weights.items()}
     optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters.values()], lr=1.0)
     optimizer.param_groups[0]["fused"] = fused
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    checkpoints.restore(two_checkpoints / "checkpoint-2", weights, parameters, optimizer, scheduler, None)
+    checkpoints.restore(checkpoints.load(two_checkpoints / "checkpoint-2"), parameters, optimizer, scheduler, None)
     kept = optimizer.state[next(iter(parameters.values()))]
     assert kept["exp_avg"].is_meta and kept["step"].is_meta == fused
 
@@ -182,9 +183,9 @@ def test_control_the_comparison_notices_what_is_not_restored(
     assert killed_run(options(base, data, out, *RUN, "--gradient_accumulation_steps", "1"), "step") == KILLED
     restore = checkpoints.restore
 
-    def restore_less(checkpoint, weights, parameters, optimizer, lr_scheduler, scaler):
+    def restore_less(saved, parameters, optimizer, lr_scheduler, scaler):
         before = lr_scheduler.state_dict()
-        state = restore(checkpoint, weights, parameters, optimizer, lr_scheduler, scaler)
+        state = restore(saved, parameters, optimizer, lr_scheduler, scaler)
         if lost == "moments":
             optimizer.state.clear()
         if lost == "schedule":
@@ -342,7 +343,8 @@ def test_no_pickle_is_ever_loaded(two_checkpoints, tmp_path, monkeypatch):
         [{"params": list(parameters.values())}, {"params": [torch.nn.Parameter(torch.ones(1))]}]
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    assert checkpoints.restore(out / "checkpoint-2", weights, parameters, optimizer, scheduler, None)["step"] == 2
+    saved = checkpoints.load(out / "checkpoint-2")
+    assert checkpoints.restore(saved, parameters, optimizer, scheduler, None)["step"] == 2
 
 
 # Faults while saving
@@ -369,9 +371,9 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(train, tmp_path, monkeypat
 
 def test_everything_is_flushed_before_the_rename_and_the_old_deleted_after(train, tmp_path, monkeypatch):
     events = []
-    flush, rename, rmtree = checkpoints.flush, os.rename, shutil.rmtree
+    flush, rename, rmtree = checkpoints.flush, checkpoints.rename, shutil.rmtree
     monkeypatch.setattr(checkpoints, "flush", lambda p: (events.append(("flush", Path(p).name)), flush(p)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(("rename", Path(b).name)), rename(a, b)))
+    monkeypatch.setattr(checkpoints, "rename", lambda a, b: (events.append(("rename", Path(b).name)), rename(a, b)))
     monkeypatch.setattr(shutil, "rmtree", lambda p, **k: (events.append(("delete", Path(p).name)), rmtree(p, **k)))
     train("--checkpointing_steps", "1", "--checkpoints_total_limit", "1")
     second = events[events.index(("rename", "checkpoint-1")) + 2 :]

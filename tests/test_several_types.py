@@ -3,11 +3,13 @@
 import collections
 import json
 import re
+import shutil
 
 import datasets
 import numpy as np
 import pytest
 from drawn import write_image
+from folders import make_mvtec
 from PIL import Image
 from runs import check, read_lines
 
@@ -153,3 +155,18 @@ def test_combined_of_mvtec_stays_one_type(tmp_path):
         mask.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.pad(np.full((5, 5), 255, np.uint8), 21)).resize((48, 48)).save(mask)
     assert set(load_defect_pairs(tmp_path / "nut", split="all")["train"]["defect"]) == {"combined"}
+
+
+def test_combined_is_learnt_only_if_it_is_named(train, tmp_path, caplog):
+    """The word names no appearance: MVTec AD puts there what has several types at once."""
+    data, alone = make_mvtec(tmp_path / "nut", {"hole": 3, "stain": 3, "scratch": 3}), tmp_path / "bolt"
+    for name in ("test", "ground_truth"):
+        (data / name / "stain").rename(data / name / "combined")
+        shutil.copytree(data / name / "combined", alone / name / "combined")
+    record = json.loads((train(data=data) / "run_record.json").read_text())
+    assert record["prompts"].keys() == {"hole", "scratch"}
+    assert "combined is not learnt, because the word names no appearance; name it with --defect" in caplog.text
+    named = train("--defect", "combined", data=data, output=tmp_path / "named")
+    assert json.loads((named / "run_record.json").read_text())["prompts"].keys() == {"combined"}
+    with pytest.raises(InputError, match="DF163 .*combined"):
+        train(data=alone, output=tmp_path / "alone")

@@ -33,7 +33,7 @@ from defectfill.lora import (
     save_lora,
 )  # fmt: skip
 from defectfill.runs import flags as option_checks
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, RunError
 
 
 def refusal(call, *args, **kwargs) -> str:
@@ -510,7 +510,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(train, monkey
         return losses
 
     monkeypatch.setattr(train_defectfill, "training_losses", poisoned)
-    with pytest.raises(FloatingPointError, match=rf"Step 1: .*{term} nan.* last images test/hole"):
+    with pytest.raises(RunError, match=rf"DF323 step 1: .*{term} nan.* last images test/hole"):
         train()
     assert not (tmp_path / "out" / LORA_FILE).exists()
 
@@ -520,7 +520,7 @@ def test_steps_that_fp16_skips_for_ever_are_an_error(train, monkeypatch):
     skipped = property(lambda self: True)
     monkeypatch.setattr(train_defectfill.Accelerator, "optimizer_step_was_skipped", skipped)
     monkeypatch.setattr(train_defectfill, "MAX_SKIPPED_STEPS", 2)
-    with pytest.raises(FloatingPointError, match="Step 2: 2 steps in a row skipped by fp16"):
+    with pytest.raises(RunError, match="DF323 step 2: 2 steps in a row skipped by fp16"):
         train("--max_train_steps", "4")
 
 

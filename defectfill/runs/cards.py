@@ -140,7 +140,7 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         **{key: record[key] for key in of_record},
     )
     with atomic_write(folder / "README.md") as temporary:
-        temporary.write_text(str(card))
+        temporary.write_text(str(card), encoding="utf-8")
 
 
 def write_dataset_card(

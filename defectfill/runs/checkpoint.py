@@ -3,20 +3,21 @@
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from defectfill_dataset import InputError, Problem
+from defectfill_dataset import InputError, Problem, RunError
 
-from ..lora import LORA_FILE, portable_name
-from .files import TEMPORARY, flush, write_json
+from ..lora import LORA_FILE, portable_name, read_lora
+from .files import TEMPORARY, flush, rename, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def save_checkpoint(
         flush(temporary)
         if final.exists():
             _discard(final)
-        os.rename(temporary, final)
+        rename(temporary, final)
         flush(output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -73,7 +74,10 @@ def save_checkpoint(
         return False
     if total_limit is not None:
         for old in list_checkpoints(output_dir)[:-total_limit]:
-            _discard(old)
+            try:
+                _discard(old)
+            except OSError as error:
+                logger.warning(f"{old.name} could not be deleted ({error})")
     return True
 
 
@@ -91,7 +95,7 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict) -> tupl
 
 def _discard(folder: Path) -> None:
     trash = folder.with_name(f"{TEMPORARY}trash-{folder.name}")
-    os.rename(folder, trash)  # at once out of sight: no half-deleted checkpoint is ever listed
+    rename(folder, trash)  # at once out of sight: no half-deleted checkpoint is ever listed
     shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -113,7 +117,7 @@ def archive_newer_checkpoints(output_dir: Path, step: int) -> None:
             aside = checkpoint.with_name(f"{checkpoint.name}.old")
             if aside.exists():
                 _discard(aside)
-            os.rename(checkpoint, aside)
+            rename(checkpoint, aside)
             logger.warning(f"{checkpoint.name} is newer than the resumed step; renamed to {aside.name}")
 
 
@@ -162,6 +166,29 @@ def find_checkpoint(output_dir: Path, which: str) -> Path | None:
     return checkpoint
 
 
+def last_checkpoint(output_dir: Path) -> tuple[str, str]:
+    """What to say of the newest sound checkpoint when a run ends in an error, and how to go on from it."""
+    checkpoint = find_checkpoint(output_dir, "latest")
+    if checkpoint is None:
+        return "no checkpoint was written", "start again in another --output_dir"
+    return f"{checkpoint.name} is good", "run the same command with --resume_from_checkpoint latest"
+
+
+@contextmanager
+def last_save(output_dir: Path) -> Iterator[None]:
+    """Around the writing of the results.
+
+    Raises:
+        RunError: they cannot be written (DF324).
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        state, advice = last_checkpoint(output_dir)
+        what = f"the results cannot be written ({error}); {state}"
+        raise RunError(Problem("DF324", output_dir, what, f"make room on the disk, then {advice}")) from error
+
+
 def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_steps: int) -> Path | None:
     """The checkpoint to resume, if it was made with the same options; None to start from scratch.
 
@@ -192,22 +219,37 @@ def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_s
     return checkpoint
 
 
+class Saved(NamedTuple):
+    """What a checkpoint holds, read."""
+
+    state: dict
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]  # the optimizer's tensors, by the names of `_optimizer_state`
+
+
+def load(checkpoint: Path, weights: dict[str, torch.Tensor] | None = None) -> Saved:
+    """Reads a checkpoint's files; `weights` where it is not a LoRA that is trained."""
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    moments = {name: tensor.clone() for name, tensor in load_file(checkpoint / OPTIMIZER_FILE).items()}
+    # Cloned, or the file would stay mapped, and in use.
+    return Saved(state, read_lora(checkpoint).tensors if weights is None else weights, moments)
+
+
 @torch.no_grad()
 def restore(
-    checkpoint: Path,
-    weights: dict[str, torch.Tensor],
+    saved: Saved,
     parameters: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler | None,
 ) -> dict:
     """Puts weights, moments, learning rates and loss scale back; returns the caller's state."""
-    state = json.loads((checkpoint / STATE_FILE).read_text())
+    state = saved.state
     for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+        parameter.copy_(saved.weights[name])
     optimizer.state.clear()
     fused = bool(optimizer.param_groups[0].get("fused"))
-    for full_name, value in {**load_file(checkpoint / OPTIMIZER_FILE), **state["optimizer"]}.items():
+    for full_name, value in {**saved.moments, **state["optimizer"]}.items():
         name, key = full_name.split("|")
         name = portable_name(name) or name  # older checkpoints have peft's names
         on_device = torch.is_tensor(value) and (key != "step" or fused)  # plain AdamW counts its steps on the CPU

@@ -2,12 +2,14 @@
 
 import filecmp
 import json
+import math
 import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -17,13 +19,16 @@ from defectfill_dataset import InputError, Problem
 
 
 TEMPORARY = ".tmp-defectfill-"  # prefix of every unfinished file and folder
+ON_WINDOWS = os.name == "nt"
+PATIENCE = 10.0  # seconds that a rename waits there for another program, such as a virus scanner, to close the file
 _umask_lock = threading.Lock()
 
 
 def clear_leftovers(*folders: Path) -> None:
-    """Removes the unfinished files that a killed process left in these folders."""
+    """Removes the unfinished files that a killed process left in these folders; next time, those that are open."""
     for leftover in (file for folder in folders for file in folder.glob(f"{TEMPORARY}*")):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        with suppress(PermissionError):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 @contextmanager
@@ -42,19 +47,35 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp and safetensors write 0600 whatever the umask
         flush(temporary)
-        os.replace(temporary, path)
+        rename(temporary, path)
         flush(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(PermissionError):  # it must not hide why the file was not written
+            temporary.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
-    """Forces the content of a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Forces the content of a file or folder to the disk; Windows opens no folder, and logs renames by itself."""
+    if ON_WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if ON_WINDOWS else os.O_RDONLY)  # fsync needs the right to write there
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames a file or folder; an existing file is replaced. On Windows it waits until no program has one open."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if not ON_WINDOWS or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 def save_image(image: Image.Image, path: Path, exif: bytes = b"") -> None:
@@ -95,14 +116,29 @@ def publish_dir(source: Path, folder: Path, last: str) -> None:
         flush(file)
     for part in sorted(source.iterdir(), key=lambda part: part.name == last):
         if part.name == last or not (folder / part.name).exists():
-            os.replace(part, folder / part.name)
+            rename(part, folder / part.name)
     flush(folder)
 
 
+def finite(value: object) -> object:
+    """The value with None in place of every float, at any depth, that is not a number: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, content: dict) -> None:
-    """Writes `content` as indented JSON, atomically."""
+    """Writes `content` as indented JSON, atomically; null in place of NaN and infinities."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Appends to a file, which is whole after a crash of the process, if not of the system."""
+    with path.open("a") as stream:
+        stream.write(text)
 
 
 @contextmanager

@@ -309,7 +309,7 @@ def read_requests(file: Path, args: argparse.Namespace) -> list[GenerationReques
     parser = LineParser(add_help=False, allow_abbrev=False)
     add_request_flags(parser)
     requests, problems = [], []
-    for number, text in enumerate(file.read_text().splitlines(), 1):
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not text.strip():
             continue
         try:
@@ -370,7 +370,8 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--dataset_name", metavar="PATH|ID", help="Prepared dataset, instead of --train_data_dir.")
     add("--dataset_config_name", metavar="NAME", help="Configuration of the prepared dataset.")
     add("--object", metavar="NAME", help="Object to train on, if the data holds several.")
-    add("--defect", nargs="+", metavar="NAME", help="Defect types to learn. Default: all types of the object.")
+    add("--defect", nargs="+", metavar="NAME", help="Defect types to learn. Default: all types of the object but "
+        "'combined'.")
     add("--split", default="auto", metavar="RULE|FILE",
         help="Defects to train on: auto (the dataset's own split, else first_third), first_third (of each type), all, "
              "or a split.json.")

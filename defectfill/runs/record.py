@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,10 +13,12 @@ import numpy as np
 from datasets import DatasetDict
 from PIL import Image
 
-from defectfill_dataset import PromptPair
+from defectfill_dataset import Problem, PromptPair, RunError
 
 from ..base_model import BaseModel
-from .files import atomic_write
+from .checkpoint import last_checkpoint
+from .files import append_text, atomic_write, finite, flush
+from .processes import launch_environment
 
 
 logger = logging.getLogger(__name__)
@@ -59,7 +63,9 @@ def run_record(options: dict, identity: dict, data: DatasetDict) -> dict:
     """Options, versions and data of the run, for the output folder."""
     return {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
-        **{k: identity[k] for k in ("mixed_precision", "processes", "device", "data_sha256", "prompts")},
+        **{k: identity[k] for k in ("mixed_precision", "gradient_accumulation_steps", "processes", "device")},
+        "environment": launch_environment(),
+        **{k: identity[k] for k in ("data_sha256", "prompts")},
         "base_revision": identity["revision"],
         "base_sha256": identity["base_sha256"],
         "versions": versions(),
@@ -70,39 +76,92 @@ def run_record(options: dict, identity: dict, data: DatasetDict) -> dict:
 
 
 class LossLog:
-    """A JSON line for every step, each step once however often the run was killed; on disk after each `flush`.
+    """A JSON line for every step, each step once however often the run was killed, in the file at once.
+
+    A number that is not finite is null. A line that finds no room on the disk waits for the next one.
 
     Args:
         start: the step the run begins at; lines of later steps, left by a killed run, are dropped.
     """
 
     def __init__(self, path: Path, start: int):
-        self.lines = []
-        if path.exists():
-            whole = path.read_text().rpartition("\n")[0]
-            self.lines = [line for line in map(json.loads, whole.splitlines()) if line["step"] <= start]
-        self.path = path
+        self.path, self.lines, self.warned = path, [], False
+        for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            try:
+                line = json.loads(text)
+            except ValueError:  # cut off by a kill; what follows is of steps after it
+                break
+            if line["step"] <= start:
+                self.lines.append(finite(line))
+        self.complete = False  # whether the file holds all lines and no half of one
         self.flush()
 
     def write(self, line: dict) -> None:
-        self.lines.append(line)
+        """Adds a line."""
+        self.lines.append(finite(line))
+        self._save(lambda: append_text(self.path, self._text(self.lines[-1:])))
 
     def flush(self) -> None:
-        """Writes the file anew; if that fails the lines wait for the next time."""
+        """Forces the lines to the disk."""
+        self._save(lambda: flush(self.path))
+
+    def _save(self, step: Callable[[], None]) -> None:
+        """Takes one step if the file was complete, else writes it anew; if that fails the lines wait."""
         try:
-            with atomic_write(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            if self.complete:
+                self.complete = False
+                step()
+            else:
+                with atomic_write(self.path) as temporary:
+                    temporary.write_text(self._text(self.lines))
+            self.complete = True
         except OSError as error:
-            logger.warning(f"{self.path.name} could not be written ({error})")
+            if not self.warned:
+                logger.warning(f"{self.path.name} could not be written ({error}); its lines wait for room")
+            self.warned = True
+
+    @staticmethod
+    def _text(lines: list[dict]) -> str:
+        return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
     def summary(self) -> dict:
-        """Every column's mean over the first and over the last tenth of the steps."""
+        """Every column's mean over the first and over the last tenth of the steps; None where no step has a number."""
         tenth = max(1, len(self.lines) // 10)
 
         def mean(lines: list[dict]) -> dict:
-            return {k: sum(line[k] for line in lines) / len(lines) for k in lines[0] if k != "step"} if lines else {}
+            columns = {k: [line[k] for line in lines if line.get(k) is not None] for k in lines[0]} if lines else {}
+            return {k: sum(x) / len(x) if x else None for k, x in columns.items() if k != "step"}
 
         return {"first_tenth": mean(self.lines[:tenth]), "last_tenth": mean(self.lines[-tenth:])}
+
+
+def stop_if_not_finite(
+    step: int, terms: dict, norm: float, images: list[str], scaled: bool, log: LossLog | None, output_dir: Path
+) -> None:
+    """Stops, before the weights change, at a loss or an unscaled gradient that is not finite; logs the step first.
+
+    Args:
+        terms: the losses by name.
+        norm: of the gradient.
+        images: of this process, in the step's last batch.
+        scaled: whether fp16 scales the loss; it skips a step whose gradient overflows.
+        log: on the main process.
+
+    Raises:
+        RunError: a number is not finite (DF323).
+    """
+    if all(map(math.isfinite, terms.values())) and (scaled or math.isfinite(norm)):
+        return
+    if log:
+        log.write({"step": step, **terms, "grad_norm": norm})
+        log.flush()
+    shown = ", ".join(f"{k} {v:g}" for k, v in terms.items())
+    state, advice = last_checkpoint(output_dir)
+    what = f"{shown}, gradient norm {norm:g}, last images {', '.join(images)}; {state}"
+    fix = f"lower --learning_rate or use bf16 in place of fp16 in a new run, or {advice}"
+    if state.startswith("no"):
+        fix = f"lower --learning_rate, or use bf16 in place of fp16, and {advice}"
+    raise RunError(Problem("DF323", f"step {step}", what, fix))
 
 
 def log_image(trackers: list, image: Image.Image, step: int) -> None:

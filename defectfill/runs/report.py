@@ -201,4 +201,4 @@ def write_report(
         "problems": f"<h2>Not generated</h2><ul>{problem_list}</ul>" if problem_list else "",
         "sections": sections,
     }
-    file.write_text(PAGE.format(**content))
+    file.write_text(PAGE.format(**content), encoding="utf-8")

@@ -34,12 +34,17 @@ class StopSignal:
             self.number = number
 
     def requested(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked to stop: all of them must leave the loop at the same step."""
+        """Whether any process was asked to stop: all of them must leave the loop at the same step.
+
+        A signal that comes during the gather counts at the next step, because the others have not heard of it.
+        """
         if accelerator.num_processes == 1:
             return self.number is not None
         asked = torch.tensor(self.number or 0, device=accelerator.device)
-        self.number = int(accelerator.gather(asked).max()) or None
-        return self.number is not None
+        gathered = int(accelerator.gather(asked).max())
+        if gathered:
+            self.number = self.number or gathered
+        return gathered > 0
 
     @property
     def exit_status(self) -> int:

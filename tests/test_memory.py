@@ -1,0 +1,114 @@
+"""Out of memory: generation goes on in smaller batches, training without a validation image."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from runs import FAST, content, generate
+from toy_model import toy_pipeline
+
+import train_defectfill
+from defectfill import memory, sampling
+from defectfill.memory import in_batches
+
+
+@pytest.fixture(autouse=True)
+def told_anew():
+    memory.warn_of_size.cache_clear()
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """A device with room for so many candidates at once: little_memory(2); the sizes that were tried."""
+    tried, original = [], sampling.inpaint_batch
+
+    def little(room: int) -> list[int]:
+        def inpaint_batch(pipe, conditions, prompts, seeds, scales):
+            tried.append(len(seeds))
+            if len(seeds) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+            return original(pipe, conditions, prompts, seeds, scales)
+
+        monkeypatch.setattr(sampling, "inpaint_batch", inpaint_batch)
+        return tried
+
+    return little
+
+
+def test_candidates_are_the_same_in_smaller_batches(little_memory, caplog):
+    pipe = toy_pipeline()
+    pipe.scheduler = sampling.ddim(pipe.scheduler)
+    images, masks = torch.linspace(-1, 1, 32).expand(2, 3, 32, 32), torch.zeros(2, 1, 16, 16)
+    masks[..., 4:9, 4:9] = 1
+    seeds = [[1, 2, 3], [4, 5, 6]]
+    masks = masks[..., :: 16 // (32 // pipe.vae_scale_factor), :: 16 // (32 // pipe.vae_scale_factor)]
+    expected = sampling.inpaint(pipe, images, masks, "A nut", seeds, num_inference_steps=2)
+    tried = little_memory(2)
+    found = sampling.inpaint(pipe, images, masks, "A nut", seeds, num_inference_steps=2)
+    assert tried == [6, 3, 1, 1, 1, 1, 1, 1] and torch.allclose(found, expected, atol=1e-4)
+    assert "out of memory with 6 candidates at once: going on with 3" in caplog.text
+
+
+def test_a_generation_goes_on_in_smaller_batches(trained, inputs, tmp_path, little_memory, caplog):
+    flags = [*inputs, "--lora", trained, *FAST]
+    for room in (3, 1):
+        little_memory(room)
+        generate(*flags, "--output_dir", tmp_path / str(room))
+    one, other = (content(tmp_path / str(room)) for room in (3, 1))
+    assert one.keys() == other.keys()
+    chosen = [[window["chosen"] for line in run["manifest"] for window in line["windows"]] for run in (one, other)]
+    assert chosen[0] == chosen[1]
+    assert len([r for r in caplog.records if "out of memory" in r.message]) == 1  # not for each image
+
+
+def test_one_alone_that_does_not_fit_is_an_error(little_memory, trained, inputs, tmp_path):
+    little_memory(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(*inputs, "--lora", trained, *FAST, "--output_dir", tmp_path / "out")
+
+
+def test_another_error_is_not_tried_again():
+    tried = []
+
+    def broken(batch):
+        tried.append(batch)
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        in_batches(broken, [1, 2, 3, 4], 4)
+    assert tried == [[1, 2, 3, 4]]
+
+
+def test_what_did_not_fit_is_freed_before_the_next_attempt():
+    held = []
+
+    def function(batch):
+        assert not held or held[-1]() is None
+        tensor = torch.zeros(3)
+        held.append(weakref.ref(tensor))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return batch[0]
+
+    assert in_batches(function, [1, 2, 3], 3) == [1, 2, 3]
+
+
+def test_a_validation_that_does_not_fit_is_left_out(train, little_memory, caplog, tmp_path):
+    little_memory(0)
+    out = train("--validation_steps", "1", "--validation_inference_steps", "1")
+    assert not list((out / "validation").iterdir())
+    assert caplog.text.count("The validation image of step") == 2
+    assert json.loads((out / "run_record.json").read_text())["after"]
+    little_memory(9)
+    out = train("--validation_steps", "1", "--validation_inference_steps", "1", output=tmp_path / "fits")
+    assert len(list((out / "validation").iterdir())) == 2
+
+
+def test_a_validation_that_fails_otherwise_ends_the_run(train, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("shapes")
+
+    monkeypatch.setattr(train_defectfill, "validation_image", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        train("--validation_steps", "1")

@@ -262,14 +262,19 @@ def restore(
     return state
 
 
-def check_identity(saved: dict, now: dict) -> None:
-    """Raises InputError (DF320), with each difference, unless a run resumes with the options it began with.
+def differing_keys(one: dict, other: dict) -> list[str]:
+    """The keys in which the identities of two runs differ, sorted.
 
     A base in a folder is compared by content, wherever it lies; by its path where the digest was not yet recorded.
     """
-    by_content = saved.get("base_sha256") and now.get("base_sha256")
+    by_content = one.get("base_sha256") and other.get("base_sha256")
     ignored = "base" if by_content else "base_sha256"
-    changed = [k for k in sorted((saved.keys() | now.keys()) - {ignored}) if saved.get(k) != now.get(k)]
+    return [key for key in sorted((one.keys() | other.keys()) - {ignored}) if one.get(key) != other.get(key)]
+
+
+def check_identity(saved: dict, now: dict) -> None:
+    """Raises InputError (DF320), with each difference, unless a run resumes with the options it began with."""
+    changed = differing_keys(saved, now)
     if changed:
         whats = {k: f"the run was started with {saved.get(k)!r}, now it is {now.get(k)!r}" for k in changed}
         if "base_sha256" in whats:

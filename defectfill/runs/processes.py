@@ -9,6 +9,8 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 
 from defectfill_dataset import InputError, Problem
 
+from .checkpoint import differing_keys
+
 
 T = TypeVar("T")
 
@@ -84,8 +86,7 @@ def check_same(identity: dict) -> None:
     problems = [
         Problem("DF322", key, f"process 0 has {first.get(key)!r}, process {number} {other.get(key)!r}")
         for number, other in enumerate(others, 1)
-        for key in sorted(first.keys() | other.keys())
-        if first.get(key) != other.get(key)
+        for key in differing_keys(first, other)
     ]
     if problems:
         raise InputError(*problems, advice="Give every process the same files, package versions and options.")

@@ -347,6 +347,7 @@ def training_losses(models: Models, batch: dict, sample: NoiseSample, options: L
 LOSSES = ("loss", "l_def", "l_obj", "l_attn")
 PASSES = ("defect", "object")
 X0_TIMESTEPS = (999, 900, 800, 600, 400)
+HELD_OUT = 16  # defects that are measured after training
 MAX_SKIPPED_STEPS = 30  # in a row; a loss scale of 65536 is down to nothing by then
 
 
@@ -462,6 +463,7 @@ class PreparedTraining(NamedTuple):
     tokenizer: CLIPTokenizer
     tokens: TokenizedPrompts
     samples: TrainingSamples
+    held_out: TrainingSamples  # measured, never trained on
     zoom: CropRule | None
     record: dict  # of the LoRA file, all but its steps
     split: dict[str, list[str]]  # image names of train and test, of all defect types
@@ -559,10 +561,10 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     if prepared.zoom:
         logger.info(f"Training on {len(samples)} crops around the defects of {len(prepared.data['train'])} images")
 
-    def measure_references() -> dict | None:
-        if accelerator.is_main_process:
+    def measure_whole(of: TrainingSamples) -> dict | None:
+        if of.crops and accelerator.is_main_process:
             with evaluating(bare_models, accelerator):
-                return measure(bare_models, samples.references(), options, device)
+                return measure(bare_models, of.references(), options, device)
 
     if prepared.checkpoint:
         saved = from_main_process(lambda: checkpoints.load(prepared.checkpoint), accelerator.is_main_process)
@@ -570,7 +572,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         del saved
         step, before = state["step"], state["before"]
     else:
-        step, before = 0, measure_references()
+        step, before = 0, measure_whole(samples)
     accumulation = accelerator.gradient_accumulation_steps
     schedule = sampling_schedule(
         step * accumulation, args.max_train_steps * accumulation, args.train_batch_size,
@@ -643,7 +645,8 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         log.flush()
-        measures = {"before": before, "after": measure_references(), **log.summary(), "speed": clock.summary(device)}
+        after = {"after": measure_whole(samples), "held_out": measure_whole(prepared.held_out)}
+        measures = {"before": before, **after, **log.summary(), "speed": clock.summary(device)}
         with checkpoints.last_save(args.output_dir):
             finish(args, prepared, accelerator, bare_models, measures, time.time() - began)
     accelerator.wait_for_everyone()  # none leaves the group, or takes its launcher along, before all is pushed
@@ -715,8 +718,11 @@ def finish(
     write_json(args.output_dir / "run_record.json", results)
     changes = (f"{k} {measures['before'][k]:.4f} -> {measures['after'][k]:.4f}" for k in ("loss", "attention_iou"))
     logger.info(f"On the training images: {', '.join(changes)}")
-    errors = (f"{k} {' '.join(f'{x:.2f}' for x in measures['after']['x0_error'][k].values())}" for k in PASSES)
-    logger.info(f"Error of x_0 inside the mask at t = {' '.join(map(str, X0_TIMESTEPS))}: {', '.join(errors)} prompt")
+    for when, images in (("after", "training images"), ("held_out", "held-out images")):
+        if found := measures[when]:
+            errors = (f"{k} {' '.join(f'{x:.2f}' for x in found['x0_error'][k].values())}" for k in PASSES)
+            times = " ".join(map(str, X0_TIMESTEPS))
+            logger.info(f"Error of x_0 inside the mask, {images}, t = {times}: {', '.join(errors)} prompt")
     logger.info(f"LoRA saved in {args.output_dir}, reloaded and compared")
     if args.push_to_hub:
         push(args.output_dir, args.hub_model_id, args.push_timeout)
@@ -758,10 +764,17 @@ def check_images(args: argparse.Namespace, data: datasets.DatasetDict, base: Bas
         InputError: all problems of the images and masks.
     """
     shown = args.num_validation_images if args.validation_steps and "good" in data else 0
-    used = [data["train"], *([data["good"].take(min(shown, len(data["good"])))] if shown else [])]
+    used = [data["train"], held_out_rows(data), *([data["good"].take(min(shown, len(data["good"])))] if shown else [])]
     grid = args.resolution // base.vae_scale_factor
     for note in check_pairs(*used, resolution=args.resolution, grid=grid, of_folder=bool(args.train_data_dir)):
         logger.warning("%s", note)
+
+
+def held_out_rows(data: datasets.DatasetDict) -> datasets.Dataset:
+    """The held-out defects to measure after training, of trained types: at most `HELD_OUT`, evenly over all."""
+    rows = data.get("test", data["train"].select([]))
+    known = [i for i, defect in enumerate(rows["defect"]) if defect in set(data["train"]["defect"])]
+    return rows.select(known[:: math.ceil(len(known) / HELD_OUT) or 1])
 
 
 def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTraining:
@@ -803,9 +816,11 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
     checkpoint = from_main_process(lambda: find(args.max_train_steps), accelerator.is_main_process)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, args.output_dir.resolve().name)
-    samples = TrainingSamples(
-        data["train"], prompts, tokens, args.resolution, base.vae_scale_factor, args.seed,
-        args.max_resize_scale, args.center_crop, args.num_random_boxes, zoom, others, args.cache_latents,
+    samples, held_out = (
+        TrainingSamples(
+            rows, prompts, tokens, args.resolution, base.vae_scale_factor, args.seed,
+            args.max_resize_scale, args.center_crop, args.num_random_boxes, zoom, others, args.cache_latents,
+        ) for rows in (data["train"], held_out_rows(data))
     )  # fmt: skip
     record = lora_record(
         base, object_words, prompts, args.push_to_hub, appearance=statistics_by_defect(samples),
@@ -813,7 +828,9 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
         lora_targets=args.lora_targets, conv_rank=args.conv_rank, seed=args.seed,
     )  # fmt: skip
     split = split_names(every_type)
-    return PreparedTraining(base, data, prompts, tokenizer, tokens, samples, zoom, record, split, identity, checkpoint)
+    return PreparedTraining(
+        base, data, prompts, tokenizer, tokens, samples, held_out, zoom, record, split, identity, checkpoint
+    )
 
 
 def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Accelerator) -> None:

@@ -11,6 +11,7 @@ from offline import ROOT
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from diffusers import StableDiffusionPipeline
 from drawn import write_image
 from folders import make_mvtec, make_seed_layout
@@ -52,7 +53,8 @@ def test_a_run_leaves_lora_card_record_split_and_checkpoint(trained):
     assert record["options"]["rank"] == 4 and record["versions"]["diffusers"] and len(record["data_sha256"]) == 64
     assert record["images"] == {"train": 2, "test": 2, "good": 3}
     assert record["prompts"] == {"hole": ["A photo of sks", "A nut with sks"]}
-    for moment in ("before", "after"):
+    assert record["held_out"] != record["after"]  # other images
+    for moment in ("before", "after", "held_out"):
         assert record[moment].keys() >= {
             "loss",
             "l_def",
@@ -231,7 +233,20 @@ def test_prepared_dataset(train, base, data, tmp_path):
     (tmp_path / "prepared/train/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     argv = [a for a in train_defectfill_options(base, tmp_path / "out") if a]
     train_defectfill.main(train_defectfill.parse_args([*argv, "--dataset_name", str(tmp_path / "prepared")]))
-    assert json.loads((tmp_path / "out/run_record.json").read_text())["images"] == {"train": 4}
+    record = json.loads((tmp_path / "out/run_record.json").read_text())
+    assert record["images"] == {"train": 4} and record["held_out"] is None
+
+
+def test_held_out_defects_are_those_of_trained_types_evenly_over_all():
+    rows = [{"defect": "hole" if i % 2 else "crack", "place": i} for i in range(100)]
+    data = DatasetDict(train=Dataset.from_list([{"defect": "hole"}]), test=Dataset.from_list(rows))
+    assert train_defectfill.held_out_rows(data)["place"] == [1, 9, 17, 25, 33, 41, 49, 57, 65, 73, 81, 89, 97]
+    assert len(train_defectfill.held_out_rows(DatasetDict(train=data["train"]))) == 0
+
+
+def test_a_held_out_image_that_cannot_be_read_is_told_before_training(base, data, tmp_path, train):
+    (data / "test/hole/003.png").write_bytes(b"no image")
+    assert refusal(train, data=data).startswith("DF103 test/hole/003.png")
 
 
 def train_defectfill_options(base, output) -> list[str]:

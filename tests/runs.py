@@ -31,6 +31,9 @@ def reset_accelerate() -> None:
 
 
 PARENT = os.getpid()
+# tqdm's own lock is shared with forked children: one killed while it draws a bar keeps it, and the next bar waits
+# for ever. Set before the first bar of any kind, this one is taken by all kinds.
+tqdm.set_lock(threading.RLock())
 
 
 def fork(function: Callable[[], object], seconds: float = 300) -> int:
@@ -43,7 +46,7 @@ def fork(function: Callable[[], object], seconds: float = 300) -> int:
         return pid
     status = 1
     try:
-        tqdm.set_lock(threading.RLock())  # of its own: a child killed inside a shared one would stop its parent's bars
+        tqdm.set_lock(threading.RLock())  # another thread may have held the parent's
         if os.getppid() == PARENT:  # a child's child would wait for ever for its parent's timer, which it replaces
             faulthandler.dump_traceback_later(seconds, exit=True, file=2)
         function()

@@ -8,7 +8,7 @@ import torch
 from folders import make_mvtec
 from runs import fork, launch, options, read_lines, wait_for
 from safetensors.torch import load_file
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from defectfill.lora import LORA_FILE
 

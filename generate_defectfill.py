@@ -522,7 +522,9 @@ def finish_run(folder: Path, problems: dict[str, Problem], speeds: Sequence[Spee
         with atomic_write(folder / "summary.html") as temporary:
             speed = json.loads((folder / SPEED).read_text())
             write_report(temporary, read_lines(folder / PLAN), lines, problems.values(), speed)
-        rows = [Image.open(folder / "contact" / f"{line['name']}.png") for line in lines[:SHEET_IMAGES]]
+        rows = [
+            Image.open(folder / "contact" / f"{line['name']}.png", formats=("PNG",)) for line in lines[:SHEET_IMAGES]
+        ]
         save_image(stack(rows), folder / "contact_sheet.png")
     print(
         f"{len(lines)} images in {folder}: images/, masks/, mask_changed/, {MANIFEST}, contact_sheet.png, summary.html"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from defectfill_dataset import InputError, Problem
+from defectfill_dataset import InputError, Problem, file_digest
 
 from .colour_stats import colour_distances
 
@@ -28,11 +28,26 @@ from .colour_stats import colour_distances
 # (N, 3, S, S) candidates, (3, S, S) source image, (1, S, S) mask  ->  N distances
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[float]]
 
+# torchvision's files; their names end with the first digits of their sha256.
 LPIPS_FILES = {
     "alex": "alexnet-owt-7be5be79.pth",
     "vgg": "vgg16-397923af.pth",
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
+
+
+def check_backbone(file: Path, digest: str) -> None:
+    """Checks a backbone's file before torchvision unpickles it; one that is absent torchvision downloads and checks.
+
+    Raises:
+        ValueError: the sha256 does not begin with `digest`.
+        pickle.UnpicklingError: to load the file could run code.
+    """
+    if file.exists():
+        found = file_digest(file)
+        if not found.startswith(digest):
+            raise ValueError(f"its sha256 begins with {found[:8]}, not with {digest}: it is another file or damaged")
+        torch.load(file, map_location="cpu", weights_only=True)
 
 
 def lpips_scorer(net: str, device: torch.device) -> Scorer:
@@ -45,14 +60,15 @@ def lpips_scorer(net: str, device: torch.device) -> Scorer:
     """
     import lpips  # not at the top: training does without it
 
+    file = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_FILES[net]
     try:
+        check_backbone(file, file.stem.rpartition("-")[2])
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", category=UserWarning, module="torchvision"
             )  # its own use of `pretrained=`
             model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False).to(device)
-    except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        file = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_FILES[net]
+    except (urllib.error.URLError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         what = (
             f"the {net} backbone cannot be loaded ({error}). Put torchvision's {LPIPS_FILES[net]} at {file}, or "
             "choose another measure: --selection ssim, rmse or none"

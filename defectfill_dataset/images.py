@@ -18,6 +18,8 @@ from .errors import Problem
 
 # What Pillow raises for files that it, or `load_image`, cannot make sense of.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# What is read, by Pillow's names; for others Pillow may start programs, such as Ghostscript for PostScript.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # an MPO is opened as a JPEG
 ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 
 FULL_16_BITS = 65535
@@ -42,7 +44,7 @@ def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = Image.open(file)
+            image = Image.open(file, formats=FORMATS)
             frames = getattr(image, "n_frames", 1)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise OSError(f"it is too large; make it smaller: {error}") from error
@@ -50,7 +52,8 @@ def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
             with file.open("rb") if isinstance(file, Path) else file as stream:
                 stream.seek(0)
                 start = stream.read(24)
-            told = f"it is not an image: it begins with {start!r}" if start else "it is empty"
+            begins = f"it is not an image of a known format ({', '.join(FORMATS)}): it begins with {start!r}"
+            told = begins if start else "it is empty"
             raise OSError(f"{told}; copy it again, or remove it") from error
     if frames > 1 and image.format != "MPO":  # the further frames of a phone's JPEG are previews
         raise OSError(f"it has {frames} frames or pages; save the one to use as a separate file")

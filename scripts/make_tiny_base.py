@@ -54,6 +54,7 @@ from defectfill_dataset import (
     derive_seed,
     image_tensor,
     load_image,
+    open_image,
     pool_mask,
     random_boxes,
     random_mask,
@@ -356,7 +357,7 @@ def drawn_pictures(number: int, size: int, seed: int) -> list[Picture]:
 
 def cropped_picture(file: Path, crop: int | None, seed: int) -> tuple[Image.Image, str]:
     """An image; or a random square of it, from half of `crop` to `crop` pixels if it is so large, mirrored or not."""
-    image = load_image(Image.open(file))
+    image = load_image(open_image(file))
     if crop:
         rng = np.random.default_rng(seed)
         side = min(int(rng.integers(crop // 2, crop + 1)), *image.size)

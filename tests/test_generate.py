@@ -226,6 +226,27 @@ def test_a_backbone_file_of_something_else(net, content):
     os.remove(file)
 
 
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.path.join(HOME, "ran"),)
+
+
+def test_no_code_of_a_backbone_file_is_run(monkeypatch):
+    """Not even if its sha256 begins as it should, which is 32 bits."""
+    file = os.path.join(HOME, "hub", "checkpoints", selection.LPIPS_FILES["alex"])
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    torch.save({"features.0.weight": Evil()}, file)
+    try:
+        with pytest.raises(InputError, match="DF430 .*sha256 begins with .*, not with 7be5be79"):
+            selection.lpips_scorer("alex", torch.device("cpu"))
+        monkeypatch.setattr(selection, "file_digest", lambda file: "7be5be79")
+        with pytest.raises(InputError, match="DF430 "):
+            selection.lpips_scorer("alex", torch.device("cpu"))
+    finally:
+        os.remove(file)
+    assert not os.path.exists(os.path.join(HOME, "ran"))
+
+
 # Compositing
 
 

@@ -394,7 +394,8 @@ def test_bad_areas_are_refused(trained, folder, monkeypatch, flag):
         generate(*argv)
     (folder / "rois/000.png").write_text("no image")
     with pytest.raises(
-        InputError, match=f"DF103 .*000.png: its {flag[2:]} cannot be read: .*rois/000.png: it is not an image"
+        InputError,
+        match=f"DF103 .*000.png: its {flag[2:]} cannot be read: .*rois/000.png: it is not an",
     ):
         generate(*argv)
     (folder / "rois/000.png").rename(folder / "rois/009.png")

@@ -115,7 +115,7 @@ def histogram(what: str, values: Sequence[float], kept: Sequence[float]) -> str:
 def embedded(file: Path) -> str:
     """The image file as an HTML element that needs no file beside it."""
     stream = io.BytesIO()
-    with Image.open(file) as image:
+    with Image.open(file, formats=("PNG",)) as image:
         image.convert("RGB").save(stream, format="JPEG", quality=85)
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}">'
 

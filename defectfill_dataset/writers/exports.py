@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from ..builder import file_digest
 from ..errors import Problem
-from ..images import ORIENTATION, load_image
+from ..images import ORIENTATION, load_image, open_image
 from ..mask_values import binarise
 from ..masks import MaskFiles, components
 from ..readers import NAME, ONE_TYPE, RESERVED, Row, file_inside, image_files
@@ -136,14 +135,14 @@ def _put(file: Path, content: bytes) -> None:
 def _picture(example: dict, always_png: bool = False) -> tuple[str, bytes]:
     """The suffix and content of an example's image; a PNG if so wanted, or where a TIFF is turned: few look."""
     content, suffix = example["image"]["bytes"], Path(example["image"]["path"]).suffix.lower()
-    with Image.open(io.BytesIO(content)) as image:
+    with open_image(io.BytesIO(content)) as image:
         if image.getexif().get(ORIENTATION, 1) == 1 and (image.format == "PNG" or not always_png):
             return suffix, content
         return ".png", png_bytes(load_image(image))
 
 
 def _inside(example: dict) -> np.ndarray:
-    return binarise(Image.open(io.BytesIO(example["mask"]["bytes"])))
+    return binarise(open_image(io.BytesIO(example["mask"]["bytes"])))
 
 
 def write_mvtec(folder: Path, splits: dict[str, Iterable[dict]], defects: list[str]) -> str:
@@ -194,7 +193,7 @@ def write_coco(folder: Path, splits: dict[str, Iterable[dict]], defects: list[st
             suffix, content = _picture(example)
             name = f"{example['name']}{suffix}"
             _put(folder / "images" / name, content)
-            width, height = Image.open(io.BytesIO(content)).size
+            width, height = open_image(io.BytesIO(content)).size
             images.append({"id": len(images) + 1, "file_name": name, "width": width, "height": height})
             if example["mask"]:
                 kind = {"image_id": len(images), "category_id": defects.index(example["defect"]) + 1, "iscrowd": 0}

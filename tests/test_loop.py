@@ -72,7 +72,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(train, br
     updates = []
     each_update(updates.append)
     break_gradient(2)
-    with pytest.raises(FloatingPointError, match=r"Step 2: loss [\d.]+, .*gradient norm nan"):
+    with pytest.raises((ArithmeticError, RuntimeError), match=r"(?i)step 2: loss [\d.]+, .*gradient norm nan"):
         train("--max_train_steps", "3")
     assert len(updates) == 1
 

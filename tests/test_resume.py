@@ -295,6 +295,13 @@ def test_a_change_of_each_option_that_must_stay_is_refused(train, two_checkpoint
     assert refused >= set(train_defectfill.IDENTITY)
 
 
+def test_steps_accumulated_by_the_environment_must_stay_too(train, two_checkpoints, tmp_path, monkeypatch):
+    out = shutil.copytree(two_checkpoints, tmp_path / "out")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(InputError, match="DF320 gradient_accumulation_steps"):
+        train("--resume_from_checkpoint", "latest", output=out, data=two_checkpoints.parent / "nut")
+
+
 def test_a_run_resumes_only_on_the_data_it_began_with(train, two_checkpoints, tmp_path):
     out = shutil.copytree(two_checkpoints, tmp_path / "out")
     with pytest.raises(InputError, match="DF320 data_sha256"):

@@ -481,6 +481,26 @@ def test_image_and_mask_are_cropped_as_one(tmp_path):
     assert torch.equal(centred.resize_and_crop(samples.crops[0].image, mask, FixedRandom())[1], pool_mask(mask, 64))
 
 
+def test_image_and_mask_are_cropped_to_the_same_pixel(three_types):
+    """Enlarged to the size that they have already, so that no pixel of either is changed."""
+    samples, *_ = make_samples(three_types, resolution=64, vae_scale_factor=1, max_scale=1.5)
+    mask = np.random.default_rng(0).random((96, 96)) < 0.5
+    crops = set()
+    for seed in range(10):
+        pixels, cropped = samples.resize_and_crop(Image.fromarray(mask).convert("RGB"), mask, LargestScale(seed))
+        assert torch.equal(pixels, cropped.expand(3, 64, 64) * 2 - 1)
+        crops.add(cropped.numpy().tobytes())
+    assert len(crops) == 10
+
+
+class LargestScale:
+    def __init__(self, seed: int):
+        self.integers = np.random.default_rng(seed).integers
+
+    def uniform(self, low, high):
+        return high
+
+
 class FixedRandom:
     def uniform(self, low, high):
         return low

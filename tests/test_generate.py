@@ -196,6 +196,19 @@ def test_scores_grow_with_the_change_and_look_only_inside_the_mask(alex, name):
     assert scores[3] == pytest.approx(0, abs=1e-5 if name != "ssim" else 0.4)  # SSIM's window reaches over the edge
 
 
+def test_candidates_are_measured_as_they_will_be_pasted():
+    """SSIM's window, and the band around a defect that its colours are compared with, reach outside the mask."""
+    torch.manual_seed(0)
+    source, candidate, other, mask = *torch.rand(3, 3, 64, 64), torch.zeros(1, 64, 64)
+    mask[:, 10:30, 20:50] = 1
+    candidates = torch.stack([candidate, *(torch.where(mask > 0.5, inside, other) for inside in (candidate, source))])
+    statistics = {"mean": [0.1, 0, 0], "covariance": torch.eye(3).tolist(), "strangest": 2.0}
+    measures = selection.measure(candidates, source, source + 0.01, mask, selection.ssim_score, statistics)
+    for of_candidates in (measures.scores, measures.changes, measures.colour_distances):
+        assert of_candidates[0] == of_candidates[1] != of_candidates[2]
+    assert measures.scores[2] == pytest.approx(0, abs=1e-6) and measures.changes[2] == 0
+
+
 def test_lpips_is_that_of_image_times_mask(alex):
     normal, other, mask = torch.rand(3, 64, 64), torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
     mask[:, 10:30, 20:50] = 1

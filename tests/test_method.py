@@ -10,6 +10,7 @@ from toy_model import GRID, RESOLUTION, Prediction, make_batch, make_models, toy
 
 import train_defectfill as t
 from defectfill.lora import LORA_TARGETS, lora_parameters
+from defectfill_dataset import build_prompts, tokenize_prompts
 
 
 def losses_and_gradients(models: t.Models, batch: dict, options: t.LossOptions) -> tuple[dict, dict]:
@@ -130,6 +131,30 @@ def test_each_row_gets_the_embedding_of_its_own_prompt():
     expected = models.text_encoder(models.tokens.input_ids[rows])[0]
     assert torch.allclose(t.encode_prompts(models.text_encoder, models.tokens, rows), expected, atol=1e-6)
     assert not torch.allclose(expected[0], expected[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("attention_pass", ["object", "defect"])
+def test_in_a_batch_of_several_types_each_row_has_its_own_prompt_and_phrase(attention_pass):
+    """Phrase weights of the other pass, or of the first sample; embeddings in sorted order."""
+    tokenizer, types = toy_pipeline().tokenizer, ("deep scratch", "hole", "deep scratch")
+    pairs = build_prompts(["hole", "deep scratch"], "metal nut", "{defect}")
+    tokens = tokenize_prompts(tokenizer, pairs.values())
+    prompts = [pairs[x].defect for x in types] + [pairs[x].object for x in types]
+    rows = torch.tensor([tokens.index[prompt] for prompt in prompts])
+    models = make_models()._replace(tokens=tokens)
+    batch = make_batch(3) | {"defect_prompt": rows[:3], "object_prompt": rows[3:]}
+    unet = Spy(models.unet)
+    options = t.LossOptions(attention_pass=attention_pass)
+    found = t.training_losses(models, batch, t.sample_noise(models, batch), options)["attention_map"]
+    args, kwargs = unet.calls[0]
+    ids = tokenizer([prompt.text for prompt in prompts], padding="max_length", return_tensors="pt").input_ids
+    assert torch.allclose(kwargs["encoder_hidden_states"], models.text_encoder(ids)[0], atol=1e-6)
+    for i, type_ in enumerate(types):
+        row = i + 3 * (attention_pass == "object")
+        of_phrase = torch.isin(ids[row], torch.tensor(tokenizer(type_, add_special_tokens=False).input_ids)).float()
+        models.store.record(slice(row, row + 1), of_phrase[None] / of_phrase.sum())
+        models.unet(*args, **kwargs)
+        assert torch.allclose(found[i], t.attention_map(models.store.pop(), (GRID, GRID))[0], atol=1e-6)
 
 
 def test_draws_depend_on_each_samples_seed_alone():

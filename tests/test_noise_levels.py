@@ -104,6 +104,16 @@ def test_figures_that_compare_runs_do_not_depend_on_their_weights():
     assert weighted == [plain, plain]
 
 
+def test_figures_that_compare_runs_are_of_fixed_noise_levels_and_noise():
+    models, calls = make_models(), []
+    models.unet.register_forward_pre_hook(lambda _, args: calls.append(args))
+    items = [{k: v[0] for k, v in make_batch(1, seed).items()} for seed in (0, 1)]
+    first, again = (t.measure(models, items, t.LossOptions(), torch.device("cpu")) for _ in range(2))
+    assert first == again
+    fixed = [[step] * 2 for step in (200, 400, 600, 800, *t.X0_TIMESTEPS)]  # a row for each pass
+    assert [timesteps.tolist() for _, timesteps in calls] == fixed * 4
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_x_0_follows_from_the_prediction(prediction_type):
     scheduler = make_scheduler(prediction_type)

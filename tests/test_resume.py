@@ -268,7 +268,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(two_checkpoints, tmp_path
 CHANGED = [
     ("--rank", "8"), ("--learning_rate", "0.1"), ("--seed", "3"), ("--phrase", "hole"), ("--lora_targets", "all"),
     ("--snr_gamma", "5"), ("--noise_offset", "0.1"), ("--cache_latents", "2"), ("--zoom", "on"),
-    ("--mixed_precision", "bf16"), ("--object_prompt", "The {object} with {phrase}"),
+    ("--mixed_precision", "bf16"), ("--object_prompt", "The {object} with {phrase}"), ("--object_words", "bolt"),
+    ("--defect_prompt", "A picture of {phrase}"), ("--variant", "fp16"),
 ]  # fmt: skip
 
 
@@ -304,6 +305,37 @@ HELD_AS_A_RESULT = """train_data_dir dataset_name dataset_config_name object def
 def test_every_other_option_must_stay_as_the_run_began(base, data, tmp_path):
     args = train_defectfill.parse_args(options(base, data, tmp_path / "out"))
     assert vars(args).keys() - {*MAY_CHANGE, *HELD_AS_A_RESULT} == set(train_defectfill.IDENTITY)
+
+
+# A change of each flag that must stay; the second set holds what the first excludes.
+EVERY_CHANGE = [
+    """--resolution 64 --max_resize_scale 1.5 --center_crop --cache_latents 2 --lambda_def 0.1 --lambda_obj 0.1
+    --lambda_attn 0.1 --background_alpha 0.1 --loss_reduction mask --attention_pass defect --attention_map_scale minmax
+    --snr_gamma 5 --noise_offset 0.1 --timestep_bias_strategy range --timestep_bias_multiplier 2
+    --timestep_bias_begin 1 --timestep_bias_end 999 --num_random_boxes 3 --rank 8 --lora_alpha 3 --lora_targets all
+    --conv_rank 2 --lora_dropout 0.3 --seed 3 --train_batch_size 1 --gradient_accumulation_steps 2 --learning_rate 0.1
+    --text_encoder_lr 0.1 --lr_scheduler linear --lr_warmup_steps 1 --use_8bit_adam --adam_beta1 0.5 --adam_beta2 0.5
+    --adam_weight_decay 0.5 --adam_epsilon 0.1 --max_grad_norm 0.5 --allow_tf32 --channels_last""".split(),
+    """--high_noise_power 1 --timestep_bias_strategy later --timestep_bias_multiplier 2
+    --timestep_bias_portion 0.5""".split(),
+]
+
+
+def test_a_change_of_each_option_that_must_stay_is_refused(train, two_checkpoints, tmp_path):
+    out, refused = shutil.copytree(two_checkpoints, tmp_path / "out"), set()
+    for flags in EVERY_CHANGE:
+        with pytest.raises(InputError) as caught:
+            train(*flags, "--resume_from_checkpoint", "latest", output=out, data=two_checkpoints.parent / "nut")
+        refused |= {problem.where for problem in caught.value.problems}
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert refused >= set(train_defectfill.IDENTITY)
+
+
+def test_steps_accumulated_by_the_environment_must_stay_too(train, two_checkpoints, tmp_path, monkeypatch):
+    out = shutil.copytree(two_checkpoints, tmp_path / "out")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(InputError, match="DF320 gradient_accumulation_steps"):
+        train("--resume_from_checkpoint", "latest", output=out, data=two_checkpoints.parent / "nut")
 
 
 def test_a_run_resumes_only_on_the_data_it_began_with(train, two_checkpoints, tmp_path):

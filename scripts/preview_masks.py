@@ -58,7 +58,7 @@ def grid_of(pictures: list[Image.Image]) -> Image.Image:
 def clearance(mask: np.ndarray, part: np.ndarray) -> float:
     """The distance of a mask from the border of the object, both (H, W) bool, in % of the object's size."""
     left, top, _, _ = bounds(mask)
-    [location], _ = locate(cut_out(mask), np.array([[top, left]]), map_object(part | mask))
+    _, [location] = locate(cut_out(mask), np.array([[top, left]]), map_object(part | mask))
     return 100 * float(location[CLEARANCE])
 
 

@@ -24,7 +24,7 @@ TO_BORDER, TO_PART = 4, 5  # twice the angle, in radians, of its axis to the nea
 # NaN for a defect that is not long. Twice, because an axis has no head: angles of 0 and 180 degrees are the same
 
 WORKING_SIDE = 512  # the longer side of the map that distances are read from, in pixels
-PIXELS = 128  # of a shape that stand for all
+PIXELS = 96  # of a shape that stand for all
 PLACES = 2000  # candidates for each shape
 CHECKED = 500  # candidates that are checked exactly, for each of `REFERENCES_TRIED`
 REFERENCES_TRIED = 20
@@ -80,17 +80,23 @@ def map_object(foreground: np.ndarray) -> ObjectMap:
     )
 
 
-def locate(shape: np.ndarray, places: np.ndarray, part: ObjectMap) -> tuple[np.ndarray, np.ndarray]:
-    """The (M, 6) locations of a shape at (M, 2) places, and its (M,) coverage there, judged from some pixels."""
+def locate(
+    shape: np.ndarray, places: np.ndarray, part: ObjectMap, coverage: float = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Those of (M, 2) places where a shape has about `coverage` of its pixels on the object, and its locations there.
+
+    Distances are judged from some of its pixels.
+    """
     outline = _some(np.argwhere(shape & ~ndimage.binary_erosion(shape)))
-    pixels = _some(np.argwhere(shape))
-    depths = part.distance[_on_map(places[:, None] + pixels, part)]  # (M, P)
-    clearance = part.distance[_on_map(places[:, None] + outline, part)].min(axis=1).clip(0)
+    depths = _depths(_some(np.argwhere(shape)), places, part)
+    covered = (depths >= 0).mean(axis=1) >= coverage
+    depths, places = depths[covered], places[covered]
+    clearance = _depths(outline, places, part).min(axis=1).clip(0)
     own_size = np.sqrt(shape.sum() * part.scale.prod()) / part.size
     centre = places + np.argwhere(shape).mean(axis=0)
     left, top, right, bottom = part.box
     y, x = ((centre + 0.5) * part.scale).T
-    to_border = part.border[(slice(None), *_on_map(centre, part))] + 0.5 - (y, x)  # (2, M), down and right
+    to_border = part.border[:, y.astype(int), x.astype(int)] + 0.5 - (y, x)  # (2, M), down and right
     tangent = np.arctan2(-to_border[0], to_border[1]) + np.pi / 2
     angle, length = principal_axis(shape)
     axis = np.radians(angle) if length >= LONG else np.nan
@@ -98,18 +104,20 @@ def locate(shape: np.ndarray, places: np.ndarray, part: ObjectMap) -> tuple[np.n
         clearance, (depths < own_size / 4).mean(axis=1), (x - left) / (right - left), (y - top) / (bottom - top),
         2 * (axis - tangent), np.full(len(places), 2 * (axis - np.radians(part.axis))),
     )  # fmt: skip
-    return np.stack(columns, axis=1), (depths >= 0).mean(axis=1)
+    return places, np.stack(columns, axis=1)
+
+
+def _depths(pixels: np.ndarray, places: np.ndarray, part: ObjectMap) -> np.ndarray:
+    """(M, P) `ObjectMap.distance` under (P, 2) pixels of a shape at (M, 2) places."""
+    y, x = (places[:, None, axis] + pixels[:, axis] for axis in (0, 1))
+    if (part.scale != 1).any():
+        y, x = ((values + 0.5) * scale for values, scale in zip((y, x), part.scale))
+    return part.distance[y.astype(int), x.astype(int)]
 
 
 def _some(pixels: np.ndarray) -> np.ndarray:
     """`PIXELS` of (P, 2) pixels in reading order, evenly spread, the first and the last in it."""
     return pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), PIXELS)).round().astype(int)]
-
-
-def _on_map(pixels: np.ndarray, part: ObjectMap) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns on the map of (..., 2) pixels of the image."""
-    places = ((pixels + 0.5) * part.scale).astype(int).clip(0, np.array(part.distance.shape) - 1)
-    return places[..., 0], places[..., 1]
 
 
 def uniform_places(shape: np.ndarray, allowed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -139,9 +147,9 @@ def reference_location(mask: np.ndarray, foreground: np.ndarray, rng: np.random.
     part = map_object(foreground | mask)
     left, top, _, _ = bounds(mask)
     shape = cut_out(mask)
-    [values], _ = locate(shape, np.array([[top, left]]), part)
-    null, coverage = locate(shape, uniform_places(shape, foreground | mask, rng), part)
-    return ReferenceLocation(values, null[coverage == 1][:NULL_PLACES])
+    _, [values] = locate(shape, np.array([[top, left]]), part)
+    _, null = locate(shape, uniform_places(shape, foreground | mask, rng), part, coverage=1)
+    return ReferenceLocation(values, null[:NULL_PLACES])
 
 
 def uniformity_tests(references: Sequence[ReferenceLocation], rng: np.random.Generator) -> dict[str, float]:
@@ -166,7 +174,8 @@ def rank_clearance(reference: ReferenceLocation) -> tuple[np.ndarray, np.ndarray
     """(1,) and (m, 1): the clearances as ranks in [0, 1], which makes objects of any form and size comparable."""
     clearances = np.append(reference.null[:, CLEARANCE], reference.values[CLEARANCE])
     in_order = np.sort(clearances)
-    ranks = sum(np.searchsorted(in_order, clearances, side) for side in ("left", "right")) / 2 / len(clearances)
+    below, up_to = (np.searchsorted(in_order, clearances, side=side) for side in ("left", "right"))
+    ranks = (below + up_to) / 2 / len(clearances)
     return ranks[-1:], ranks[:-1, None]
 
 
@@ -257,12 +266,10 @@ class LikeReferences:
         """
         which, places, locations = [], [], []
         for index, shape in enumerate(shapes):
-            spots = uniform_places(shape, allowed, rng)
-            located, covered = locate(shape, spots, part)
-            keep = covered >= coverage - SLACK
-            which.append(np.full(keep.sum(), index))
-            places.append(spots[keep])
-            locations.append(located[keep])
+            fitting, located = locate(shape, uniform_places(shape, allowed, rng), part, coverage - SLACK)
+            which.append(np.full(len(fitting), index))
+            places.append(fitting)
+            locations.append(located)
         all_which, all_places, all_locations = map(np.concatenate, (which, places, locations))
         for reference in rng.permutation(len(self.values))[:REFERENCES_TRIED]:
             weights = self.log_weights(reference, all_locations)

@@ -96,7 +96,8 @@ def locate(
     centre = places + np.argwhere(shape).mean(axis=0)
     left, top, right, bottom = part.box
     y, x = ((centre + 0.5) * part.scale).T
-    to_border = part.border[:, y.astype(int), x.astype(int)] + 0.5 - (y, x)  # (2, M), down and right
+    row, column = y.astype(int), x.astype(int)
+    to_border = part.border[:, row, column] - (row, column)  # (2, M), down and right
     tangent = np.arctan2(-to_border[0], to_border[1]) + np.pi / 2
     angle, length = principal_axis(shape)
     axis = np.radians(angle) if length >= LONG else np.nan
@@ -215,7 +216,7 @@ def choose_placement(references: Sequence[ReferenceLocation], rng: np.random.Gen
         return "anywhere", f"fewer than {LEAST_REFERENCES} references ({n})"
     name, p = min(uniformity_tests(references, rng).items(), key=lambda item: item[1])
     if p < SIGNIFICANT:
-        return "like_references", f"{name} of {n} references is not random (p = {p:.4f})"
+        return "like_references", f"{name} of {n} references is not random (p = {p:.2g})"
     return "anywhere", f"{n} references do not differ clearly from random places ({name}: p = {p:.2g})"
 
 

@@ -26,6 +26,7 @@ from defectfill.runs.source_images import repeat_seed
 from defectfill_dataset import Problem, binarise, find_foreground, load_image, load_mask_rows, principal_axis
 from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
 from defectfill_dataset.masks import bounds
+from defectfill_dataset.synthesis.foreground import cover_defect
 from defectfill_dataset.synthesis.locations import CLEARANCE, locate, map_object
 from defectfill_dataset.synthesis.shapes import LONG, cut_out
 
@@ -140,7 +141,7 @@ def describe_references(args: argparse.Namespace, defect: str | None) -> tuple[l
     pictures, masks, clearances = [], [], []
     for row in rows:
         image, mask = load_image(row["image"]), binarise(row["mask"])
-        part = find_part(image, args.foreground)
+        part = find_part(cover_defect(image, mask), args.foreground)
         masks.append((mask, mask.size))
         clearances.append(clearance(mask, part))
         if len(pictures) < REFERENCES:

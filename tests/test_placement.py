@@ -26,6 +26,7 @@ from defectfill_dataset import (
     reference_shapes,
 )
 from defectfill_dataset.synthesis import locations, placement
+from defectfill_dataset.synthesis.foreground import cover_defect
 from defectfill_dataset.synthesis.locations import (
     CLEARANCE,
     CONTACT,
@@ -159,6 +160,21 @@ def test_flat_pictures_and_small_marks_have_no_ground():
     plain.paste((120, 130, 140), (35, 25, 45, 35))
     found = find_foreground(plain)
     assert found[12:48, 22:58].all() and found[:, :18].sum() == 0  # the hole in it is filled
+
+
+def test_a_large_defect_on_a_surface_is_not_taken_for_the_part(tmp_path):
+    mask = np.zeros((48, 48), dtype=bool)
+    mask[10:30, :8] = True
+    write_image(tmp_path / "a.png", mask=mask, colour=(20, 20, 20))
+    image = Image.open(tmp_path / "a.png")
+    assert not find_foreground(image).all() and find_foreground(cover_defect(image, mask)).all()
+    assert cover_defect(image, mask | True) is image
+    part = np.zeros((48, 48), dtype=bool)
+    part[8:40, 8:40], mask = True, mask & False
+    mask[20:24, 4:20] = True  # broken off from the edge
+    write_image(tmp_path / "b.png", 48, (250, 220, 90), part & ~mask)
+    found = find_foreground(cover_defect(Image.open(tmp_path / "b.png"), mask))
+    assert (found ^ part).mean() < 0.08
 
 
 # Places

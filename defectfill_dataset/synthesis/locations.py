@@ -25,12 +25,14 @@ TO_BORDER, TO_PART = 4, 5  # twice the angle, in radians, of its axis to the nea
 
 WORKING_SIDE = 512  # the longer side of the map that distances are read from, in pixels
 PIXELS = 96  # of a shape that stand for all
-PLACES = 2000  # candidates for each shape
+SHAPES_TRIED = 40  # of a mask, each at
+PLACES = 1000  # candidates
 CHECKED = 500  # candidates that are checked exactly, for each of `REFERENCES_TRIED`
 REFERENCES_TRIED = 20
 SLACK = 0.05  # by which the coverage of a candidate may be misjudged
 AT_BORDER = 0.005  # widest kernel of a defect that touches the border, in units of the object's size
 PRIOR = np.array([0.1, 0.29, 0.29, 0.29])  # spread of CLEARANCE to Y where nothing is known
+PRIOR_TURN = np.pi / np.sqrt(3)  # of TO_BORDER and TO_PART
 LEAST_LOG_WEIGHT = -8.0  # of a candidate's density, against that of the reference itself: four widths away
 
 MOST_REFERENCES = 200  # that are measured
@@ -224,24 +226,33 @@ def choose_placement(references: Sequence[ReferenceLocation], rng: np.random.Gen
 # New masks
 
 
+def spread(values: np.ndarray, prior: float | np.ndarray) -> np.ndarray:
+    """The deviation of n values, each (d,) or a number: the smaller of the standard and the robust one.
+
+    `prior`, the deviation where nothing is known, counts as one more value.
+    """
+    from_median = abs(values - np.median(values, axis=0))
+    robust = 1.48 * np.median(from_median, axis=0)
+    return np.sqrt(np.minimum(values.var(axis=0), robust**2) + np.square(prior) / len(values))
+
+
 class LikeReferences:
     """The density of locations that (n, 6) references show: a kernel around each.
 
-    Its width is the references' spread, with one more value at the spread of knowing nothing, times n^(-1/6). The
-    distance's is at most half the reference's own distance, so that a defect at the border stays there. Directions
-    count against the border or against the object, wherever they agree more.
+    Its width is the references' spread times n^(-1/6). The distance's is at most half the reference's own distance, so
+    that a defect at the border stays there. Directions count against the border or against the object, wherever they
+    agree more.
     """
 
     def __init__(self, values: np.ndarray):
-        n, linear = len(values), values[:, : Y + 1]
-        shrink = n ** (-1 / 6)
+        shrink = len(values) ** (-1 / 6)
         self.values = values
-        self.widths = shrink * np.sqrt((((linear - linear.mean(axis=0)) ** 2).sum(axis=0) + PRIOR**2) / n)
-        turns = values[~np.isnan(values[:, TO_PART]), TO_BORDER:]
-        agreement = abs(np.exp(1j * turns).sum(axis=0)) / (len(turns) + 1)  # in [0, 1), one more value with none
-        self.direction = TO_BORDER + int(np.argmax(agreement))
-        spread = shrink * np.sqrt(-2 * np.log(agreement.max().clip(1e-9)))
-        self.concentration = 1 / spread**2
+        self.widths = shrink * spread(values[:, : Y + 1], PRIOR)
+        turns = np.exp(1j * values[~np.isnan(values[:, TO_PART]), TO_BORDER:])
+        self.direction = TO_BORDER + int(np.argmax(abs(turns.sum(axis=0))))
+        turns = turns[:, self.direction - TO_BORDER]
+        around_mean = np.angle(turns * np.conj(turns.sum()))
+        self.concentration = float((shrink * spread(around_mean, PRIOR_TURN)) ** -2) if len(turns) else 0.0
 
     def log_weights(self, index: int, locations: np.ndarray) -> np.ndarray:
         """(M,) log of the kernel around a reference at (M, 6) locations, 0 at its centre."""

@@ -25,9 +25,10 @@ from ..images import load_image
 from ..mask_values import binarise
 from ..masks import random_mask
 from ..seeds import derive_seed
-from .foreground import find_foreground
+from .foreground import cover_defect, find_foreground
 from .locations import (
     MOST_REFERENCES,
+    SHAPES_TRIED,
     LikeReferences,
     ObjectMap,
     ReferenceLocation,
@@ -128,7 +129,8 @@ def locate_references(
     for index in np.linspace(0, len(rows) - 1, min(len(rows), MOST_REFERENCES)).round().astype(int).tolist():
         row = rows[index]
         mask = binarise(row["mask"])
-        foreground = find_object(load_image(row["image"])) if find_object else np.ones_like(mask)
+        whole = np.ones_like(mask)
+        foreground = find_object(cover_defect(load_image(row["image"]), mask)) if find_object else whole
         located.append(reference_location(mask, foreground, np.random.default_rng(index)))
     return located
 
@@ -293,8 +295,8 @@ class PlacedShapes:
     def _place_alike(
         self, like: LikeReferences, seed: int, allowed: np.ndarray, taken: np.ndarray, part: ObjectMap
     ) -> PlacedDefect | None:
-        """One of the `TRIES` shapes of `_place`, at a place like the references'; None if there is none."""
-        drawn = [self._sample(seed, attempt, allowed) for attempt in range(TRIES)]
+        """One of `SHAPES_TRIED` shapes at a place like the references'; None if there is none."""
+        drawn = [self._sample(seed, attempt, allowed) for attempt in range(SHAPES_TRIED)]
         shapes = [shape for _, _, shape in drawn]
         rng = np.random.default_rng(derive_seed(seed, "location"))
         for index, top, left in like.propose(shapes, allowed, part, self.coverage, rng):

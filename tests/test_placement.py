@@ -164,7 +164,7 @@ def test_flat_pictures_and_small_marks_have_no_ground():
 
 def test_a_large_defect_on_a_surface_is_not_taken_for_the_part(tmp_path):
     mask = np.zeros((48, 48), dtype=bool)
-    mask[10:30, :8] = True
+    mask[10:20, :12] = True
     write_image(tmp_path / "a.png", mask=mask, colour=(20, 20, 20))
     image = Image.open(tmp_path / "a.png")
     assert not find_foreground(image).all() and find_foreground(cover_defect(image, mask)).all()
@@ -562,17 +562,17 @@ def edge_folder(folder):
 @pytest.mark.parametrize("source", ["references", "procedural"])
 def test_the_command_places_like_the_references_if_they_say_so(trained, edge_folder, source, caplog):
     argv = ["--lora", trained, "--image", edge_folder / "edge/nut/train/good", "--mask_source", source, *FAST]
-    argv += ["--reference_data", edge_folder / "edge/nut", "--split", "all"]
-    argv += ["--shapes", "stroke"] if source == "procedural" else []
-    generate(*argv, "--output_dir", edge_folder / "auto")
+    argv += ["--output_dir", edge_folder / "auto", *(["--shapes", "stroke"] if source == "procedural" else [])]
+    of_data = ["--reference_data", edge_folder / "edge/nut", "--split", "all"]
+    generate(*argv, *of_data)
     [plan, *_] = read_lines(edge_folder / "auto/plan.jsonl")
     assert plan["placement"] == "like_references" and "8 references is not random" in plan["placement_reason"]
     assert f"--placement auto for 'hole': like_references; {plan['placement_reason']}" in caplog.text
-    assert all(mask[:, :12].any() and not mask[:, 24:].any() for mask in masks_of(edge_folder / "auto").values())
-    generate(*argv, "--placement", "like_references", "--output_dir", edge_folder / "auto")  # says the same
+    masks = masks_of(edge_folder / "auto").values()
+    assert all(mask[:, :12].any() and not mask[:, 24:].any() for mask in masks)
+    generate(*argv, *of_data, "--placement", "like_references")  # the same
     with pytest.raises(InputError, match=r"DF320 placement: .*'like_references', now it is 'anywhere'"):
-        argv_anywhere = [arg for arg in argv if source == "references"] or argv[:9]
-        generate(*argv_anywhere, "--placement", "anywhere", "--output_dir", edge_folder / "auto")
+        generate(*argv, *(of_data if source == "references" else []), "--placement", "anywhere")
 
 
 def test_a_plan_made_without_the_flag_means_anywhere(trained, edge_folder):
@@ -597,7 +597,7 @@ def test_other_reference_images_are_noticed(trained, edge_folder):
     argv += ["--reference_data", edge_folder / "edge/nut", "--output_dir", edge_folder / "out"]
     generate(*argv, "--placement", "like_references")
     part = np.zeros((48, 48), dtype=bool)
-    part[8:-8, :-8] = True
+    part[8:-8, 8:-8] = True
     for file in (edge_folder / "edge/nut/test/hole").iterdir():
         write_image(file, 48, (250, 220, 90), part)
     with pytest.raises(InputError, match="DF320 reference_places_sha256"):

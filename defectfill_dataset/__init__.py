@@ -29,12 +29,15 @@ from .samples import TrainingSamples, sampling_schedule
 from .seeds import derive_seed
 from .splits import split_names
 from .synthesis.foreground import find_foreground
+from .synthesis.locations import LikeReferences, choose_placement
 from .synthesis.placement import (
     MaskSource,
     PlacedMask,
     PlacedShapes,
     held_out_source,
+    load_mask_rows,
     load_masks,
+    locate_references,
     masks_digest,
     procedural_shapes,
     random_source,
@@ -48,6 +51,7 @@ __all__ = [
     "LAYOUTS",
     "DefectPairs",
     "InputError",
+    "LikeReferences",
     "MaskClasses",
     "MaskSource",
     "PlacedMask",
@@ -64,6 +68,7 @@ __all__ = [
     "boxes_mask",
     "build_prompts",
     "check_pairs",
+    "choose_placement",
     "choose_crop_rule",
     "upsample_mask",
     "crop_mask",
@@ -77,8 +82,10 @@ __all__ = [
     "image_tensor",
     "load_defect_pairs",
     "load_image",
+    "load_mask_rows",
     "load_masks",
     "load_prepared",
+    "locate_references",
     "masks_digest",
     "open_image",
     "other_types",

@@ -4,8 +4,9 @@
         --defect hole --number 200 --output masks.png
 
 Takes the image and mask flags of generate_defectfill.py. Writes a grid of good images, with the object outlined in
-blue, the allowed region in yellow and the mask in red. Prints how much of the masks lies on the object, and compares
-their areas and angles with those of the references.
+blue, the allowed region in yellow and the mask in red; above it the references, with their masks in green. Prints how
+much of the masks lies on the object, and compares their areas, angles and distances to the object's border with those
+of the references.
 """
 
 import argparse
@@ -20,15 +21,20 @@ from tqdm.auto import tqdm
 from defectfill.runs.files import save_image
 from defectfill.runs.flags import add_input_flags, check_input_flags
 from defectfill.runs.inputs import read_source, read_source_images
+from defectfill.runs.report import stack
 from defectfill.runs.source_images import repeat_seed
-from defectfill_dataset import Problem, find_foreground, load_masks, principal_axis
+from defectfill_dataset import Problem, binarise, find_foreground, load_image, load_mask_rows, principal_axis
 from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
+from defectfill_dataset.masks import bounds
+from defectfill_dataset.synthesis.foreground import cover_defect
+from defectfill_dataset.synthesis.locations import CLEARANCE, locate, map_object
+from defectfill_dataset.synthesis.shapes import LONG, cut_out
 
 
 CELL = 192  # pixels a side of the grid's cells
 COLUMNS = 8
-LONG = 1.5  # how many times longer than across a mask must be for its angle to mean something
-BLUE, YELLOW, RED = (60, 120, 255), (255, 220, 0), (255, 0, 0)
+REFERENCES = 16  # that are shown at most
+BLUE, YELLOW, RED, GREEN = (60, 120, 255), (255, 220, 0), (255, 0, 0), (0, 200, 60)
 
 
 def outlined(image: Image.Image, outlines: list[tuple[np.ndarray, tuple]]) -> Image.Image:
@@ -48,6 +54,13 @@ def grid_of(pictures: list[Image.Image]) -> Image.Image:
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (4 + i % COLUMNS * (CELL + 4), 4 + i // COLUMNS * (CELL + 4)))
     return sheet
+
+
+def clearance(mask: np.ndarray, part: np.ndarray) -> float:
+    """The distance of a mask from the border of the object, both (H, W) bool, in % of the object's size."""
+    left, top, _, _ = bounds(mask)
+    _, [location] = locate(cut_out(mask), np.array([[top, left]]), map_object(part | mask))
+    return 100 * float(location[CLEARANCE])
 
 
 def figures_of(masks: list[tuple[np.ndarray, int]]) -> str:
@@ -84,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
     [defect] = args.defect or [None]
     source_images = read_source_images(args)
     source, _ = read_source(args, defect)
-    pictures, shares, drawn, without = [], [], [], []
+    pictures, shares, clearances, drawn, without = [], [], [], [], []
     number = args.number or len(source_images)
     for index in tqdm(range(number), desc="Masks"):
         repeat, place = divmod(index, len(source_images))
@@ -94,26 +107,47 @@ def main(args: argparse.Namespace) -> None:
             without.append(Problem("DF340", f"{source_image.file.name}, image {repeat + 1}", "no room for its mask"))
             continue
         areas = source_image.load()[1]
-        if args.foreground == "none":
-            part = np.ones_like(placed.mask)
-        else:
-            part = areas["foreground"] if "foreground" in areas else find_foreground(image)
+        part = areas["foreground"] if "foreground" in areas else find_part(image, args.foreground)
         shares.append((part & placed.mask).sum() / placed.mask.sum())
         shapes = [defect.shape for defect in placed.defects] or [placed.mask]
         drawn += [(shape, placed.mask.size) for shape in shapes]
+        clearances.append(clearance(placed.mask, part))
         if len(pictures) < args.shown:
             roi = [(areas["roi"], YELLOW)] if "roi" in areas else []
             pictures.append(outlined(image, [(part, BLUE), *roi, (placed.mask, RED)]))
+    above, lines = describe_references(args, defect) if args.reference_data else ([], [])
     if drawn:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        save_image(grid_of(pictures), args.output)
+        save_image(stack([grid_of(rows) for rows in (above, pictures) if rows]), args.output)
         print(f"drawn: {figures_of(drawn)}")
         print(f"on the object: {100 * np.mean(shares):.2f} % of a mask's pixels, {100 * min(shares):.2f} % at least")
-    if args.reference_data:
-        references = load_masks(args.reference_data, args.object, args.split, defect, held_out=False)
-        print(f"references: {figures_of([(mask.pixels, mask.pixels.size) for mask in references])}")
+        print(f"distance to the border: {quartiles(clearances, '.1f')} % of the object's size")
+    print(*lines, sep="\n", end="\n" if lines else "")
     if without:
         raise SystemExit(f"Without a mask, {len(without)} of {number}:\n" + "\n".join(map(str, without)))
+
+
+def find_part(image: Image.Image, foreground: str) -> np.ndarray:
+    """The object, (H, W) bool, where none is given for the image."""
+    return np.ones((image.height, image.width), dtype=bool) if foreground == "none" else find_foreground(image)
+
+
+def describe_references(args: argparse.Namespace, defect: str | None) -> tuple[list[Image.Image], list[str]]:
+    """Pictures of the first references, and figures of all."""
+    rows = load_mask_rows(
+        args.reference_data, args.object, args.split, defect, False, None, args.layout, args.mask_classes,
+        args.skip_problems,
+    )  # fmt: skip
+    pictures, masks, clearances = [], [], []
+    for row in rows:
+        image, mask = load_image(row["image"]), binarise(row["mask"])
+        part = find_part(cover_defect(image, mask), args.foreground)
+        masks.append((mask, mask.size))
+        clearances.append(clearance(mask, part))
+        if len(pictures) < REFERENCES:
+            pictures.append(outlined(image, [(part, BLUE), (mask, GREEN)]))
+    figures = f"references: {figures_of(masks)}"
+    return pictures, [figures, f"their distance to the border: {quartiles(clearances, '.1f')} % of the object's size"]
 
 
 def command() -> None:

@@ -109,7 +109,8 @@ def test_a_run_encodes_each_variant_once(train, monkeypatch):
     encode, calls = t.AutoencoderKL.encode, []
     monkeypatch.setattr(t.AutoencoderKL, "encode", lambda self, x: calls.append(len(x)) or encode(self, x))
     train("--cache_latents", "1", "--max_train_steps", "6")
-    assert calls == [3] * 2 + [2 + BOXES_PER_VARIANT] * 2 + [3] * 2  # references, both variants, references
+    of_variants = [2 + BOXES_PER_VARIANT] * 2
+    assert calls == [3] * 2 + of_variants + [3] * 4  # references before; then references and held-out defects after
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the VAE changes the device on a GPU only")

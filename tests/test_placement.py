@@ -18,13 +18,28 @@ from defectfill_dataset import (
     PlacedShapes,
     find_foreground,
     held_out_source,
+    load_mask_rows,
     load_masks,
     principal_axis,
     procedural_shapes,
     random_source,
     reference_shapes,
 )
-from defectfill_dataset.synthesis import placement
+from defectfill_dataset.synthesis import locations, placement
+from defectfill_dataset.synthesis.foreground import cover_defect
+from defectfill_dataset.synthesis.locations import (
+    CLEARANCE,
+    CONTACT,
+    TO_BORDER,
+    TO_PART,
+    LikeReferences,
+    X,
+    Y,
+    choose_placement,
+    locate,
+    map_object,
+    reference_location,
+)
 from defectfill_dataset.synthesis.placement import GAP, NamedMask, find_place
 from defectfill_dataset.synthesis.shapes import SCALES, Transform, cut_out, random_transform, transform, union
 from defectfill_scripts import make_demo_data, preview_masks
@@ -147,6 +162,21 @@ def test_flat_pictures_and_small_marks_have_no_ground():
     assert found[12:48, 22:58].all() and found[:, :18].sum() == 0  # the hole in it is filled
 
 
+def test_a_large_defect_on_a_surface_is_not_taken_for_the_part(tmp_path):
+    mask = np.zeros((48, 48), dtype=bool)
+    mask[10:20, :12] = True
+    write_image(tmp_path / "a.png", mask=mask, colour=(20, 20, 20))
+    image = Image.open(tmp_path / "a.png")
+    assert not find_foreground(image).all() and find_foreground(cover_defect(image, mask)).all()
+    assert cover_defect(image, mask | True) is image
+    part = np.zeros((48, 48), dtype=bool)
+    part[8:40, 8:40], mask = True, mask & False
+    mask[20:24, 4:20] = True  # broken off from the edge
+    write_image(tmp_path / "b.png", 48, (250, 220, 90), part & ~mask)
+    found = find_foreground(cover_defect(Image.open(tmp_path / "b.png"), mask))
+    assert (found ^ part).mean() < 0.08
+
+
 # Places
 
 
@@ -267,21 +297,198 @@ def test_held_out_masks_are_taken_as_they_are_and_the_leak_is_named(references, 
 
 
 def test_masks_of_a_dataset(tmp_path):
+    def load(data, split, defect, held_out=False) -> list[NamedMask]:
+        return load_masks(load_mask_rows(data, None, split, defect, held_out))
+
     data = make_mvtec(tmp_path / "nut", {"hole": 4, "scratch": 2})
-    names = [mask.name for mask in load_masks(data, None, "auto", "hole", held_out=False)]
+    names = [mask.name for mask in load(data, "auto", "hole")]
     assert names == ["test/hole/000.png", "test/hole/001.png"]
-    assert len(load_masks(data, None, "auto", None, held_out=False)) == 3
-    held_out = load_masks(data, None, "auto", "hole", held_out=True)
+    assert len(load(data, "auto", None)) == 3
+    held_out = load(data, "auto", "hole", True)
     assert [mask.name for mask in held_out] == ["test/hole/002.png", "test/hole/003.png"]
     written = Image.open(data / "ground_truth/hole/002_mask.png")
     assert np.array_equal(held_out[0].pixels, np.asarray(written) > 0)
     with pytest.raises(InputError, match="DF341 .*no held-out mask of 'hole' with --split all"):
-        load_masks(data, None, "all", "hole", held_out=True)
+        load(data, "all", "hole", True)
     with pytest.raises(InputError, match="DF162 .*Did you mean 'hole'"):
-        load_masks(data, None, "auto", "hle", held_out=False)
+        load(data, "auto", "hle")
     Image.new("L", (48, 48)).save(data / "ground_truth/hole/000_mask.png")
     with pytest.raises(InputError, match="DF145"):
-        load_masks(data, None, "auto", "hole", held_out=False)
+        load(data, "auto", "hole")
+
+
+# Places like the references'
+
+
+def disc(size: int = 160) -> np.ndarray:
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    return np.hypot(y, x) < 0.42 * size
+
+
+def plate(size: int = 160) -> np.ndarray:
+    mask = np.zeros((size, size), dtype=bool)
+    mask[size // 8 : -size // 8, size // 5 : -size // 5] = True
+    return mask
+
+
+def ellipse(size: int, centre: tuple[float, float], angle: float, length: float, width: float) -> np.ndarray:
+    """An (H, W) mask; `angle` in degrees counter-clockwise, `centre` (y, x) and half axes in pixels."""
+    y, x = np.mgrid[:size, :size]
+    y, x = centre[0] - y, x - centre[1]
+    cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    return ((x * cosine + y * sine) / length) ** 2 + ((y * cosine - x * sine) / width) ** 2 < 1
+
+
+def breaks_of_a_disc(angles, half_axes=(16, 7), turn: float = 90) -> list[np.ndarray]:
+    """Halves of ellipses at its border, at these angles in degrees: along the border, or `turn` from its normal."""
+    radius, masks = 0.42 * 160, []
+    for angle in angles:
+        centre = 79.5 - radius * np.sin(np.radians(angle)), 79.5 + radius * np.cos(np.radians(angle))
+        masks.append(ellipse(160, centre, angle + turn, *half_axes) & disc())
+    return masks
+
+
+def measured(masks, part) -> list:
+    return [reference_location(mask, part, rng(i)) for i, mask in enumerate(masks)]
+
+
+def placed_like(masks, part, number: int = 24, **options) -> np.ndarray:
+    """The (number, 6) locations of masks placed on a part like these references."""
+    values = np.array([reference.values for reference in measured(masks, part)])
+    shapes = reference_shapes([NamedMask(str(i), mask) for i, mask in enumerate(masks)], 180)
+    source = PlacedShapes(shapes, None, like_references=LikeReferences(values), **options)
+    found = []
+    for seed in range(number):
+        [(_, top, left, shape)] = source(Image.new("RGB", part.shape[::-1]), seed, part, None).defects
+        found.append(locate(shape, np.array([[top, left]]), map_object(part))[1][0])
+    return np.array(found)
+
+
+def apart(first, second) -> np.ndarray:
+    """The angles between axes given as twice their angle in radians, in degrees."""
+    return np.degrees(abs(np.angle(np.exp(1j * (first - second))))) / 2
+
+
+def test_a_location_is_measured():
+    part = plate()  # rows 20-139, columns 32-127
+    size = np.sqrt(120 * 96)
+    bar = np.ones((4, 30), dtype=bool)
+    places = np.array([[20, 40], [24, 60], [78, 65]])
+    _, found = locate(bar, places, map_object(part))
+    assert np.allclose(found[:, CLEARANCE], [0, 4 / size, 33 / size])
+    assert np.allclose(found[:, X], [(55 - 32) / 96, (75 - 32) / 96, 0.5])
+    assert np.allclose(found[:, Y], [2 / 120, 6 / 120, 0.5])
+    assert found[0, CONTACT] > 0.7 and (found[1:, CONTACT] == 0).all()
+    assert (apart(found[:, TO_PART], 0) < 1e-6).all()  # the plate is not long: against the rows
+    assert (apart(found[:2, TO_BORDER], 0) < 8).all()
+    _, [upright] = locate(bar.T, np.array([[60, 32]]), map_object(part))
+    assert upright[CLEARANCE] == 0 and apart(upright[TO_BORDER], 0) < 8 and apart(upright[TO_PART], np.pi) < 1e-6
+    _, [spot] = locate(np.ones((5, 5), dtype=bool), np.array([[70, 80]]), map_object(part))
+    assert np.isnan(spot[[TO_BORDER, TO_PART]]).all()  # a spot has no direction
+    kept, _ = locate(bar, np.array([[0, 40], [18, 40], [20, 110], [50, 50]]), map_object(part), coverage=0.9)
+    assert kept.tolist() == [[50, 50]]
+
+
+def test_locations_do_not_depend_on_the_images_size():
+    [small], [large] = (
+        measured([np.kron(mask, np.ones((k, k))) > 0], np.kron(disc(), np.ones((k, k))) > 0)
+        for k in (1, 5)
+        for mask in breaks_of_a_disc([200])
+    )
+    assert np.allclose(small.values[: Y + 1], large.values[: Y + 1], atol=0.06)
+    assert (apart(small.values[TO_BORDER:], large.values[TO_BORDER:]) < 10).all()  # to the nearest pixel
+
+
+def test_breaks_at_the_left_edge_come_out_there_and_along_the_edge():
+    masks, part = breaks_of_a_disc([150, 170, 185, 200, 210]), disc()
+    placement, reason = choose_placement([reference_location(m, part & ~m, rng(1)) for m in masks], rng())
+    assert placement == "like_references" and "5 references is not random (p = " in reason
+    found = placed_like(masks, part)
+    assert (found[:, CLEARANCE] < 0.015).all() and found[:, CLEARANCE].mean() < 0.004
+    assert (found[:, X] < 0.35).all() and np.nanmax(apart(found[:, TO_BORDER], 0)) < 40
+    assert found[:, CONTACT].mean() > 0.4  # the flat side outwards
+
+
+def test_cracks_from_the_border_inwards_stay_against_it():
+    masks = breaks_of_a_disc([0, 60, 130, 190, 250, 310], half_axes=(30, 5), turn=0)
+    found = placed_like(masks, disc())
+    assert (found[:, CLEARANCE] < 0.015).all() and np.nanmedian(apart(found[:, TO_BORDER], np.pi)) < 12
+    assert np.ptp(found[:, X]) > 0.5 and np.ptp(found[:, Y]) > 0.5  # all around
+
+
+def test_marks_in_the_centre_stay_central():
+    centres = [(80, 80), (76, 84), (84, 78), (79, 74), (82, 85)]
+    masks, part = [ellipse(160, centre, 40 * i, 8, 8) for i, centre in enumerate(centres)], plate()
+    assert choose_placement(measured(masks, part), rng())[0] == "like_references"
+    found = placed_like(masks, part)
+    assert (abs(found[:, [X, Y]] - 0.5) < 0.3).all() and (abs(found[:, [X, Y]] - 0.5).mean(axis=0) < 0.12).all()
+    assert (found[:, CLEARANCE] > 0.2).all()
+
+
+def test_lines_of_one_direction_keep_it_wherever_they_are():
+    part = np.ones((120, 200), dtype=bool)
+    masks = []
+    for i in range(10):
+        mask = np.zeros(part.shape, dtype=bool)
+        top, left = rng(i, 1).integers((5, 5), (110, 160))
+        mask[top : top + 3, left : left + 30] = True
+        masks.append(mask)
+    placement, reason = choose_placement(measured(masks, part), rng())
+    assert placement == "like_references" and reason.startswith("direction on the object")
+    found = placed_like(masks, part)
+    assert np.nanmedian(apart(found[:, TO_PART], 0)) < 12 and np.ptp(found[:, X]) > 0.6
+
+
+def test_uniform_places_are_not_taken_for_a_habit(monkeypatch):
+    """One in a hundred sets of random places may be; and few references say nothing."""
+    monkeypatch.setattr(locations, "DRAWS", 999)
+    part = plate()
+    source = PlacedShapes(reference_shapes([NamedMask("spot", ellipse(160, (80, 80), 0, 14, 7))], 180), None)
+    image = Image.new("RGB", (160, 160))
+    taken_for = []
+    for trial in range(15):
+        masks = [source(image, 10 * trial + i, part, None).mask for i in range(6)]
+        taken_for.append(choose_placement(measured(masks, part), rng(trial))[0])
+    assert taken_for.count("like_references") <= 1
+    few = choose_placement(measured(breaks_of_a_disc([170, 180, 190]), disc()), rng())
+    assert few == ("anywhere", "fewer than 4 references (3)")
+
+
+def test_a_wide_reference_that_fits_nowhere_else_says_nothing():
+    part = plate()
+    whole = np.roll(plate(), 1, axis=0) & part
+    assert choose_placement(measured([whole] * 6, part), rng())[0] == "anywhere"
+
+
+def test_the_width_of_the_kernel_shrinks_slowly():
+    location = measured(breaks_of_a_disc([180]), disc())[0].values
+    widths = [LikeReferences(np.array([location] * n)).widths[X] for n in (1, 4, 16, 64)]
+    assert widths[0] == pytest.approx(0.29)
+    assert all(0.25 < after / before < 0.5 for before, after in zip(widths, widths[1:]))
+
+
+def test_like_references_keeps_to_roi_coverage_and_gaps_and_is_seeded(caplog):
+    masks, part = breaks_of_a_disc([150, 180, 210]), disc()
+    like = LikeReferences(np.array([reference.values for reference in measured(masks, part)]))
+    shapes = reference_shapes([NamedMask("break", mask) for mask in masks], 180)
+    source = PlacedShapes(shapes, None, coverage=1.0, number=2, like_references=like)
+    image, roi = Image.new("RGB", (160, 160)), np.zeros((160, 160), dtype=bool)
+    roi[:80] = True
+    for seed in range(6):
+        first, again = (source(image, seed, part, roi) for _ in range(2))
+        assert np.array_equal(first.mask, again.mask) and not (first.mask & ~(part & roi)).any()
+        assert count_components(first.mask) >= 2 and len(first.defects) == 2
+    assert not np.array_equal(source(image, 1, part, roi).mask, source(image, 2, part, roi).mask)
+    assert "no such place" not in caplog.text
+    far = np.zeros((160, 160), dtype=bool)
+    far[50:110, 90:140] = True  # inside, on the right
+    placement._warn_once.cache_clear()
+    for seed in range(3):
+        placed = PlacedShapes(shapes, None, like_references=like)(image, seed, part, far)
+        assert placed.mask.any() and (placed.mask & ~far).sum() <= 0.01 * placed.mask.sum()
+    assert caplog.text.count("like_references: no such place in some images; there, masks go anywhere") == 1
+    none = np.zeros((160, 160), dtype=bool)
+    assert PlacedShapes(shapes, None, like_references=like)(image, 0, part, none) is None
 
 
 # The commands
@@ -334,6 +541,67 @@ def test_placed_masks_through_the_command(trained, folder, source):
     settings = json.loads((folder / "a/plan.jsonl").read_text().splitlines()[0])
     assert settings["coverage"] == 1 and settings["foreground"] == "auto" and settings["masks_per_image"] == 2
     assert settings["zone"] is True and settings["given_zone_sha256"]  # plans of earlier versions go on
+
+
+@pytest.fixture
+def edge_folder(folder):
+    """A dataset whose eight masks all lie at the left edge of the image, along it."""
+    root = folder / "edge/nut"
+    for i in range(8):
+        mask = np.zeros((48, 48), dtype=bool)
+        top = int(rng(i, 2).integers(2, 30))
+        mask[top : top + 14, :5] = True
+        write_image(root / f"test/hole/{i:03d}.png", mask=mask, colour=(20, 20, 20))
+        (root / "ground_truth/hole").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).convert("L").save(root / f"ground_truth/hole/{i:03d}_mask.png")
+    for i in range(3):
+        write_image(root / f"train/good/{i:03d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("source", ["references", "procedural"])
+def test_the_command_places_like_the_references_if_they_say_so(trained, edge_folder, source, caplog):
+    argv = ["--lora", trained, "--image", edge_folder / "edge/nut/train/good", "--mask_source", source, *FAST]
+    argv += ["--output_dir", edge_folder / "auto", *(["--shapes", "stroke"] if source == "procedural" else [])]
+    of_data = ["--reference_data", edge_folder / "edge/nut", "--split", "all"]
+    generate(*argv, *of_data)
+    [plan, *_] = read_lines(edge_folder / "auto/plan.jsonl")
+    assert plan["placement"] == "like_references" and "8 references is not random" in plan["placement_reason"]
+    assert f"--placement auto for 'hole': like_references; {plan['placement_reason']}" in caplog.text
+    masks = masks_of(edge_folder / "auto").values()
+    assert all(mask[:, :12].any() and not mask[:, 24:].any() for mask in masks)
+    generate(*argv, *of_data, "--placement", "like_references")  # the same
+    with pytest.raises(InputError, match=r"DF320 placement: .*'like_references', now it is 'anywhere'"):
+        generate(*argv, *(of_data if source == "references" else []), "--placement", "anywhere")
+
+
+def test_a_plan_made_without_the_flag_means_anywhere(trained, edge_folder):
+    argv = ["--lora", trained, "--image", edge_folder / "edge/nut/train/good", "--split", "all", *FAST]
+    argv += ["--reference_data", edge_folder / "edge/nut", "--output_dir", edge_folder / "old"]
+    generate(*argv, "--placement", "anywhere")
+    before = masks_of(edge_folder / "old")
+    plan = edge_folder / "old/plan.jsonl"
+    lines = [{k: v for k, v in line.items() if k != "placement"} for line in read_lines(plan)]
+    plan.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=r"DF320 placement: .*'anywhere', now .*'like_references'.*--placement any"):
+        generate(*argv)
+    (edge_folder / "old/masks/001.png").unlink()
+    generate(*argv, "--placement", "anywhere", "--num_images", 4)
+    after = masks_of(edge_folder / "old")
+    assert len(after) == 4 and all(np.array_equal(before[name], after[name]) for name in before if name in after)
+
+
+def test_other_reference_images_are_noticed(trained, edge_folder):
+    """The object in them decides places, so it stands in the plan."""
+    argv = ["--lora", trained, "--image", edge_folder / "good", "--split", "all", *FAST]
+    argv += ["--reference_data", edge_folder / "edge/nut", "--output_dir", edge_folder / "out"]
+    generate(*argv, "--placement", "like_references")
+    part = np.zeros((48, 48), dtype=bool)
+    part[8:-8, 8:-8] = True
+    for file in (edge_folder / "edge/nut/test/hole").iterdir():
+        write_image(file, 48, (250, 220, 90), part)
+    with pytest.raises(InputError, match="DF320 reference_places_sha256"):
+        generate(*argv, "--placement", "like_references")
 
 
 def test_held_out_masks_through_the_command(trained, folder, caplog):
@@ -435,7 +703,11 @@ def test_the_old_name_of_the_roi_is_read(folder):
     [
         "--mask_source references",
         "--mask_source held_out",
-        "--mask_source procedural --reference_data d",
+        "--mask_source procedural --reference_data d --placement anywhere",
+        "--mask_source random --reference_data d",
+        "--mask m --placement anywhere",
+        "--mask_source procedural --placement like_references",
+        "--mask_source held_out --reference_data d --placement like_references",
         "--mask_source procedural --mask m",
         "--mask m --roi z",
         "--mask_source random --masks_per_image 2",
@@ -467,24 +739,27 @@ def test_the_preview_shows_the_masks_of_the_command(trained, folder, capsys, mon
     common += ["--max_rotation", 20]
     generate("--lora", trained, *common, "--num_images", 6, "--output_dir", folder / "out", *FAST)
     shown, outlined = [], preview_masks.outlined
-    monkeypatch.setattr(
-        preview_masks, "outlined", lambda i, areas: (shown.append(areas[-1][0]), outlined(i, areas))[1]
-    )
+    monkeypatch.setattr(preview_masks, "outlined", lambda i, areas: (shown.append(areas[-1]), outlined(i, areas))[1])
     capsys.readouterr()
     preview(*common, "--defect", "hole", "--number", 6, "--output", folder / "new/masks.png")
     lines = read_lines(folder / "out/manifest.jsonl")
     expected = [np.asarray(Image.open(folder / "out" / line["mask"])) > 0 for line in lines]
-    assert len(shown) == 6 and all(np.array_equal(a, b) for a, b in zip(shown, expected))
+    drawn = [area for area, colour in shown if colour == preview_masks.RED]
+    assert len(drawn) == 6 and all(np.array_equal(a, b) for a, b in zip(drawn, expected))
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("drawn: 6 masks, area ") and told[2].startswith("references: 2 masks, area ")
+    assert told[0].startswith("drawn: 6 masks, area ") and told[3].startswith("references: 2 masks, area ")
+    assert told[2].startswith("distance to the border: ") and told[4].startswith("their distance to the border: ")
     shares = [(find_foreground(Image.open(folder / f"good/{i % 3:03d}.png")) & m).sum() / m.sum() for i, m in
               enumerate(expected)]  # fmt: skip
     assert (
         told[1]
         == f"on the object: {100 * np.mean(shares):.2f} % of a mask's pixels, {100 * min(shares):.2f} % at least"
     )
-    picture = np.asarray(Image.open(folder / "new/masks.png"))
-    assert picture.shape == (preview_masks.CELL + 8, 6 * (preview_masks.CELL + 4) + 4, 3)
+    both = np.asarray(Image.open(folder / "new/masks.png"))
+    assert both.shape == (2 * (preview_masks.CELL + 8), 6 * (preview_masks.CELL + 4) + 4, 3)
+    above, picture = np.split(both, 2)  # two references, six masks
+    for i in range(2):
+        assert (above[:, i * 196 : (i + 1) * 196] == preview_masks.GREEN).all(-1).any()
     for i in range(6):
         cell = picture[:, i * (preview_masks.CELL + 4) : (i + 1) * (preview_masks.CELL + 4)]
         assert (cell == preview_masks.RED).all(-1).any() and (cell == preview_masks.BLUE).all(-1).any()

@@ -705,7 +705,7 @@ def test_xformers_keeps_the_recording_processors(base, monkeypatch):
             "--enable_xformers_memory_efficient_attention",
         ]
     )
-    job = train_defectfill.PreparedTraining(read_base(str(base)), *[None] * 10)
+    job = train_defectfill.PreparedTraining(read_base(str(base)), *[None] * 11)
     replace_all = train_defectfill.UNet2DConditionModel.set_default_attn_processor
     name = "enable_xformers_memory_efficient_attention"
     monkeypatch.setattr(train_defectfill.UNet2DConditionModel, name, replace_all)

@@ -206,7 +206,12 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         "protocol). Default: given with --mask, references with --reference_data.",
     )
     add("--mask", type=Path, metavar="PATH", help="Mask, white where the defect goes, or a folder of masks.")
-    add("--reference_data", metavar="DIR", help="Dataset whose masks are used: the one the LoRA was trained on.")
+    add(
+        "--reference_data",
+        metavar="DIR",
+        help="Dataset whose masks are used: the one the LoRA was trained on. With --mask_source procedural, only "
+        "their places.",
+    )
     add("--object", metavar="NAME", help="Object in --reference_data, if it holds several.")
     add(
         "--split",
@@ -221,6 +226,14 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help=shapes_help)
     add("--seed", type=int, default=0, metavar="N", help="Random seed of masks and candidates. Default: 0.")
     add = parser.add_argument_group("placement of reference and procedural masks").add_argument
+    add(
+        "--placement",
+        choices=["auto", "anywhere", "like_references"],
+        default="auto",
+        help="Where masks go. like_references: where the masks in --reference_data are, by distance and direction to "
+        "the object's border and position on the object. auto does so if there are at least four references and "
+        "their places or directions are clearly not random (p < 0.01). Default: auto.",
+    )
     add(
         "--foreground",
         default="auto",
@@ -246,12 +259,19 @@ def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
     source = args.mask_source
     if (source == "given") != (args.mask is not None):
         parser.error("give --mask, or another --mask_source without it")
-    if (source in ("references", "held_out")) != (args.reference_data is not None):
-        parser.error("give --reference_data with --mask_source references or held_out, and only there")
+    has_data = args.reference_data is not None
+    if source in ("references", "held_out") and not has_data:
+        parser.error(f"give --reference_data with --mask_source {source}")
+    if has_data and (source in ("given", "random") or (source == "procedural" and args.placement == "anywhere")):
+        parser.error("--reference_data: only with --mask_source references or held_out, or for the places of "
+                     "procedural masks")  # fmt: skip
+    if args.placement == "like_references" and not has_data:
+        parser.error("give --reference_data with --placement like_references")
     users = {"max_rotation": ["references"], "shapes": ["procedural"]}
     of_data = ("object", "split", "layout", "mask_classes", "skip_problems")
-    users |= dict.fromkeys(of_data, ["references", "held_out"])
-    users |= dict.fromkeys(("foreground", "roi", "coverage", "masks_per_image"), ["references", "procedural"])
+    users |= dict.fromkeys(of_data, ["references", "held_out", *(["procedural"] if has_data else [])])
+    placing = ("placement", "foreground", "roi", "coverage", "masks_per_image")
+    users |= dict.fromkeys(placing, ["references", "procedural"])
     for flag, sources in users.items():
         if source not in sources and getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag}: only with --mask_source {' or '.join(sources)}")

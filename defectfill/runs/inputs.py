@@ -1,14 +1,23 @@
 """The files that requests name: source images with their masks, LoRAs, mask sources; each is read and checked once."""
 
+import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from datasets import Dataset
+
 from defectfill_dataset import (
+    LikeReferences,
     MaskSource,
     PlacedShapes,
+    choose_placement,
     find_foreground,
     held_out_source,
+    load_mask_rows,
     load_masks,
+    locate_references,
     masks_digest,
     procedural_shapes,
     random_source,
@@ -16,15 +25,17 @@ from defectfill_dataset import (
 )
 
 from ..lora import LoraFile, read_lora
-from .plan import RequestInputs, choose_defects, make_recipe
+from .plan import REASON, RequestInputs, choose_defects, make_recipe
 from .requests import GenerationRequest
 from .source_images import SourceImage, check_source_images, find_source_images
 
 
+logger = logging.getLogger(__name__)
+
 # What decides a mask source.
 MASK_FLAGS = (
     "mask_source", "reference_data", "object", "split", "layout", "mask_classes", "skip_problems", "max_rotation",
-    "shapes", "foreground", "roi", "coverage", "masks_per_image",
+    "shapes", "placement", "foreground", "roi", "coverage", "masks_per_image",
 )  # fmt: skip
 
 
@@ -78,16 +89,18 @@ def read_source(
     """The mask source of the flags, None for given masks, and the settings that decide its masks."""
     if request.mask_source in ("given", "random"):
         return (random_source if request.mask_source == "random" else None), {}
+    rows = None
+    if request.reference_data is not None:
+        rows = load_mask_rows(
+            request.reference_data, request.object, request.split, defect, request.mask_source == "held_out",
+            cache_dir, request.layout, request.mask_classes, request.skip_problems,
+        )  # fmt: skip
     if request.mask_source == "procedural":
         shapes, settings = procedural_shapes(request.shapes), {"shapes": request.shapes}
     else:
-        held_out = request.mask_source == "held_out"
-        masks = load_masks(
-            request.reference_data, request.object, request.split, defect, held_out, cache_dir, request.layout,
-            request.mask_classes, request.skip_problems,
-        )  # fmt: skip
+        masks = load_masks(rows)
         settings = {"reference_masks_sha256": masks_digest(masks)}
-        if held_out:
+        if request.mask_source == "held_out":
             return held_out_source(masks), settings
         shapes, settings["max_rotation"] = reference_shapes(masks, request.max_rotation), request.max_rotation
     foreground = request.foreground if request.foreground in ("auto", "none") else "given"
@@ -98,4 +111,25 @@ def read_source(
         "masks_per_image": request.masks_per_image,
     }
     finder = find_foreground if foreground == "auto" else None
-    return PlacedShapes(shapes, finder, request.coverage, request.masks_per_image), settings
+    like_references, placement_settings = read_placement(request, defect, rows)
+    source = PlacedShapes(shapes, finder, request.coverage, request.masks_per_image, like_references)
+    return source, settings | placement_settings
+
+
+def read_placement(
+    request: GenerationRequest, defect: str | None, rows: Dataset | None
+) -> tuple[LikeReferences | None, dict]:
+    """The places that references show, None for anywhere, and the settings that say so; logs what `auto` chose."""
+    if request.placement == "anywhere" or rows is None:
+        return None, {"placement": "anywhere"}
+    references = locate_references(rows, None if request.foreground == "none" else find_foreground)
+    placement, reason = "like_references", "--placement"
+    if request.placement == "auto":
+        placement, reason = choose_placement(references, np.random.default_rng(0))
+        logger.warning(f"--placement auto{f' for {defect!r}' if defect else ''}: {placement}; {reason}")
+    settings = {"placement": placement, REASON: reason}
+    if placement == "anywhere":
+        return None, settings
+    values = np.array([reference.values for reference in references])
+    settings["reference_places_sha256"] = hashlib.sha256(values.round(4).tobytes()).hexdigest()
+    return LikeReferences(values), settings

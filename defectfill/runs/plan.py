@@ -238,6 +238,10 @@ def batch_plan(plan: Sequence[PlannedImage], size: int) -> list[list[PlannedImag
     return [images[i : i + size] for images in alike.values() for i in range(0, len(images), size)]
 
 
+REASON = "placement_reason"  # why `placement` is what it is, which decides no pixel
+EARLIER = {"placement": "anywhere"}  # what a plan made before the setting existed means
+
+
 def check_plan(lines: list[dict], before: list[dict]) -> None:
     """Raises InputError (DF320) if the lines of an earlier start's plan are not among those of now."""
     old_lines = {line["name"]: line for line in before}
@@ -245,12 +249,13 @@ def check_plan(lines: list[dict], before: list[dict]) -> None:
     seeds: list[Problem] = []  # each repeat has a seed of its own: the first is reported
     for line in lines:
         old = old_lines.pop(line["name"], line)
-        for key in [k for k in line.keys() | old.keys() if line.get(k) != old.get(k)]:
+        was, now = ({k: v for k, v in (EARLIER | x).items() if k != REASON} for x in (old, line))
+        for key in [k for k in now.keys() | was.keys() if now.get(k) != was.get(k)]:
             if key.startswith(("good_image", "given_")):
                 problems.add(Problem("DF320", line["name"], "was generated from another image or mask"))
             else:
-                what = f"the run was started with {old.get(key)!r}, now it is {line.get(key)!r}"
-                changed = Problem("DF320", key, what)
+                what = f"the run was started with {was.get(key)!r}, now it is {now.get(key)!r}"
+                changed = Problem("DF320", key, what, f"add --placement {was[key]}" if key == "placement" else "")
                 seeds.append(changed) if key == "seed" else problems.add(changed)
     if old_lines:
         names = ", ".join(sorted(old_lines)[:4])

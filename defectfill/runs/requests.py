@@ -40,6 +40,7 @@ class GenerationRequest:
     shapes: list[str]
     seed: int
     # placement of masks
+    placement: str  # auto, anywhere or like_references
     foreground: str  # auto, none or a path
     roi: Path | None
     coverage: float  # in (0, 1]

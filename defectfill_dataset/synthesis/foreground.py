@@ -9,6 +9,7 @@ from skimage.filters import threshold_otsu
 WORKING_SIDE = 256  # the longer side of what is looked at, in pixels
 RIM = 0.02  # breadth of the image's rim, in fractions of its shorter side
 CONTRAST = 3  # how many times farther from the rim's colour than the rim itself a part must be
+HALO = 2  # pixels around a mask that may show its defect
 LEAST_AREA = 0.03  # of the image; what is smaller is a mark on a surface
 
 
@@ -37,6 +38,18 @@ def find_foreground(image: Image.Image) -> np.ndarray:
     part = _largest_piece(distance > min(otsu, max(ground, otsu / 4)))  # a flat ground is at no distance at all
     whole = Image.fromarray(part).convert("L").resize(image.size, Image.Resampling.BILINEAR)
     return np.asarray(whole) >= 128
+
+
+def cover_defect(image: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The image with each pixel of an (H, W) mask, and `HALO` around it, in the colour of the nearest other pixel.
+
+    A dark defect on a surface that fills the image would otherwise be taken for the object.
+    """
+    around = ndimage.binary_dilation(mask, iterations=HALO)
+    if around.all():
+        return image
+    row, column = ndimage.distance_transform_edt(around, return_distances=False, return_indices=True)
+    return Image.fromarray(np.asarray(image)[row, column])
 
 
 def _largest_piece(mask: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ h x w a shape's bounding box.
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -13,20 +14,37 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from datasets import Dataset
 from PIL import Image
 from scipy import ndimage
 
 from ..builder import load_defect_pairs, select_defects
 from ..checks import check_pairs
 from ..errors import InputError, Problem
+from ..images import load_image
 from ..mask_values import binarise
 from ..masks import random_mask
 from ..seeds import derive_seed
-from .foreground import find_foreground
+from .foreground import cover_defect, find_foreground
+from .locations import (
+    MOST_REFERENCES,
+    SHAPES_TRIED,
+    LikeReferences,
+    ObjectMap,
+    ReferenceLocation,
+    map_object,
+    reference_location,
+)
 from .shapes import SHAPES, cut_out, random_transform, transform, union
 
 
 logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
 
 TRIES = 20  # shapes drawn before an image counts as without a place
 SPOTS, PLACES = 20_000, 500  # pixels drawn for a shape, and how many of the allowed ones are tried
@@ -68,7 +86,7 @@ ShapeSource = Callable[[np.random.Generator, tuple[int, int]], tuple[str, np.nda
 # Shapes from a dataset
 
 
-def load_masks(
+def load_mask_rows(
     data_dir: str | Path,
     object_name: str | None,
     split: str,
@@ -78,8 +96,8 @@ def load_masks(
     layout: str = "auto",
     mask_classes: Sequence[str] = (),
     skip_problems: bool = False,
-) -> list[NamedMask]:
-    """The masks of one defect type (all for None): of its references, or of the held-out images.
+) -> Dataset:
+    """The rows of one defect type (all for None): of its references, or of the held-out images.
 
     Raises:
         InputError: no such masks (DF341), or what `load_defect_pairs`, `select_defects` and `check_pairs` find.
@@ -91,7 +109,30 @@ def load_masks(
         what = f"no {kind} mask {of}with --split {split}"
         raise InputError(Problem("DF341", f"--reference_data {data_dir}", what, "change the split"))
     check_pairs(rows)
+    return rows
+
+
+def load_masks(rows: Dataset) -> list[NamedMask]:
+    """The masks of `load_mask_rows`."""
     return [NamedMask(row["source_file"], binarise(row["mask"])) for row in rows]
+
+
+def locate_references(
+    rows: Dataset, find_object: Callable[[Image.Image], np.ndarray] | None
+) -> list[ReferenceLocation]:
+    """Where the defects of `load_mask_rows` lie on their objects; of `MOST_REFERENCES` of them, evenly spread.
+
+    Args:
+        find_object: the object, (H, W) bool, in an RGB image; None: it fills the image.
+    """
+    located = []
+    for index in np.linspace(0, len(rows) - 1, min(len(rows), MOST_REFERENCES)).round().astype(int).tolist():
+        row = rows[index]
+        mask = binarise(row["mask"])
+        whole = np.ones_like(mask)
+        foreground = find_object(cover_defect(load_image(row["image"]), mask)) if find_object else whole
+        located.append(reference_location(mask, foreground, np.random.default_rng(index)))
+    return located
 
 
 def masks_digest(masks: Sequence[NamedMask]) -> str:
@@ -152,7 +193,7 @@ def find_place(
         taken: (H, W) bool.
         coverage: in (0, 1].
     """
-    needed = math.ceil(coverage * int(shape.sum()) - 1e-9)
+    needed = pixels_needed(shape, coverage)
     height, width = shape.shape
     # Propose places by putting a random pixel of the shape on a random allowed one: places with more overlap come up
     # more often, and are accepted with probability needed / covered, which keeps the draw uniform.
@@ -167,6 +208,11 @@ def find_place(
         if covered >= needed > covered * rng.random() and not (taken[under] & shape).any():
             return top, left
     return _search(shape, allowed, taken, needed, rng)
+
+
+def pixels_needed(shape: np.ndarray, coverage: float) -> int:
+    """How many of a shape's pixels must lie on allowed ones."""
+    return math.ceil(coverage * int(shape.sum()) - 1e-9)
 
 
 def _search(
@@ -212,12 +258,14 @@ class PlacedShapes:
         foreground: finds the object, (H, W) bool, in an RGB image for which none is given; None: it fills the image.
         coverage: least share of each shape's pixels on the object and in the ROI, in (0, 1].
         number: of shapes in an image.
+        like_references: where shapes go; None: anywhere. What it finds no place for goes anywhere too.
     """
 
     sample_shape: ShapeSource
     foreground: Callable[[Image.Image], np.ndarray] | None = find_foreground
     coverage: float = 0.99
     number: int = 1
+    like_references: LikeReferences | None = None
 
     def __call__(
         self, image: Image.Image, seed: int, foreground: np.ndarray | None, roi: np.ndarray | None
@@ -225,12 +273,17 @@ class PlacedShapes:
         """The mask of `number` shapes; None if for one of them `TRIES` shapes found no place."""
         if foreground is None and self.foreground:
             foreground = self.foreground(image)
-        allowed = np.ones((image.height, image.width), dtype=bool)
+        whole = np.ones((image.height, image.width), dtype=bool)
+        allowed = whole
         for area in (foreground, roi):
             allowed = allowed & area if area is not None else allowed
+        like = self.like_references
+        part = map_object(whole if foreground is None else foreground) if like else None
         mask, taken, defects = np.zeros_like(allowed), np.zeros_like(allowed), []
         for index in range(self.number):
-            defect = self._place(derive_seed(seed, index), allowed, taken)
+            own_seed = derive_seed(seed, index)
+            defect = self._place_alike(like, own_seed, allowed, taken, part) if like and part else None
+            defect = defect or self._place(own_seed, allowed, taken)
             if defect is None:
                 return None
             defects.append(defect)
@@ -239,14 +292,34 @@ class PlacedShapes:
             mask[defect.top : defect.top + height, defect.left : defect.left + width] |= defect.shape
         return PlacedMask(mask, defects)
 
+    def _place_alike(
+        self, like: LikeReferences, seed: int, allowed: np.ndarray, taken: np.ndarray, part: ObjectMap
+    ) -> PlacedDefect | None:
+        """One of `SHAPES_TRIED` shapes at a place like the references'; None if there is none."""
+        drawn = [self._sample(seed, attempt, allowed) for attempt in range(SHAPES_TRIED)]
+        shapes = [shape for _, _, shape in drawn]
+        rng = np.random.default_rng(derive_seed(seed, "location"))
+        for index, top, left in like.propose(shapes, allowed, part, self.coverage, rng):
+            shape = shapes[index]
+            under = (slice(top, top + shape.shape[0]), slice(left, left + shape.shape[1]))
+            enough = (allowed[under] & shape).sum() >= pixels_needed(shape, self.coverage)
+            if enough and not (taken[under] & shape).any():
+                return PlacedDefect(drawn[index][1], top, left, shape)
+        _warn_once("--placement like_references: no such place in some images; there, masks go anywhere")
+        return None
+
     def _place(self, seed: int, allowed: np.ndarray, taken: np.ndarray) -> PlacedDefect | None:
         for attempt in range(TRIES):
-            rng = np.random.default_rng(derive_seed(seed, attempt))
-            name, shape = self.sample_shape(rng, (allowed.shape[0], allowed.shape[1]))
+            rng, name, shape = self._sample(seed, attempt, allowed)
             place = find_place(shape, allowed, taken, self.coverage, rng)
             if place:
                 return PlacedDefect(name, *place, shape)
         return None
+
+    def _sample(self, seed: int, attempt: int, allowed: np.ndarray) -> tuple[np.random.Generator, str, np.ndarray]:
+        """A shape and its name, and the generator that drew it."""
+        rng = np.random.default_rng(derive_seed(seed, attempt))
+        return rng, *self.sample_shape(rng, (allowed.shape[0], allowed.shape[1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

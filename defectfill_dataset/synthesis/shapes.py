@@ -14,6 +14,9 @@ from scipy import ndimage
 from ..masks import blob_outline, bounds
 
 
+LONG = 1.5  # how many times longer than across a mask must be for its angle to mean something
+
+
 def cut_out(mask: np.ndarray) -> np.ndarray:
     """The mask's bounding box, as a shape; `mask` marks at least one pixel."""
     left, top, right, bottom = bounds(mask)

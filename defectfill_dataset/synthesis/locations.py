@@ -25,8 +25,8 @@ TO_BORDER, TO_PART = 4, 5  # twice the angle, in radians, of its axis to the nea
 
 WORKING_SIDE = 512  # the longer side of the map that distances are read from, in pixels
 PIXELS = 96  # of a shape that stand for all
-SHAPES_TRIED = 40  # of a mask, each at
-PLACES = 1000  # candidates
+SHAPES_TRIED = 24  # of a mask, each at
+PLACES = 1500  # candidates
 CHECKED = 500  # candidates that are checked exactly, for each of `REFERENCES_TRIED`
 REFERENCES_TRIED = 20
 SLACK = 0.05  # by which the coverage of a candidate may be misjudged

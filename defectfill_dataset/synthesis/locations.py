@@ -35,7 +35,7 @@ PRIOR = np.array([0.1, 0.29, 0.29, 0.29])  # spread of CLEARANCE to Y where noth
 PRIOR_TURN = np.pi / np.sqrt(3)  # of TO_BORDER and TO_PART
 LEAST_LOG_WEIGHT = -8.0  # of a candidate's density, against that of the reference itself: four widths away
 
-MOST_REFERENCES = 200  # that are measured
+MOST_REFERENCES = 100  # that are measured
 LEAST_REFERENCES = 4  # from which on chance is tested
 SIGNIFICANT = 0.01
 NULL_PLACES = 500  # uniform places of each reference

@@ -25,8 +25,8 @@ TO_BORDER, TO_PART = 4, 5  # twice the angle, in radians, of its axis to the nea
 
 WORKING_SIDE = 512  # the longer side of the map that distances are read from, in pixels
 PIXELS = 96  # of a shape that stand for all
-SHAPES_TRIED = 40  # of a mask, each at
-PLACES = 1000  # candidates
+SHAPES_TRIED = 24  # of a mask, each at
+PLACES = 1500  # candidates
 CHECKED = 500  # candidates that are checked exactly, for each of `REFERENCES_TRIED`
 REFERENCES_TRIED = 20
 SLACK = 0.05  # by which the coverage of a candidate may be misjudged
@@ -35,7 +35,7 @@ PRIOR = np.array([0.1, 0.29, 0.29, 0.29])  # spread of CLEARANCE to Y where noth
 PRIOR_TURN = np.pi / np.sqrt(3)  # of TO_BORDER and TO_PART
 LEAST_LOG_WEIGHT = -8.0  # of a candidate's density, against that of the reference itself: four widths away
 
-MOST_REFERENCES = 200  # that are measured
+MOST_REFERENCES = 100  # that are measured
 LEAST_REFERENCES = 4  # from which on chance is tested
 SIGNIFICANT = 0.01
 NULL_PLACES = 500  # uniform places of each reference

@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from defectfill.base_model import BaseModel, check_prompt, check_resolution, load_tokenizer, read_base
-from defectfill.lora import LoraFile, check_content, check_fits, fuse_lora, load_lora
+from defectfill.lora import ADAPTER, LoraFile, check_content, check_fits, fuse_lora, load_lora
 from defectfill.runs.checkpoint import check_identity
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
 from defectfill.runs.flags import parse_generation_args
@@ -320,7 +320,7 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
             seconds = 0.0
             if any(not canvas.problem and canvas.planned.name not in done for canvas in canvases):
                 with speed.loading():
-                    pipe = model.load(canvases[0].planned.recipe.lora)
+                    pipe = model.load(canvases[0].planned.recipe.lora, canvases[0].planned.lora_scale)
                 began = time.monotonic()
                 generate_batch(pipe, canvases, run)
                 seconds = round((time.monotonic() - began) / len(canvases), 3)
@@ -345,10 +345,11 @@ class LazyModel:
     device: torch.device
     pipe: StableDiffusionInpaintPipeline | None = None
     lora: LoraFile | None = None
+    scale: float = 1.0
     unfuse: Callable[[], None] | None = None
 
-    def load(self, lora: LoraFile) -> StableDiffusionInpaintPipeline:
-        """The pipeline with this LoRA, as the command's flags want it."""
+    def load(self, lora: LoraFile, scale: float) -> StableDiffusionInpaintPipeline:
+        """The pipeline with this LoRA at this strength, as the command's flags want it."""
         command = self.run.command
         if self.pipe is None:
             self.pipe = load_pipeline(
@@ -357,13 +358,17 @@ class LazyModel:
             )  # fmt: skip
             if command.torch_compile:
                 compile_unet(self.pipe, command.torch_compile)
-        if lora is not self.lora:
+        if lora is not self.lora or (self.unfuse and scale != self.scale):
             if self.unfuse:
                 self.unfuse()
             self.pipe.unload_lora_weights()
             load_lora(self.pipe, lora)
-            self.unfuse = fuse_lora(self.pipe) if command.fuse_lora else None
-            self.lora = lora
+            self.lora, self.scale, self.unfuse = lora, 1.0, None
+        if scale != self.scale:
+            self.pipe.set_adapters(ADAPTER, scale)
+            self.scale = scale
+        if command.fuse_lora and self.unfuse is None:
+            self.unfuse = fuse_lora(self.pipe)
         return self.pipe
 
 

@@ -93,6 +93,22 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         "('A nut with sks'), defect only the defect ('A photo of sks').",
     )
     add("--prompt", help="Prompt to generate with, in place of the LoRA's own.")
+    add(
+        "--prompt_noise",
+        type=float,
+        default=0.0,
+        metavar="SIGMA",
+        help="Variety: add Gaussian noise to the text embedding of each candidate, with SIGMA times the embedding's "
+        "standard deviation. Default: 0, off.",
+    )
+    add(
+        "--lora_scale",
+        nargs="+",
+        type=float,
+        metavar="X",
+        help="Strength of the LoRA: one factor, or MIN MAX for a random one in each image, for variety; images of "
+        "different strengths are not batched together. Default: 1.",
+    )
     add = parser.add_argument_group("sampling").add_argument
     number_help = "Images per defect type, cycling through the good images. Default: one for each good image."
     add("--num_images", type=int, metavar="N", help=number_help)
@@ -273,6 +289,10 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
         parser.error(f"--lora_alpha {args.lora_alpha}: must be a finite number above 0")
+    if not 0 <= args.prompt_noise < math.inf:
+        parser.error(f"--prompt_noise {args.prompt_noise}: must be a finite number of at least 0")
+    if args.lora_scale is not None:
+        check_lora_scale(parser, args.lora_scale, bool(args.fuse_lora or args.torch_compile))
     if args.zoom_context is not None and not 1 <= args.zoom_context < math.inf:
         parser.error(f"--zoom_context {args.zoom_context}: must be a finite number of at least 1")
     if args.zoom_min_area is not None and not 0 <= args.zoom_min_area < 1:
@@ -289,6 +309,17 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     steps = args.num_inference_steps
     if args.guidance_scale > 1 and not any(start <= i / steps < end for i in range(steps)):
         parser.error(f"--guidance_interval {start} {end}: contains none of the {steps} steps; widen it")
+
+
+def check_lora_scale(parser: argparse.ArgumentParser, scale: list[float], must_be_one: bool) -> None:
+    """Calls the parser's `error` unless `--lora_scale` is one strength, or a range of them where that works."""
+    shown = " ".join(map(str, scale))
+    low, high = scale[0], scale[-1]
+    if len(scale) > 2 or not 0 <= low <= high < math.inf:
+        parser.error(f"--lora_scale {shown}: give one finite number of at least 0, or two, the smaller one first")
+    if low < high and must_be_one:
+        parser.error(f"--lora_scale {shown}: a range needs a new strength for each image; leave out --fuse_lora and "
+                     "--torch_compile, or give one number")  # fmt: skip
 
 
 class LineParser(argparse.ArgumentParser):
@@ -398,6 +429,9 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--object_words", metavar="WORDS", help="Words that name the object. Default: its folder's name.")
     add("--defect_prompt", default="A photo of {phrase}", metavar="TEXT", help="Prompt of the defect pass.")
     add("--object_prompt", default="A {object} with {phrase}", metavar="TEXT", help="Prompt of the object pass.")
+    add("--prompt_noise", type=float, default=0.0, metavar="SIGMA",
+        help="Add Gaussian noise to the text embedding in each sample, with SIGMA times the embedding's standard "
+             "deviation. Default: 0, off.")
 
     add = group("method")
     add("--lambda_def", type=float, default=0.5, metavar="X", help="Weight of the defect loss.")
@@ -530,7 +564,7 @@ def check_training_args(args: argparse.Namespace) -> None:
         0: """seed lambda_def lambda_obj lambda_attn background_alpha lora_dropout learning_rate text_encoder_lr
             lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon adam_weight_decay dataloader_num_workers
             validation_steps push_timeout zoom_min_area high_noise_power noise_offset timestep_bias_begin
-            cache_latents""",
+            cache_latents prompt_noise""",
     }
     problems = [
         Problem("DF187", f"--{name} {getattr(args, name)}", f"must be a finite number of at least {bound}")

@@ -17,6 +17,8 @@ class GenerationRequest:
     lora_alpha: float | None  # of files that do not tell their own
     prompt: str | None
     generation_prompt: str  # object or defect: which of the LoRA's own prompts, without `prompt`
+    prompt_noise: float
+    lora_scale: list[float] | None  # one strength, or least and greatest; None: 1
     num_images: int | None  # of each defect type; None: one an image
     num_inference_steps: int
     guidance_scale: float

@@ -21,7 +21,7 @@ from ..lora import LORA_TARGETS
 from ..noise_levels import NoiseOptions
 from ..sampling import COMPILED, SCHEDULERS
 from ..seam import COMPOSITES
-from ..selection import LPIPS_FILES
+from ..selection import LPIPS_FILES, SELECTIONS
 from .requests import GenerationCommand, GenerationRequest
 
 
@@ -180,12 +180,21 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, metavar="N", help=batch_help)
     add(
         "--selection",
-        choices=["lpips", "ssim", "rmse", "none"],
+        choices=SELECTIONS,
         default="lpips",
-        help="Distance to the good image inside the mask; the most distant candidate is kept. none keeps the first. "
-        "The paper uses lpips.",
+        help="Which candidate is kept. lpips, ssim, rmse: the one most distant from the good image inside the mask. "
+        "likeness: the one nearest to the training defects of --reference_data, by its features, of those that change "
+        "at least half as much as the median candidate. With + before likeness: the nearest of the more distant half. "
+        "none: the first. The paper uses lpips.",
     )
     add("--lpips_net", choices=list(LPIPS_FILES), default="alex", help="Backbone of LPIPS.")
+    add(
+        "--likeness_net",
+        type=Path,
+        metavar="FILE",
+        help="Network of likeness: SqueezeNet 1.0 in a safetensors file with torchvision's names. Default: the base's "
+        "VAE encoder.",
+    )
     add(
         "--min_change",
         type=float,
@@ -222,7 +231,8 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         "protocol). Default: given with --mask, references with --reference_data.",
     )
     add("--mask", type=Path, metavar="PATH", help="Mask, white where the defect goes, or a folder of masks.")
-    add("--reference_data", metavar="DIR", help="Dataset whose masks are used: the one the LoRA was trained on.")
+    add("--reference_data", metavar="DIR", help="Dataset whose masks are used, and with which candidates are compared "
+        "by likeness: the one the LoRA was trained on.")  # fmt: skip
     add("--object", metavar="NAME", help="Object in --reference_data, if it holds several.")
     add(
         "--split",
@@ -253,20 +263,27 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with a message where flags of images and masks contradict each other."""
+    likeness = "likeness" in getattr(args, "selection", "")
     if args.image is None:
         parser.error("give --image: a good image, or a folder of them")
     if args.mask_source is None:
-        if (args.mask is None) == (args.reference_data is None):
+        if likeness and args.mask is not None and args.reference_data is not None:
+            pass  # the masks are given, the data is for the selection
+        elif (args.mask is None) == (args.reference_data is None):
             parser.error("choose the masks: --mask, --reference_data, or --mask_source procedural or random")
         args.mask_source = "given" if args.mask is not None else "references"
     source = args.mask_source
     if (source == "given") != (args.mask is not None):
         parser.error("give --mask, or another --mask_source without it")
-    if (source in ("references", "held_out")) != (args.reference_data is not None):
-        parser.error("give --reference_data with --mask_source references or held_out, and only there")
+    if likeness and args.reference_data is None:
+        parser.error(f"--selection {args.selection}: give --reference_data, the dataset the LoRA was trained on")
+    of_masks = source in ("references", "held_out")
+    if of_masks and args.reference_data is None or args.reference_data is not None and not (of_masks or likeness):
+        parser.error("give --reference_data with --mask_source references or held_out, or --selection likeness, and "
+                     "only there")  # fmt: skip
     users = {"max_rotation": ["references"], "shapes": ["procedural"]}
     of_data = ("object", "split", "layout", "mask_classes", "skip_problems")
-    users |= dict.fromkeys(of_data, ["references", "held_out"])
+    users |= {} if likeness else dict.fromkeys(of_data, ["references", "held_out"])
     users |= dict.fromkeys(("foreground", "roi", "coverage", "masks_per_image"), ["references", "procedural"])
     for flag, sources in users.items():
         if source not in sources and getattr(args, flag) != parser.get_default(flag):
@@ -291,6 +308,8 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"--lora_alpha {args.lora_alpha}: must be a finite number above 0")
     if not 0 <= args.prompt_noise < math.inf:
         parser.error(f"--prompt_noise {args.prompt_noise}: must be a finite number of at least 0")
+    if args.likeness_net is not None and "likeness" not in args.selection:
+        parser.error("--likeness_net: only with --selection likeness")
     if args.lora_scale is not None:
         check_lora_scale(parser, args.lora_scale, bool(args.fuse_lora or args.torch_compile))
     if args.zoom_context is not None and not 1 <= args.zoom_context < math.inf:

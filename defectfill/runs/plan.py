@@ -13,6 +13,7 @@ import numpy as np
 from defectfill_dataset import CropRule, InputError, MaskSource, Problem
 from defectfill_dataset.errors import did_you_mean
 
+from ..likeness import References
 from ..lora import LoraFile
 from .requests import GenerationRequest
 from .source_images import SourceImage, repeat_seed
@@ -25,12 +26,14 @@ class Recipe:
     Args:
         mask_source: None for given masks.
         settings: everything here that decides a pixel, as the plan's lines hold it.
+        references: what candidates are compared with, with `--selection likeness`.
     """
 
     lora: LoraFile
     mask_source: MaskSource | None
     zoom: CropRule | None
     settings: dict
+    references: References | None = None
 
     @property
     def sampling(self) -> dict:
@@ -171,6 +174,7 @@ def make_recipe(
     prompt: str,
     mask_source: MaskSource | None,
     mask_settings: dict,
+    references: References | None = None,
 ) -> Recipe:
     """The recipe of one defect type; `mask_settings` are those that decide the masks of `mask_source`."""
     zoom = choose_crops(request, lora)
@@ -190,8 +194,9 @@ def make_recipe(
         "guidance_scale": request.guidance_scale,
         "guidance_interval": request.guidance_interval,
         "composite": request.composite,
+        **({} if references is None else {"references_sha256": references.sha256}),
     }
-    return Recipe(lora, mask_source, zoom, settings)
+    return Recipe(lora, mask_source, zoom, settings, references)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

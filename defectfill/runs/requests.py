@@ -70,6 +70,7 @@ class GenerationCommand:
     batch_size: int | None
     selection: str
     lpips_net: str
+    likeness_net: Path | None  # None: the base's VAE encoder
     min_change: float
     max_deviation: float | None
     max_attempts: int

@@ -18,13 +18,13 @@ from defectfill_dataset import derive_seed
 class NoiseOptions(NamedTuple):
     """How noise and timesteps are drawn, and the noise of the text embeddings."""
 
-    prompt_noise: float = 0.0
     noise_offset: float = 0.0
     timestep_bias_strategy: str = "none"  # or "earlier", "later", "range"
     timestep_bias_multiplier: float = 1.0
     timestep_bias_begin: int = 0
     timestep_bias_end: int = 1000
     timestep_bias_portion: float = 0.25
+    prompt_noise: float = 0.0
 
 
 PLAIN_NOISE = NoiseOptions()

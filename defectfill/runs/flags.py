@@ -231,8 +231,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         "protocol). Default: given with --mask, references with --reference_data.",
     )
     add("--mask", type=Path, metavar="PATH", help="Mask, white where the defect goes, or a folder of masks.")
-    add("--reference_data", metavar="DIR", help="Dataset whose masks are used, and with which candidates are compared "
-        "by likeness: the one the LoRA was trained on.")  # fmt: skip
+    add("--reference_data", metavar="DIR", help="Dataset whose masks are used: the one the LoRA was trained on.")
     add("--object", metavar="NAME", help="Object in --reference_data, if it holds several.")
     add(
         "--split",

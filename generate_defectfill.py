@@ -33,7 +33,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from defectfill.base_model import BaseModel, check_prompt, check_resolution, load_tokenizer, read_base
-from defectfill.lora import LoraFile, check_content, check_fits, fuse_lora, load_lora
+from defectfill.likeness import Likeness, read_squeezenet, squeezenet_features, vae_features
+from defectfill.lora import ADAPTER, LoraFile, check_content, check_fits, fuse_lora, load_lora
 from defectfill.runs.checkpoint import check_identity
 from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
 from defectfill.runs.flags import parse_generation_args
@@ -56,7 +57,15 @@ from defectfill.runs.requests import GenerationCommand
 from defectfill.runs.speed import SPEED, Speed, summarise
 from defectfill.sampling import compile_unet, composite, fit, inpaint, load_pipeline, reconstruct
 from defectfill.seam import changed_mask, feather_alpha, grid_mask, seam_step, vae_error
-from defectfill.selection import REJECTIONS, Measures, QualityFilter, Scorer, make_scorer, measure, select_accepted
+from defectfill.selection import (
+    REJECTIONS,
+    Measures,
+    QualityFilter,
+    Scorer,
+    choose_candidate,
+    make_scorer,
+    measure,
+)
 from defectfill_dataset import (
     Box,
     InputError,
@@ -65,7 +74,9 @@ from defectfill_dataset import (
     component_boxes,
     crop_boxes,
     crop_mask,
+    file_digest,
     image_tensor,
+    make_crops,
     open_image,
     pool_mask,
     tensor_image,
@@ -219,6 +230,8 @@ def finish_crop(
         "attempts": canvas.attempt,
         "refused": canvas.rejected,
     }
+    if measures.reference_distances is not None:
+        line["reference_distances"] = finite(measures.reference_distances)
     canvas.lines.append(line)
     canvas.crop, canvas.inpainted = None, Inpainted(canvas.crop, candidates.cpu(), reconstruction.cpu(), line)
     canvas.attempt, canvas.rejected = 1, dict.fromkeys(REJECTIONS, 0)
@@ -234,7 +247,8 @@ def paste_inpainted(canvas: Canvas) -> None:
         results = torch.where(alpha > 0, torch.lerp(crop.source, candidates * 2 - 1, alpha), crop.source)
         cells = [thumbnail(in_source_mode(canvas, tensor_image(result))) for result in results]
         good, mask = (thumbnail(tensor_image(x)) for x in (crop.source, crop.pixel_mask.expand(3, -1, -1) * 2 - 1))
-        canvas.contact_rows.append(contact_row(good, mask, cells, line["scores"], line["chosen"]))
+        numbers = line.get("reference_distances", line["scores"])
+        canvas.contact_rows.append(contact_row(good, mask, cells, numbers, line["chosen"]))
     before, painted = canvas.image.crop(crop.box), crop.alpha > 0
     canvas.image.paste(composite(before, candidates[line["chosen"]], crop.alpha), crop.box[:2])
     line["vae_error"] = vae_error(before, fit(reconstruction, before.size), painted)
@@ -291,6 +305,7 @@ class PreparedGeneration(NamedTuple):
     plan: list[PlannedImage]
     base: BaseModel
     scorer: Scorer | None
+    squeezenet: torch.nn.Sequential | None  # of --likeness_net
     settings: dict  # what decides a pixel besides the plan; it must be the same when the run goes on
 
 
@@ -320,9 +335,9 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
             seconds = 0.0
             if any(not canvas.problem and canvas.planned.name not in done for canvas in canvases):
                 with speed.loading():
-                    pipe = model.load(canvases[0].planned.recipe.lora)
+                    pipe = model.load(canvases[0].planned.recipe.lora, canvases[0].planned.lora_scale)
                 began = time.monotonic()
-                generate_batch(pipe, canvases, run)
+                generate_batch(pipe, canvases, run, model.likeness(canvases[0].planned.recipe))
                 seconds = round((time.monotonic() - began) / len(canvases), 3)
             for written in writing:
                 written.result()
@@ -345,10 +360,12 @@ class LazyModel:
     device: torch.device
     pipe: StableDiffusionInpaintPipeline | None = None
     lora: LoraFile | None = None
+    scale: float = 1.0
     unfuse: Callable[[], None] | None = None
+    likenesses: dict[tuple, Likeness] = dataclasses.field(default_factory=dict)  # by references and crop rule
 
-    def load(self, lora: LoraFile) -> StableDiffusionInpaintPipeline:
-        """The pipeline with this LoRA, as the command's flags want it."""
+    def load(self, lora: LoraFile, scale: float) -> StableDiffusionInpaintPipeline:
+        """The pipeline with this LoRA at this strength, as the command's flags want it."""
         command = self.run.command
         if self.pipe is None:
             self.pipe = load_pipeline(
@@ -357,14 +374,31 @@ class LazyModel:
             )  # fmt: skip
             if command.torch_compile:
                 compile_unet(self.pipe, command.torch_compile)
-        if lora is not self.lora:
+        if lora is not self.lora or (self.unfuse and scale != self.scale):
             if self.unfuse:
                 self.unfuse()
             self.pipe.unload_lora_weights()
             load_lora(self.pipe, lora)
-            self.unfuse = fuse_lora(self.pipe) if command.fuse_lora else None
-            self.lora = lora
+            self.lora, self.scale, self.unfuse = lora, 1.0, None
+        if scale != self.scale:
+            self.pipe.set_adapters(ADAPTER, scale)
+            self.scale = scale
+        if command.fuse_lora and self.unfuse is None:
+            self.unfuse = fuse_lora(self.pipe)
         return self.pipe
+
+    def likeness(self, recipe: Recipe) -> Likeness | None:
+        """What measures the recipe's candidates with `--selection likeness`; after `load`."""
+        if recipe.references is None:
+            return None
+        key = (recipe.references.sha256, recipe.zoom)
+        if key not in self.likenesses:
+            layers, resolution = self.run.squeezenet, self.run.settings["resolution"]
+            net = squeezenet_features(layers, self.device) if layers else vae_features(self.pipe.vae)
+            rows, others, _ = recipe.references
+            crops = make_crops(rows, resolution, recipe.zoom, others)
+            self.likenesses[key] = Likeness(net, crops, resolution, self.device)
+        return self.likenesses[key]
 
 
 def ahead(work: Callable, items: Sequence) -> Iterator:
@@ -382,7 +416,12 @@ def start_batch(batch: Sequence[PlannedImage], run: PreparedGeneration) -> list[
     return [start_canvas(planned, run.settings["resolution"], run.base.vae_scale_factor) for planned in batch]
 
 
-def generate_batch(pipe: StableDiffusionInpaintPipeline, canvases: Sequence[Canvas], run: PreparedGeneration) -> None:
+def generate_batch(
+    pipe: StableDiffusionInpaintPipeline,
+    canvases: Sequence[Canvas],
+    run: PreparedGeneration,
+    likeness: Likeness | None,
+) -> None:
     """Finishes canvases of one recipe, their candidates in common batches.
 
     One crop of each at a time, each on what the crops before it left to inpaint, so that the tiles of a crack join; a
@@ -403,12 +442,12 @@ def generate_batch(pipe: StableDiffusionInpaintPipeline, canvases: Sequence[Canv
         sources, masks = (x.to(candidates.device) for x in (images / 2 + 0.5, masks))
         for i, canvas in enumerate(unfinished):
             measures = measure(
-                candidates[i], sources[i], reconstructions[i], masks[i], run.scorer, recipe.reference_colours
+                candidates[i], sources[i], reconstructions[i], masks[i], run.scorer, recipe.reference_colours, likeness
             )
             rejections = quality_filter.rejections(measures)
             for reason in filter(None, rejections):
                 canvas.rejected[reason] += 1
-            chosen = select_accepted(measures.scores, rejections)
+            chosen = choose_candidate(measures, rejections)
             if chosen is None:
                 retry_crop(canvas, command.max_attempts)
             else:
@@ -425,7 +464,8 @@ def parse_args(input_args: list[str] | None = None) -> GenerationCommand:
 
 def prepare(command: GenerationCommand, device: torch.device) -> PreparedGeneration:
     """Reads and checks everything that can be wrong."""
-    plan = make_plan(read_inputs(command.requests, command.cache_dir))
+    by_likeness = "likeness" in command.selection
+    plan = make_plan(read_inputs(command.requests, command.cache_dir, by_likeness))
     check_output_dir(command.output_dir, [planned.source_image for planned in plan])
     recipes = list({id(planned.recipe): planned.recipe for planned in plan}.values())
     name, revision, resolution = choose_base(command, recipes)
@@ -449,15 +489,18 @@ def prepare(command: GenerationCommand, device: torch.device) -> PreparedGenerat
         "torch_compile": command.torch_compile,
         "num_candidates": command.num_candidates,
         "batch_size": command.batch_size,
-        "selection": command.selection if command.selection != "lpips" else f"lpips-{command.lpips_net}",
+        "selection": command.selection.replace("lpips", f"lpips-{command.lpips_net}"),
         "min_change": command.min_change,
         "max_deviation": command.max_deviation,
         "max_attempts": command.max_attempts,
         "keep_metadata": command.keep_metadata,
         "mixed_precision": command.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
     }
+    squeezenet = read_squeezenet(command.likeness_net) if command.likeness_net else None
+    if by_likeness:
+        settings["likeness_net"] = file_digest(command.likeness_net) if command.likeness_net else "vae"
     scorer = make_scorer(command.selection, command.lpips_net, device)
-    return PreparedGeneration(command, plan, base, scorer, settings)
+    return PreparedGeneration(command, plan, base, scorer, squeezenet, settings)
 
 
 # What a LoRA's record holds of its base, and the flag that overrides it.

@@ -49,6 +49,7 @@ from defectfill.noise_levels import (
     NoiseOptions,
     draw_timestep,
     error_weights,
+    noisy_prompts,
     offset_noise,
     predicted_x_0,
     prediction_target,
@@ -280,6 +281,7 @@ class NoiseSample(NamedTuple):
     noise: torch.Tensor  # (B, C, h, w)
     timesteps: torch.Tensor  # (B,)
     posterior: torch.Tensor  # (B, C, h, w)
+    prompt_noise: float = 0.0  # sigma of the prompts' noise, which has its own seeds
 
 
 def sample_noise(models: Models, batch: dict, options: NoiseOptions = PLAIN_NOISE) -> NoiseSample:
@@ -291,7 +293,7 @@ def sample_noise(models: Models, batch: dict, options: NoiseOptions = PLAIN_NOIS
         noise, posterior = torch.randn(shape, generator=generator)
         t = draw_timestep(options, models.noise_scheduler.config.num_train_timesteps, generator)
         samples.append((offset_noise(options, noise, generator), t, posterior))
-    return NoiseSample(*(to_device(torch.stack(column), batch["mask"].device) for column in zip(*samples)))
+    return NoiseSample(*(to_device(torch.stack(x), batch["mask"].device) for x in zip(*samples)), options.prompt_noise)
 
 
 def on_device(batch: dict, device: torch.device) -> dict:
@@ -326,10 +328,11 @@ def training_losses(models: Models, batch: dict, sample: NoiseSample, options: L
     prompts = torch.cat([batch["defect_prompt"], batch["object_prompt"]])  # (2B,), on the CPU
     recorded = slice(n, 2 * n) if options.attention_pass == "object" else slice(0, n)
     store.record(recorded, to_device(tokens.phrase_weights[prompts[recorded]], mask.device))
+    seeds = [derive_seed(seed, name) for name in PASSES for seed in batch["seed"].tolist()]
     noise_pred = unet(
         torch.cat([unet_input(x_t, mask, b_def), unet_input(x_t, random_mask, b_obj)]),  # (2B, 9, h, w)
         sample.timesteps.repeat(2),
-        encoder_hidden_states=encode_prompts(text_encoder, tokens, prompts),
+        encoder_hidden_states=noisy_prompts(encode_prompts(text_encoder, tokens, prompts), seeds, sample.prompt_noise),
     ).sample.float()
     attention = attention_map(store.pop(), mask.shape[-2:], options.attention_map_scale)
 

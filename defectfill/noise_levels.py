@@ -1,19 +1,22 @@
-"""Noise levels: how often each is drawn, how much its error counts, and the x_0 that a prediction means.
+"""Noise levels: how often each is drawn, how much its error counts, and the x_0 that a prediction means; prompt noise.
 
 Options and spellings are those of diffusers' training scripts. The defaults change nothing.
 
-Shapes: B samples, h x w the latent grid.
+Shapes: B samples, h x w the latent grid, L prompt tokens, D width of the text embedding.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
+from defectfill_dataset import derive_seed
+
 
 class NoiseOptions(NamedTuple):
-    """How noise and timesteps are drawn."""
+    """How noise and timesteps are drawn, and the noise of the text embeddings."""
 
     noise_offset: float = 0.0
     timestep_bias_strategy: str = "none"  # or "earlier", "later", "range"
@@ -21,6 +24,7 @@ class NoiseOptions(NamedTuple):
     timestep_bias_begin: int = 0
     timestep_bias_end: int = 1000
     timestep_bias_portion: float = 0.25
+    prompt_noise: float = 0.0
 
 
 PLAIN_NOISE = NoiseOptions()
@@ -52,6 +56,22 @@ def offset_noise(options: NoiseOptions, noise: torch.Tensor, generator: torch.Ge
     if not options.noise_offset:
         return noise
     return noise + options.noise_offset * torch.randn(len(noise), 1, 1, generator=generator)
+
+
+def noisy_prompts(embeddings: torch.Tensor, seeds: Sequence[int], sigma: float) -> torch.Tensor:
+    """Text embeddings (B, L, D) with Gaussian noise, so that one prompt stands for a range of defects.
+
+    Args:
+        embeddings: a row for each seed, or one for all.
+        seeds: B, each of its own row's noise, whatever the batch.
+        sigma: standard deviation of the noise, over that of the row's embedding.
+    """
+    if not sigma:
+        return embeddings
+    generators = [torch.Generator().manual_seed(derive_seed(seed, "prompt_noise")) for seed in seeds]
+    noise = torch.stack([torch.randn(embeddings.shape[1:], generator=generator) for generator in generators])
+    scale = sigma * embeddings.detach().std(dim=(1, 2), keepdim=True)
+    return embeddings + scale * noise.to(embeddings.device, embeddings.dtype, non_blocking=True)
 
 
 SMALLEST_ALPHA_BAR = 1e-3  # for bases whose last timestep is pure noise, where alpha_bar is 0

@@ -25,6 +25,7 @@ from defectfill_dataset import tensor_image, upsample_mask
 from .base_model import BaseModel, load_models, load_tokenizer
 from .latents import encode_images
 from .memory import in_batches
+from .noise_levels import noisy_prompts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,6 +53,7 @@ def inpaint(
     guidance_scale: float = 7.5,
     batch_size: int | None = None,
     guidance_interval: Sequence[float] = (0.0, 1.0),
+    prompt_noise: float = 0.0,
 ) -> torch.Tensor:
     """(P, N, 3, S, S) candidates in [0, 1], one for each seed: a candidate depends on its own seed, not on its batch.
 
@@ -62,9 +64,10 @@ def inpaint(
         batch_size: candidates per UNet call, of one image or of several; all by default, fewer if memory is short.
         guidance_interval: step i is guided where start <= i / num_inference_steps < end (Kynkäänniemi et al., Limited
             Interval Guidance, NeurIPS 2024); in the other steps the UNet runs once a candidate.
+        prompt_noise: sigma of `noisy_prompts`, for each candidate's prompt by its own seed.
     """
     conditions = make_conditions(pipe, images, latent_masks)
-    prompts = pipe.encode_prompt(prompt, pipe.device, 1, guidance_scale > 1)  # positive, negative
+    positive, negative = pipe.encode_prompt(prompt, pipe.device, 1, guidance_scale > 1)
     start, end = guidance_interval
     scales = [guidance_scale if start <= i / num_inference_steps < end else 1 for i in range(num_inference_steps + 1)]
     rows = [(place, seed) for place, seeds_of_image in enumerate(seeds) for seed in seeds_of_image]
@@ -72,7 +75,9 @@ def inpaint(
     def inpaint_rows(batch: Sequence[tuple[int, int]]) -> torch.Tensor:
         places = torch.tensor([place for place, _ in batch], device=pipe.device)
         of_batch = Conditions(*(tensor[places] for tensor in conditions))
-        return inpaint_batch(pipe, of_batch, prompts, [seed for _, seed in batch], scales)
+        seeds = [seed for _, seed in batch]
+        prompts = noisy_prompts(positive, seeds, prompt_noise), negative
+        return inpaint_batch(pipe, of_batch, prompts, seeds, scales)
 
     candidates = in_batches(inpaint_rows, rows, batch_size or len(rows))
     return torch.cat(candidates).unflatten(0, (len(seeds), -1))
@@ -103,17 +108,17 @@ def inpaint_batch(
 
     Args:
         conditions: B rows.
-        prompts: (1, L, D) positive and negative embeddings; no negative one where no step is guided.
+        prompts: (1 or B, L, D) positive and (1, L, D) negative embeddings; no negative one where no step is guided.
         guidance_scales: of each step, and one more that is not used; 1 is unguided.
     """
     images, pixel_masks, latent_masks, clean, masked = conditions
-    positive, negative = prompts
-    texts = positive if negative is None else torch.cat([negative, positive])
+    positive, negative = (None if x is None else x.expand(len(seeds), -1, -1).contiguous() for x in prompts)
+    texts = {1: positive, 2: positive if negative is None else torch.cat([negative, positive])}
     noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds])
     noise = noise.to(clean.device, clean.dtype)
     given = {  # to the UNet beside the latents, unguided and guided
         copies: {
-            "prompt_embeds": texts[-copies:].repeat_interleave(len(seeds), 0),
+            "prompt_embeds": texts[copies],
             "mask": latent_masks.repeat(copies, 1, 1, 1),
             "masked_image_latents": masked.repeat(copies, 1, 1, 1),
         }
@@ -128,8 +133,8 @@ def inpaint_batch(
         return {"latents": latents, **given[1 + pipe.do_classifier_free_guidance]}  # asked anew at every step
 
     return pipe(
-        prompt_embeds=positive.expand(len(seeds), -1, -1),
-        negative_prompt_embeds=None if negative is None else negative.expand(len(seeds), -1, -1),
+        prompt_embeds=positive,
+        negative_prompt_embeds=negative,
         image=images / 2 + 0.5,
         mask_image=pixel_masks,
         masked_image_latents=masked,

@@ -1,4 +1,4 @@
-"""Low-Fidelity Selection: measures of candidates, the quality filter, the candidate that is kept.
+"""Low-Fidelity Selection, and selection by likeness: measures of candidates, the quality filter, which one is kept.
 
 Shapes: N candidates of one crop, S side of the square the model works on. Images are in [0, 1] here; masks are 1
 inside the defect.
@@ -8,6 +8,7 @@ Source: Song et al., DefectFill, CVPR 2025, arXiv 2503.13985, section 3.4.
 
 import math
 import pickle
+import statistics
 import urllib.error
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,10 +21,14 @@ import torch.nn.functional as F
 from defectfill_dataset import InputError, Problem, file_digest
 
 from .colour_stats import colour_distances
+from .likeness import Likeness
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scorers
+
+# What `--selection` may be; those with likeness need references.
+SELECTIONS = ("lpips", "ssim", "rmse", "none", "likeness", "lpips+likeness", "ssim+likeness", "rmse+likeness")
 
 # (N, 3, S, S) candidates, (3, S, S) source image, (1, S, S) mask  ->  N distances
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[float]]
@@ -114,10 +119,11 @@ def rmse_score(candidates: torch.Tensor, source: torch.Tensor, mask: torch.Tenso
 
 
 def make_scorer(selection: str, net: str, device: torch.device) -> Scorer | None:
-    """The scorer that `--selection` names; None for `none`, which keeps the first candidate."""
-    if selection == "lpips":
+    """The scorer that `--selection` names; None for `none`, which keeps the first candidate, and for `likeness`."""
+    name = selection.removesuffix("+likeness")
+    if name == "lpips":
         return lpips_scorer(net, device)
-    return {"ssim": ssim_score, "rmse": rmse_score, "none": None}[selection]
+    return {"ssim": ssim_score, "rmse": rmse_score, "none": None, "likeness": None}[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,6 +137,7 @@ class Measures(NamedTuple):
     scored: bool  # False without a scorer: all sound candidates score 0
     changes: list[float]  # RMS change inside the mask, over the VAE's own reconstruction error there
     colour_distances: list[float | None]  # of `colour_distances`; None where the references are not known
+    reference_distances: list[float] | None = None  # of `Likeness`, if it was asked for
 
 
 def measure(
@@ -139,7 +146,8 @@ def measure(
     reconstruction: torch.Tensor,
     mask: torch.Tensor,
     scorer: Scorer | None,
-    statistics: dict | None,
+    colours: dict | None,
+    likeness: Likeness | None = None,
 ) -> Measures:
     """The measures of (N, 3, S, S) candidates.
 
@@ -147,18 +155,22 @@ def measure(
         source: (3, S, S), the crop that was inpainted.
         reconstruction: (3, S, S), the same crop through the VAE alone.
         mask: (1, S, S).
-        statistics: of the training defects' colours, if they are known.
+        colours: the statistics of the training defects' colours, if they are known.
     """
     pasted = torch.where(mask > 0.5, candidates, source)  # whichever way they are blended in later
     scores = scorer(pasted, source, mask) if scorer else [0.0] * len(candidates)
     pixels = candidates.flatten(1)
     sound = (pixels.isfinite().all(dim=1) & pixels.any(dim=1)).tolist()  # half precision may overflow, or go black
+    distances = likeness.distances(pasted * 2 - 1, mask) if likeness else None
+    if distances:
+        sound = [ok and math.isfinite(distance) for ok, distance in zip(sound, distances)]
     *changes, floor = rmse_score(torch.cat([pasted, reconstruction[None]]), source, mask)
     return Measures(
         scores=[score if ok else math.nan for score, ok in zip(scores, sound)],
         scored=scorer is not None,
         changes=[change / max(floor, 1e-6) for change in changes],
-        colour_distances=colour_distances(pasted, mask, statistics) if statistics else [None] * len(candidates),
+        colour_distances=colour_distances(pasted, mask, colours) if colours else [None] * len(candidates),
+        reference_distances=distances,
     )
 
 
@@ -213,3 +225,29 @@ def select_accepted(scores: Sequence[float], rejections: Sequence[str | None]) -
     if all(rejections):
         return None
     return select([math.nan if rejection else score for score, rejection in zip(scores, rejections)])
+
+
+LEAST_CHANGE = 0.5  # of the median candidate's
+
+
+def select_by_likeness(measures: Measures, rejections: Sequence[str | None]) -> int | None:
+    """The candidate nearest to the references, of those that were not rejected and changed enough; None if all were.
+
+    Enough is `LEAST_CHANGE` of the median change, so that normal texture cannot win; with a scorer it is the median
+    score, the better half by Low-Fidelity Selection.
+    """
+    accepted = [i for i, rejection in enumerate(rejections) if not rejection]
+    if not accepted:
+        return None
+    amounts, share = (measures.scores, 1) if measures.scored else (measures.changes, LEAST_CHANGE)
+    least = share * statistics.median(amounts[i] for i in accepted)
+    distances = measures.reference_distances
+    return min((i for i in accepted if amounts[i] >= least), key=lambda i: distances[i])
+
+
+def choose_candidate(measures: Measures, rejections: Sequence[str | None]) -> int | None:
+    """The candidate that is kept: by likeness if it was measured, else the least like the source; None if all were
+    rejected."""
+    if measures.reference_distances is None:
+        return select_accepted(measures.scores, rejections)
+    return select_by_likeness(measures, rejections)

@@ -25,7 +25,7 @@ from .mask_values import MaskClasses, binarise
 from .masks import boxes_mask, component_boxes, pool_mask, random_boxes, random_mask, upsample_mask
 from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_words, tokenize_prompts
 from .readers import LAYOUTS, find_objects
-from .samples import TrainingSamples, sampling_schedule
+from .samples import TrainingSamples, make_crops, sampling_schedule
 from .seeds import derive_seed
 from .splits import split_names
 from .synthesis.foreground import find_foreground
@@ -86,6 +86,7 @@ __all__ = [
     "load_masks",
     "load_prepared",
     "locate_references",
+    "make_crops",
     "masks_digest",
     "open_image",
     "other_types",

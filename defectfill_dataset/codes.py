@@ -92,6 +92,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF340": "There is no room for a mask in an image.",
         "DF341": "There are no masks to use.",
         "DF342": "No candidate passed the quality filters.",
+        "DF347": "The network of `--likeness_net` cannot be loaded.",
         "DF400": "The LoRA does not exist.",
         "DF401": "The LoRA file is not a complete safetensors file.",
         "DF402": "The file is not a plain LoRA.",

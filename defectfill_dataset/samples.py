@@ -59,6 +59,25 @@ class AllTypes:
         return np.logical_or.reduce([binarise(mask) for mask in others]) if others else None
 
 
+def make_crops(dataset: Dataset, resolution: int, zoom: CropRule | None, others: Dataset | None = None) -> list[Crop]:
+    """The crops of each row's defect: with zoom those around it, without it the whole image.
+
+    Args:
+        dataset: rows with image, mask and defect.
+        others: rows of further defect types in the same images: crops leave other types out if they can.
+    """
+    crops = []
+    all_types = AllTypes(dataset, *([others] if others else []))
+    for row in dataset:
+        image, mask = load_image(row["image"]), binarise(row["mask"])
+        apart = all_types.other_mask(row["source_file"], row["defect"]) if zoom else None
+        crops += [
+            Crop(row["source_file"], row["defect"], image.crop(box), crop_mask(mask, box).copy(), box, image.size)
+            for box in crop_boxes(mask, resolution, zoom, apart)
+        ]
+    return crops
+
+
 class TrainingSamples(torch.utils.data.Dataset):
     """Random access to the training stream: `samples[step, sample, total]` is always the same sample.
 
@@ -102,15 +121,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         others: Dataset | None = None,
         variants: int = 0,
     ):
-        self.crops: list[Crop] = []
-        all_types = AllTypes(dataset, *([others] if others else []))
-        for row in dataset:
-            image, mask = load_image(row["image"]), binarise(row["mask"])
-            apart = all_types.other_mask(row["source_file"], row["defect"]) if zoom else None
-            self.crops += [
-                Crop(row["source_file"], row["defect"], image.crop(box), crop_mask(mask, box).copy(), box, image.size)
-                for box in crop_boxes(mask, resolution, zoom, apart)
-            ]
+        self.crops = make_crops(dataset, resolution, zoom, others)
         self.prompts = prompts
         pairs = [prompts[crop.defect] for crop in self.crops]
         self.prompt_rows = [(tokens.index[pair.defect], tokens.index[pair.object]) for pair in pairs]

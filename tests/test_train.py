@@ -368,6 +368,7 @@ def trained_tensors(plain_run):
         ("--snr_gamma", "0.01"),
         ("--high_noise_power", "0.5"),
         ("--noise_offset", "0.1"),
+        ("--prompt_noise", "0.1"),
         ("--timestep_bias_strategy", "later", "--timestep_bias_multiplier", "9"),
         ("--lora_targets", "attention+ff"),
         ("--lora_targets", "all"),
@@ -474,6 +475,7 @@ def test_the_defaults_are_the_papers():
         center_crop=False,
         loss_reduction="mean", attention_pass="object", attention_map_scale="raw", lora_targets="attention",
         conv_rank=None, snr_gamma=None, high_noise_power=0, noise_offset=0, timestep_bias_strategy="none",
+        prompt_noise=0,
     )  # fmt: skip
     assert {k: getattr(args, k) for k in expected} == expected
     assert train_defectfill.LossOptions(*(getattr(args, f) for f in train_defectfill.LossOptions._fields)) == (
@@ -662,6 +664,7 @@ def test_bad_data_is_refused(train, data, no_models, break_data, code, words):
         (("--snr_gamma", "0"), "DF187", "above 0"),
         (("--high_noise_power", "-1"), "DF187", "at least 0"),
         (("--noise_offset", "nan"), "DF187", "at least 0"),
+        (("--prompt_noise", "-1"), "DF187", "at least 0"),
         (("--snr_gamma", "5", "--high_noise_power", "1"), "DF188", "give only one of them"),
         (("--timestep_bias_strategy", "later"), "DF188", "together"),
         (("--timestep_bias_multiplier", "2"), "DF188", "together"),

@@ -21,7 +21,7 @@ from ..lora import LORA_TARGETS
 from ..noise_levels import NoiseOptions
 from ..sampling import COMPILED, SCHEDULERS
 from ..seam import COMPOSITES
-from ..selection import LPIPS_FILES
+from ..selection import LPIPS_FILES, SELECTIONS
 from .requests import GenerationCommand, GenerationRequest
 
 
@@ -93,6 +93,22 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         "('A nut with sks'), defect only the defect ('A photo of sks').",
     )
     add("--prompt", help="Prompt to generate with, in place of the LoRA's own.")
+    add(
+        "--prompt_noise",
+        type=float,
+        default=0.0,
+        metavar="SIGMA",
+        help="Variety: add Gaussian noise to the text embedding of each candidate, with SIGMA times the embedding's "
+        "standard deviation. Default: 0, off.",
+    )
+    add(
+        "--lora_scale",
+        nargs="+",
+        type=float,
+        metavar="X",
+        help="Strength of the LoRA: one factor, or MIN MAX for a random one in each image, for variety; images of "
+        "different strengths are not batched together. Default: 1.",
+    )
     add = parser.add_argument_group("sampling").add_argument
     number_help = "Images per defect type, cycling through the good images. Default: one for each good image."
     add("--num_images", type=int, metavar="N", help=number_help)
@@ -164,12 +180,21 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, metavar="N", help=batch_help)
     add(
         "--selection",
-        choices=["lpips", "ssim", "rmse", "none"],
+        choices=SELECTIONS,
         default="lpips",
-        help="Distance to the good image inside the mask; the most distant candidate is kept. none keeps the first. "
-        "The paper uses lpips.",
+        help="Which candidate is kept. lpips, ssim, rmse: the one most distant from the good image inside the mask. "
+        "likeness: the one nearest to the training defects of --reference_data, by its features, of those that change "
+        "at least half as much as the median candidate. With + before likeness: the nearest of the more distant half. "
+        "none: the first. The paper uses lpips.",
     )
     add("--lpips_net", choices=list(LPIPS_FILES), default="alex", help="Backbone of LPIPS.")
+    add(
+        "--likeness_net",
+        type=Path,
+        metavar="FILE",
+        help="Network of likeness: SqueezeNet 1.0 in a safetensors file with torchvision's names. Default: the base's "
+        "VAE encoder.",
+    )
     add(
         "--min_change",
         type=float,
@@ -250,26 +275,32 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with a message where flags of images and masks contradict each other."""
+    likeness = "likeness" in getattr(args, "selection", "")
     if args.image is None:
         parser.error("give --image: a good image, or a folder of them")
     if args.mask_source is None:
-        if (args.mask is None) == (args.reference_data is None):
+        if likeness and args.mask is not None and args.reference_data is not None:
+            pass  # the masks are given, the data is for the selection
+        elif (args.mask is None) == (args.reference_data is None):
             parser.error("choose the masks: --mask, --reference_data, or --mask_source procedural or random")
         args.mask_source = "given" if args.mask is not None else "references"
     source = args.mask_source
     if (source == "given") != (args.mask is not None):
         parser.error("give --mask, or another --mask_source without it")
     has_data = args.reference_data is not None
+    if likeness and not has_data:
+        parser.error(f"--selection {args.selection}: give --reference_data, the dataset the LoRA was trained on")
     if source in ("references", "held_out") and not has_data:
         parser.error(f"give --reference_data with --mask_source {source}")
-    if has_data and (source in ("given", "random") or (source == "procedural" and args.placement == "anywhere")):
-        parser.error("--reference_data: only with --mask_source references or held_out, or for the places of "
-                     "procedural masks")  # fmt: skip
+    places = source == "procedural" and args.placement != "anywhere"
+    if has_data and not (source in ("references", "held_out") or places or likeness):
+        parser.error("--reference_data: only with --mask_source references or held_out, for the places of procedural "
+                     "masks, or with --selection likeness")  # fmt: skip
     if args.placement == "like_references" and not has_data:
         parser.error("give --reference_data with --placement like_references")
     users = {"max_rotation": ["references"], "shapes": ["procedural"]}
     of_data = ("object", "split", "layout", "mask_classes", "skip_problems")
-    users |= dict.fromkeys(of_data, ["references", "held_out", *(["procedural"] if has_data else [])])
+    users |= {} if likeness else dict.fromkeys(of_data, ["references", "held_out", *(["procedural"] * has_data)])
     placing = ("placement", "foreground", "roi", "coverage", "masks_per_image")
     users |= dict.fromkeys(placing, ["references", "procedural"])
     for flag, sources in users.items():
@@ -293,6 +324,12 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
         parser.error(f"--lora_alpha {args.lora_alpha}: must be a finite number above 0")
+    if not 0 <= args.prompt_noise < math.inf:
+        parser.error(f"--prompt_noise {args.prompt_noise}: must be a finite number of at least 0")
+    if args.likeness_net is not None and "likeness" not in args.selection:
+        parser.error("--likeness_net: only with --selection likeness")
+    if args.lora_scale is not None:
+        check_lora_scale(parser, args.lora_scale, bool(args.fuse_lora or args.torch_compile))
     if args.zoom_context is not None and not 1 <= args.zoom_context < math.inf:
         parser.error(f"--zoom_context {args.zoom_context}: must be a finite number of at least 1")
     if args.zoom_min_area is not None and not 0 <= args.zoom_min_area < 1:
@@ -309,6 +346,17 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     steps = args.num_inference_steps
     if args.guidance_scale > 1 and not any(start <= i / steps < end for i in range(steps)):
         parser.error(f"--guidance_interval {start} {end}: contains none of the {steps} steps; widen it")
+
+
+def check_lora_scale(parser: argparse.ArgumentParser, scale: list[float], must_be_one: bool) -> None:
+    """Calls the parser's `error` unless `--lora_scale` is one strength, or a range of them where that works."""
+    shown = " ".join(map(str, scale))
+    low, high = scale[0], scale[-1]
+    if len(scale) > 2 or not 0 <= low <= high < math.inf:
+        parser.error(f"--lora_scale {shown}: give one finite number of at least 0, or two, the smaller one first")
+    if low < high and must_be_one:
+        parser.error(f"--lora_scale {shown}: a range needs a new strength for each image; leave out --fuse_lora and "
+                     "--torch_compile, or give one number")  # fmt: skip
 
 
 class LineParser(argparse.ArgumentParser):
@@ -418,6 +466,9 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--object_words", metavar="WORDS", help="Words that name the object. Default: its folder's name.")
     add("--defect_prompt", default="A photo of {phrase}", metavar="TEXT", help="Prompt of the defect pass.")
     add("--object_prompt", default="A {object} with {phrase}", metavar="TEXT", help="Prompt of the object pass.")
+    add("--prompt_noise", type=float, default=0.0, metavar="SIGMA",
+        help="Add Gaussian noise to the text embedding in each sample, with SIGMA times the embedding's standard "
+             "deviation. Default: 0, off.")
 
     add = group("method")
     add("--lambda_def", type=float, default=0.5, metavar="X", help="Weight of the defect loss.")
@@ -550,7 +601,7 @@ def check_training_args(args: argparse.Namespace) -> None:
         0: """seed lambda_def lambda_obj lambda_attn background_alpha lora_dropout learning_rate text_encoder_lr
             lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon adam_weight_decay dataloader_num_workers
             validation_steps push_timeout zoom_min_area high_noise_power noise_offset timestep_bias_begin
-            cache_latents""",
+            cache_latents prompt_noise""",
     }
     problems = [
         Problem("DF187", f"--{name} {getattr(args, name)}", f"must be a finite number of at least {bound}")

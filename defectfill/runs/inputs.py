@@ -9,21 +9,29 @@ import numpy as np
 from datasets import Dataset
 
 from defectfill_dataset import (
+    InputError,
     LikeReferences,
     MaskSource,
     PlacedShapes,
+    Problem,
+    check_pairs,
     choose_placement,
+    data_digest,
     find_foreground,
     held_out_source,
+    load_defect_pairs,
     load_mask_rows,
     load_masks,
     locate_references,
     masks_digest,
+    other_types,
     procedural_shapes,
     random_source,
     reference_shapes,
+    select_defects,
 )
 
+from ..likeness import References
 from ..lora import LoraFile, read_lora
 from .plan import REASON, RequestInputs, choose_defects, make_recipe
 from .requests import GenerationRequest
@@ -39,8 +47,17 @@ MASK_FLAGS = (
 )  # fmt: skip
 
 
-def read_inputs(requests: Sequence[GenerationRequest], cache_dir: str | None) -> list[RequestInputs]:
+# What decides the references.
+REFERENCE_FLAGS = ("reference_data", "object", "split", "layout", "mask_classes", "skip_problems")
+
+
+def read_inputs(
+    requests: Sequence[GenerationRequest], cache_dir: str | None, by_likeness: bool = False
+) -> list[RequestInputs]:
     """Each request with its source images and recipes.
+
+    Args:
+        by_likeness: the recipes need references.
 
     Raises:
         InputError: whatever is wrong with the files, the LoRAs, or the defect types asked of them.
@@ -48,6 +65,7 @@ def read_inputs(requests: Sequence[GenerationRequest], cache_dir: str | None) ->
     images: dict[tuple[str, ...], list[SourceImage]] = {}
     loras: dict[tuple[str, float | None], LoraFile] = {}
     sources: dict[tuple[str | None, ...], tuple[MaskSource | None, dict]] = {}
+    references: dict[tuple[str | None, ...], References | None] = {}
     inputs = []
     for request in requests:
         paths = tuple(map(str, (request.image, request.mask, request.foreground, request.roi)))
@@ -62,7 +80,10 @@ def read_inputs(requests: Sequence[GenerationRequest], cache_dir: str | None) ->
             flags = (defect, *(str(getattr(request, flag)) for flag in MASK_FLAGS))
             if flags not in sources:
                 sources[flags] = read_source(request, defect, cache_dir)
-            recipes.append(make_recipe(request, lora, defect, prompt, *sources[flags]))
+            data = (defect, *(str(getattr(request, flag)) for flag in REFERENCE_FLAGS))
+            if data not in references:
+                references[data] = read_references(request, defect, cache_dir) if by_likeness else None
+            recipes.append(make_recipe(request, lora, defect, prompt, *sources[flags], references[data]))
         inputs.append(RequestInputs(request, images[paths], recipes))
     return inputs
 
@@ -81,6 +102,25 @@ def read_source_images(request: GenerationRequest) -> list[SourceImage]:
     source_images = find_source_images(request.image, request.mask, foreground, request.roi)
     check_source_images(source_images)
     return source_images
+
+
+def read_references(request: GenerationRequest, defect: str | None, cache_dir: str | None) -> References:
+    """The training defects of one type (all for None) in `--reference_data`, every file opened and checked.
+
+    Raises:
+        InputError: no references of this type (DF341), or whatever is wrong with the data.
+    """
+    data = load_defect_pairs(
+        request.reference_data, request.object, request.split, cache_dir, request.layout, request.mask_classes,
+        request.skip_problems,
+    )  # fmt: skip
+    rows = select_defects(data, [defect] if defect else None).get("train")
+    if not rows:
+        what = f"no reference {f'of {defect!r} ' if defect else ''}with --split {request.split}"
+        raise InputError(Problem("DF341", f"--reference_data {request.reference_data}", what, "change the split"))
+    check_pairs(rows)
+    others = other_types(data["train"], rows)
+    return References(rows, others, data_digest(rows) + (f"+{data_digest(others)}" if len(others) else ""))
 
 
 def read_source(

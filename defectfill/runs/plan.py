@@ -1,15 +1,19 @@
 """The plan of a generation run: a line for each image, written before the first is made. Nothing here reads a file."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from defectfill_dataset import CropRule, InputError, MaskSource, Problem
 from defectfill_dataset.errors import did_you_mean
 
+from ..likeness import References
 from ..lora import LoraFile
 from .requests import GenerationRequest
 from .source_images import SourceImage, repeat_seed
@@ -22,18 +26,20 @@ class Recipe:
     Args:
         mask_source: None for given masks.
         settings: everything here that decides a pixel, as the plan's lines hold it.
+        references: what candidates are compared with, with `--selection likeness`.
     """
 
     lora: LoraFile
     mask_source: MaskSource | None
     zoom: CropRule | None
     settings: dict
+    references: References | None = None
 
     @property
     def sampling(self) -> dict:
         """The arguments of `inpaint` that it decides."""
-        names = ("prompt", "num_inference_steps", "guidance_scale", "guidance_interval")
-        return {name: self.settings[name] for name in names}
+        names = ("prompt", "num_inference_steps", "guidance_scale", "guidance_interval", "prompt_noise")
+        return {name: self.settings[name] for name in names if name in self.settings}
 
     @property
     def reference_colours(self) -> dict | None:
@@ -69,6 +75,13 @@ class PlannedImage:
     recipe: Recipe
     seed: int
 
+    @functools.cached_property
+    def lora_scale(self) -> float:
+        """The strength of its LoRA, drawn from its own seed if a range was given."""
+        scale = self.recipe.settings.get("lora_scale", [1.0])
+        rng = np.random.default_rng(self.source_image.derive_seed(self.seed, "lora_scale"))
+        return float(rng.uniform(*scale)) if len(scale) > 1 else scale[0]
+
     @property
     def line(self) -> dict:
         """Its line of the plan: everything that decides its pixels, except what the whole run shares."""
@@ -76,7 +89,10 @@ class PlannedImage:
             "good_image": self.source_image.file.name,
             "given_mask": self.source_image.mask and self.source_image.mask.name,
         }
-        return {"name": self.name, **given, **self.source_image.digests, **self.recipe.settings, "seed": self.seed}
+        settings = self.recipe.settings
+        if "lora_scale" in settings:
+            settings = settings | {"lora_scale": self.lora_scale}
+        return {"name": self.name, **given, **self.source_image.digests, **settings, "seed": self.seed}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,6 +174,7 @@ def make_recipe(
     prompt: str,
     mask_source: MaskSource | None,
     mask_settings: dict,
+    references: References | None = None,
 ) -> Recipe:
     """The recipe of one defect type; `mask_settings` are those that decide the masks of `mask_source`."""
     zoom = choose_crops(request, lora)
@@ -168,6 +185,8 @@ def make_recipe(
         "generation_prompt": None if request.prompt else request.generation_prompt,
         "lora_sha256": lora.sha256,
         **({} if request.lora_alpha is None else {"lora_alpha": request.lora_alpha}),
+        **({} if request.lora_scale is None else {"lora_scale": request.lora_scale}),
+        **({"prompt_noise": request.prompt_noise} if request.prompt_noise else {}),
         "mask_source": request.mask_source,
         **mask_settings,
         "zoom": zoom and zoom._asdict(),
@@ -175,8 +194,9 @@ def make_recipe(
         "guidance_scale": request.guidance_scale,
         "guidance_interval": request.guidance_interval,
         "composite": request.composite,
+        **({} if references is None else {"references_sha256": references.sha256}),
     }
-    return Recipe(lora, mask_source, zoom, settings)
+    return Recipe(lora, mask_source, zoom, settings, references)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,10 +251,13 @@ def defect_label(recipe: Recipe) -> str:
 
 
 def batch_plan(plan: Sequence[PlannedImage], size: int) -> list[list[PlannedImage]]:
-    """The images in groups of up to `size` that are made together, each of one recipe; the same in every process."""
+    """The images in groups of up to `size` that are made together; the same in every process.
+
+    Each group has one recipe, and one strength of the LoRA.
+    """
     alike: dict[str, list[PlannedImage]] = {}
     for image in plan:
-        alike.setdefault(json.dumps(image.recipe.settings), []).append(image)
+        alike.setdefault(json.dumps([image.recipe.settings, image.lora_scale]), []).append(image)
     return [images[i : i + size] for images in alike.values() for i in range(0, len(images), size)]
 
 

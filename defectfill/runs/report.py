@@ -52,6 +52,7 @@ MEASURES = {
     "scores": "score: distance to the good image in the mask",
     "changes": "change: over the VAE's own error (--min_change)",
     "deviations": "colour distance: over the training defects' (--max_deviation)",
+    "reference_distances": "feature distance to the nearest training defect (--selection likeness)",
 }
 
 
@@ -140,8 +141,8 @@ def section(name: str, lines: list[dict], folder: Path) -> str:
     crops = [crop for line in lines for crop in line["windows"]]
     histograms = ""
     for key, what in MEASURES.items():
-        values = [x for crop in crops for x in crop[key] if x is not None]
-        kept = [crop[key][crop["chosen"]] for crop in crops]
+        values = [x for crop in crops for x in crop.get(key, ()) if x is not None]
+        kept = [crop[key][crop["chosen"]] for crop in crops if key in crop]
         if values:
             histograms += histogram(what, values, [x for x in kept if x is not None])
     legend = "<p>Grey: all candidates of the last attempt; red: those kept.</p>" if histograms else ""

@@ -17,6 +17,8 @@ class GenerationRequest:
     lora_alpha: float | None  # of files that do not tell their own
     prompt: str | None
     generation_prompt: str  # object or defect: which of the LoRA's own prompts, without `prompt`
+    prompt_noise: float
+    lora_scale: list[float] | None  # one strength, or least and greatest; None: 1
     num_images: int | None  # of each defect type; None: one an image
     num_inference_steps: int
     guidance_scale: float
@@ -69,6 +71,7 @@ class GenerationCommand:
     batch_size: int | None
     selection: str
     lpips_net: str
+    likeness_net: Path | None  # None: the base's VAE encoder
     min_change: float
     max_deviation: float | None
     max_attempts: int

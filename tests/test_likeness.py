@@ -191,7 +191,7 @@ def test_references_serve_masks_and_selection_and_the_better_half_is_by_the_scor
         ("--mask m --selection likeness", "--selection likeness: give --reference_data, the dataset"),
         ("--mask_source random --selection ssim+likeness", "--selection ssim+likeness: give --reference_data"),
         ("--mask m --reference_data d", "choose the masks"),
-        ("--mask_source random --reference_data d", "give --reference_data with --mask_source references"),
+        ("--mask_source random --reference_data d", "--reference_data: only with --mask_source references"),
         ("--mask m --likeness_net f", "--likeness_net: only with --selection likeness"),
         ("--mask m --split all", "--split: only with --mask_source references or held_out"),
     ],

@@ -166,7 +166,7 @@ def test_measures_of_more_candidates_ask_the_device_for_no_more_numbers(name, al
         found.append(fetches.number)
     assert found[0] == found[1]
     for of_two, of_eight in zip(measured[0], measured[1]):
-        assert of_two is True or of_eight[:2] == pytest.approx(of_two, rel=1e-5)
+        assert of_two in (True, None) or of_eight[:2] == pytest.approx(of_two, rel=1e-5)
 
 
 def test_lpips_takes_the_sources_features_once(alex, monkeypatch):

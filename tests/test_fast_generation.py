@@ -25,11 +25,13 @@ from toy_model import RESOLUTION, toy_pipeline
 
 import generate_defectfill as g
 from defectfill import sampling, selection
+from defectfill.likeness import Likeness, vae_features
 from defectfill.lora import LORA_FILE
 from defectfill.runs import report as page
 from defectfill.runs import speed
 from defectfill.runs.files import save_image
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, tensor_image
+from defectfill_dataset.samples import Crop
 
 
 @pytest.fixture
@@ -159,14 +161,17 @@ def test_measures_of_more_candidates_ask_the_device_for_no_more_numbers(name, al
     candidates, source, mask = torch.rand(8, 3, 64, 64), torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
     mask[:, 10:30, 20:50] = 1
     statistics = {"mean": [0.1, 0, 0], "covariance": torch.eye(3).tolist(), "strangest": 2.0}
+    crop = Crop("a", "hole", tensor_image(source), mask[0].numpy() > 0, (0, 0, 64, 64), (64, 64))
+    likeness = Likeness(vae_features(toy_pipeline().vae), [crop] * 3, 64, torch.device("cpu"))
     found, measured = [], []
     for number in (2, 8):
         with Fetches() as fetches:
-            measured.append(selection.measure(candidates[:number], source, source + 0.01, mask, scorer, statistics))
+            some = candidates[:number]
+            measured.append(selection.measure(some, source, source + 0.01, mask, scorer, statistics, likeness))
         found.append(fetches.number)
     assert found[0] == found[1]
     for of_two, of_eight in zip(measured[0], measured[1]):
-        assert of_two in (True, None) or of_eight[:2] == pytest.approx(of_two, rel=1e-5)
+        assert of_two is True or of_eight[:2] == pytest.approx(of_two, rel=1e-5)
 
 
 def test_lpips_takes_the_sources_features_once(alex, monkeypatch):

@@ -269,7 +269,7 @@ CHANGED = [
     ("--rank", "8"), ("--learning_rate", "0.1"), ("--seed", "3"), ("--phrase", "hole"), ("--lora_targets", "all"),
     ("--snr_gamma", "5"), ("--noise_offset", "0.1"), ("--cache_latents", "2"), ("--zoom", "on"),
     ("--mixed_precision", "bf16"), ("--object_prompt", "The {object} with {phrase}"), ("--object_words", "bolt"),
-    ("--defect_prompt", "A picture of {phrase}"), ("--variant", "fp16"),
+    ("--defect_prompt", "A picture of {phrase}"),
 ]  # fmt: skip
 
 
@@ -317,7 +317,7 @@ EVERY_CHANGE = [
     --text_encoder_lr 0.1 --lr_scheduler linear --lr_warmup_steps 1 --use_8bit_adam --adam_beta1 0.5 --adam_beta2 0.5
     --adam_weight_decay 0.5 --adam_epsilon 0.1 --max_grad_norm 0.5 --allow_tf32 --channels_last""".split(),
     """--high_noise_power 1 --timestep_bias_strategy later --timestep_bias_multiplier 2
-    --timestep_bias_portion 0.5""".split(),
+    --timestep_bias_portion 0.5 --prompt_noise 0.1""".split(),
 ]
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment from the lock, constraints.txt, and runs style checks and all tests. Arguments go to pytest.
 #     bash scripts/test.sh [-k resume]
-#     bash scripts/test.sh --quick [-k resume]     # without the tests marked slow, about 2 minutes
+#     bash scripts/test.sh --quick [-k resume]     # without the tests marked slow, a few minutes
 #     bash scripts/test.sh --newest [-k resume]    # the tests alone, with what a resolver takes without the lock
 # VENV names another environment to use or make (default .venv); --newest makes .venv-newest anew.
 set -euo pipefail

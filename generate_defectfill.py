@@ -14,7 +14,6 @@ Masks are 1 inside the defect.
 import dataclasses
 import datetime
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +35,7 @@ from defectfill.base_model import BaseModel, check_prompt, check_resolution, loa
 from defectfill.likeness import Likeness, read_squeezenet, squeezenet_features, vae_features
 from defectfill.lora import ADAPTER, LoraFile, check_content, check_fits, fuse_lora, load_lora
 from defectfill.runs.checkpoint import check_identity
-from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
+from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, finite, save_image, write_json
 from defectfill.runs.flags import parse_generation_args
 from defectfill.runs.inputs import read_inputs
 from defectfill.runs.manifest import (
@@ -256,11 +255,6 @@ def paste_inpainted(canvas: Canvas) -> None:
     crop_mask(canvas.painted, crop.box)[painted] = True
     crop.mask[:] = False
     canvas.inpainted = None
-
-
-def finite(values: Sequence[float | None]) -> list[float | None]:
-    """None in place of what is not a number, as JSON needs it."""
-    return [value if value is not None and math.isfinite(value) else None for value in values]
 
 
 def in_source_mode(canvas: Canvas, image: Image.Image) -> Image.Image:
@@ -523,9 +517,8 @@ def choose_base(command: GenerationCommand, recipes: Sequence[Recipe]) -> tuple[
     for recipe in recipes:
         for key, flag in BASE_FLAGS.items():
             theirs, ours = recipe.lora.record.get(key), first.record.get(key)
-            moved = key == "base" and first.record.get("base_sha256") in {recipe.lora.record.get("base_sha256")} - {
-                None
-            }
+            digests = [lora.record.get("base_sha256") for lora in (first, recipe.lora)]
+            moved = key == "base" and digests[0] is not None and digests[0] == digests[1]
             if theirs != ours and not moved and getattr(command, flag) is None:
                 what = f"was trained with {key} {theirs}, {first.path} with {ours}"
                 fix = f"give --{flag}, or generate with each in a run of its own"

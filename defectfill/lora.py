@@ -72,6 +72,11 @@ def portable_name(name: str) -> str | None:
     return f"{prefix}.{MATRICES[tensor['matrix']] if tensor['matrix'] else 'alpha'}"
 
 
+def portable_layer(name: str) -> str:
+    """The portable name of a layer, from its dotted one: `unet.` or `text_encoder.` and its place in the model."""
+    return str(portable_name(f"{name}.alpha")).removesuffix(".alpha")
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraFile:
     """A LoRA file's content.
@@ -139,7 +144,7 @@ def lora_layers(unet: torch.nn.Module, text_encoder: torch.nn.Module) -> Iterato
     for prefix, model in (("unet", unet), ("text_encoder", text_encoder)):
         for name, module in model.named_modules():
             if isinstance(module, BaseTunerLayer):
-                yield portable_name(f"{prefix}.{name}.alpha").removesuffix(".alpha"), module
+                yield portable_layer(f"{prefix}.{name}"), module
 
 
 def save_lora(path: Path, unet: torch.nn.Module, text_encoder: torch.nn.Module, record: dict) -> None:
@@ -287,7 +292,7 @@ def check_fits(lora: LoraFile, base: BaseModel) -> None:
         unet = UNet2DConditionModel.from_config(base.unet)
         text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(base.text_encoder))
     places = {
-        str(portable_name(f"{prefix}.{name}.alpha")).removesuffix(".alpha"): module
+        portable_layer(f"{prefix}.{name}"): module
         for prefix, model in (("unet", unet), ("text_encoder", text_encoder))
         for name, module in model.named_modules()
         if name

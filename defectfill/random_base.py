@@ -8,6 +8,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeli
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .sampling import assemble_pipeline
+
 
 def make_tokenizer(words: Iterable[str], model_max_length: int = 77) -> CLIPTokenizer:
     """A CLIP tokenizer that keeps each of `words` whole and spells every other word in bytes.
@@ -50,8 +52,5 @@ def random_sd2_pipeline(device: torch.device, dtype: torch.dtype) -> StableDiffu
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         ).to(dtype)  # fmt: skip
-    return StableDiffusionInpaintPipeline(
-        vae, text_encoder, make_tokenizer("a photo of with sks".split()), unet,
-        DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    return assemble_pipeline(unet, text_encoder, vae, scheduler, make_tokenizer("a photo of with sks".split()))

@@ -46,7 +46,7 @@ from defectfill.noise_levels import error_weights, prediction_target
 from defectfill.random_base import make_tokenizer
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
-from defectfill.sampling import composite, ddim, inpaint
+from defectfill.sampling import assemble_pipeline, composite, ddim, inpaint
 from defectfill_dataset import (
     InputError,
     Problem,
@@ -165,16 +165,7 @@ def build_pipeline(sizes: Sizes, words: Iterable[str] = WORDS) -> StableDiffusio
         set_alpha_to_one=False,
         prediction_type=sizes.prediction_type,
     )
-    return StableDiffusionInpaintPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return assemble_pipeline(unet, text_encoder, vae, scheduler, tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

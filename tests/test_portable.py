@@ -12,7 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toy_model import toy_pipeline
 
-from defectfill.lora import LORA_FILE, add_lora, load_lora, lora_parameters, portable_name, read_lora, save_lora
+from defectfill.lora import (
+    LORA_FILE,
+    add_lora,
+    load_lora,
+    lora_parameters,
+    portable_layer,
+    portable_name,
+    read_lora,
+    save_lora,
+)
 from defectfill_dataset import InputError
 from defectfill_scripts import merge_lora
 
@@ -87,7 +96,7 @@ def dotted_names(pipe) -> dict[str, str]:
     found = {}
     for prefix, model in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder)):
         for name, _ in model.named_modules():
-            found[str(portable_name(f"{prefix}.{name}.alpha")).removesuffix(".alpha")] = f"{prefix}.{name}"
+            found[portable_layer(f"{prefix}.{name}")] = f"{prefix}.{name}"
     return found
 
 

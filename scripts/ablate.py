@@ -51,7 +51,7 @@ VARIANTS = {
     "min-SNR 5": [*RECIPE, "--snr_gamma", "5"],
     "offset noise 0.1": [*RECIPE, "--noise_offset", "0.1"],
 }
-CASES = {"nut": "hole", "plate": "scratch", "cloth": "stain"}
+CASES = ["nut:hole", "plate:scratch", "cloth:stain"]
 NO_LORA = "base without LoRA"
 REAL = "real defects"
 FIGURES = {
@@ -100,6 +100,14 @@ def figures_of(segmenter: UNet2DModel, images: torch.Tensor, masks: torch.Tensor
 # One run
 
 
+def run_folder(args: argparse.Namespace, line: dict) -> Path:
+    return (
+        args.output_dir
+        / "runs"
+        / "-".join(f"{line[k]}" for k in ("variant", "part", "defect", "seed")).replace(" ", "-")
+    )
+
+
 def train(args: argparse.Namespace, part: str, defect: str, options: list[str], seed: int, folder: Path) -> dict:
     """Trains a LoRA into `folder`; returns its measures on the references."""
     record = folder / "run_record.json"
@@ -140,10 +148,10 @@ def run_all(args: argparse.Namespace, results_file: Path) -> None:
     """Runs what is not yet in the results, a seed after the other, so that a stop leaves whole rounds."""
     segmenter = UNet2DModel.from_pretrained(args.segmenter)
     lines = results_file.read_text().splitlines() if results_file.exists() else []
-    done = {tuple(json.loads(line)[k] for k in ("variant", "seed", "part")) for line in lines}
+    done = {tuple(json.loads(line)[k] for k in ("variant", "seed", "part", "defect")) for line in lines}
     for seed in range(args.seeds):
-        for part, defect in CASES.items():
-            todo = [v for v in (REAL, NO_LORA, *args.variants) if (v, seed, part) not in done]
+        for part, defect in (case.split(":") for case in args.cases):
+            todo = [v for v in (REAL, NO_LORA, *args.variants) if (v, seed, part, defect) not in done]
             if not todo:
                 continue
             unseen, masks = drawn_pairs([(part, defect)], args.images, args.resolution, derive_seed(seed, "unseen"))
@@ -151,8 +159,8 @@ def run_all(args: argparse.Namespace, results_file: Path) -> None:
             others = drawn_pairs([(part, defect)], 2 * args.images, args.resolution, derive_seed(seed, "real"))
             real = defect_features(segmenter, *others)
             for variant in todo:
-                folder = args.output_dir / "runs" / f"{variant.replace(' ', '-')}-{part}-{seed}"
                 line: dict = {"variant": variant, "seed": seed, "part": part, "defect": defect}
+                folder = run_folder(args, line)
                 if variant == REAL:
                     pictures = unseen
                 elif variant == NO_LORA:
@@ -177,27 +185,37 @@ def run_all(args: argparse.Namespace, results_file: Path) -> None:
 # The table
 
 
+def over_seeds(lines: list[dict], figure: str) -> str:
+    """The mean over cases and seeds, and the standard deviation over seeds of the mean over cases."""
+    seeds = sorted({line["seed"] for line in lines if figure in line})
+    means = [np.mean([line[figure] for line in lines if line["seed"] == seed]) for seed in seeds]
+    return f"{np.mean(means):.3f} ± {np.std(means):.3f}" if seeds else ""
+
+
 def table(results: list[dict]) -> str:
-    """Markdown: the mean over parts and seeds of each figure, and the standard deviation over seeds of that mean."""
+    """Markdown: each variant's figures, and the segmenter's IoU for each case."""
+    variants = list(dict.fromkeys(line["variant"] for line in results))
+    cases = list(dict.fromkeys((line["part"], line["defect"]) for line in results))
     rows = [f"| | seeds | {' | '.join(FIGURES)} |", "|---" * (2 + len(FIGURES)) + "|"]
-    for variant in dict.fromkeys(line["variant"] for line in results):
+    for variant in variants:
         mine = [line for line in results if line["variant"] == variant]
-        seeds = sorted({line["seed"] for line in mine})
-        cells = []
-        for figure in FIGURES.values():
-            if figure not in mine[0]:
-                cells.append("")
-                continue
-            means = [np.mean([line[figure] for line in mine if line["seed"] == seed]) for seed in seeds]
-            cells.append(f"{np.mean(means):.3f} ± {np.std(means):.3f}")
-        rows.append(f"| {variant} | {len(seeds)} | {' | '.join(cells)} |")
+        cells = [over_seeds(mine, figure) for figure in FIGURES.values()]
+        rows.append(f"| {variant} | {len({line['seed'] for line in mine})} | {' | '.join(cells)} |")
+    rows += [
+        "",
+        f"| segmenter IoU | {' | '.join(' '.join(case) for case in cases)} |",
+        "|---" * (1 + len(cases)) + "|",
+    ]
+    for variant in variants:
+        mine = [line for line in results if line["variant"] == variant]
+        cells = [over_seeds([r for r in mine if (r["part"], r["defect"]) == case], "segmenter_iou") for case in cases]
+        rows.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
 def samples(args: argparse.Namespace, results: list[dict]) -> Image.Image:
-    """Images of the first seed: a row for each variant and part."""
-    runs = [line for line in results if line["seed"] == 0]
-    files = [args.output_dir / "runs" / f"{r['variant'].replace(' ', '-')}-{r['part']}-0/pictures.png" for r in runs]
+    """Images of the first seed: a row for each variant and case."""
+    files = [run_folder(args, line) / "pictures.png" for line in results if line["seed"] == 0]
     return Image.fromarray(np.concatenate([np.asarray(Image.open(file)) for file in files]))
 
 
@@ -208,6 +226,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--segmenter", required=True, metavar="DIR", help="Segmenter made by train_segmenter.py.")
     add("--output_dir", type=Path, required=True, metavar="DIR")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="Default: all.")
+    add("--cases", nargs="+", default=CASES, metavar="PART:DEFECT", help="Of make_demo_data.py. Default: %(default)s.")
     add("--seeds", type=int, default=3, metavar="N", help="Default: %(default)s.")
     add("--images", type=int, default=16, metavar="N", help="Good parts inpainted by each LoRA. Default: %(default)s.")
     add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
@@ -230,9 +249,7 @@ def main(args: argparse.Namespace) -> None:
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         write_json(args.output_dir / "options.json", options)
         if not (args.output_dir / "data").exists():
-            make_demo_data.main(
-                ["--output_dir", f"{args.output_dir}/data", "--good", "4", "--parts", *CASES, "--size", "256"]
-            )
+            make_demo_data.main(["--output_dir", f"{args.output_dir}/data", "--good", "4", "--size", "256"])
         results_file = args.output_dir / "results.jsonl"
         run_all(args, results_file)
         results = [json.loads(line) for line in results_file.read_text().splitlines()]

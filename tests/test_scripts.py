@@ -231,8 +231,7 @@ def test_features_see_the_defect_and_not_the_rest(segmenter):
 @pytest.mark.slow
 def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypatch):
     command = f"""--base {base} --segmenter {segmenter} --output_dir {tmp_path}/out --resolution 32 --steps 1
-        --images 2 --train_batch_size 1 --num_inference_steps 2 --variants recipe --seeds 1""".split()
-    monkeypatch.setattr(ablate, "CASES", {"nut": "hole"})
+        --images 2 --train_batch_size 1 --num_inference_steps 2 --cases nut:hole --variants recipe --seeds 1""".split()
     trained = []
     main = ablate.train_defectfill.main
     monkeypatch.setattr(ablate.train_defectfill, "main", lambda args: (trained.append(args), main(args)))
@@ -244,6 +243,7 @@ def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypat
     assert [args.lambda_attn for args in trained] == [0.05, 0]  # the first is not trained again
     table = (tmp_path / "out/table.md").read_text()
     assert "| no L_attn | 1 | 0." in table and f"| {ablate.REAL} | 1 |  |  | " in table
+    assert "| segmenter IoU | nut hole |" in table
     assert all(line["object_prompt_iou"] is not None and line["x0_error"] > 0 for line in lines[2:])
     assert Image.open(tmp_path / "out/samples.png").height == 4 * 32
 

@@ -22,7 +22,14 @@ from toy_model import toy_pipeline
 from defectfill.random_base import random_sd2_pipeline
 from defectfill.sampling import ddim, inpaint
 from defectfill_dataset import InputError, binarise, check_pairs, image_tensor, load_defect_pairs, upsample_mask
-from defectfill_scripts import ablate, compare_samplers, make_demo_data, make_tiny_base, train_segmenter
+from defectfill_scripts import (
+    ablate,
+    compare_samplers,
+    compare_selection,
+    make_demo_data,
+    make_tiny_base,
+    train_segmenter,
+)
 from defectfill_scripts import benchmark_generation as benchmark
 
 
@@ -246,6 +253,35 @@ def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypat
     assert "| segmenter IoU | nut hole |" in table
     assert all(line["object_prompt_iou"] is not None and line["x0_error"] > 0 for line in lines[2:])
     assert Image.open(tmp_path / "out/samples.png").height == 4 * 32
+
+
+@pytest.mark.slow
+def test_selections_are_compared_by_labels(base, segmenter, tmp_path, capsys):
+    ablate.main(
+        ablate.parse_args(
+            f"""--base {base} --segmenter {segmenter} --output_dir {tmp_path}/a --resolution 32 --steps 1 --images 1
+            --train_batch_size 1 --num_inference_steps 2 --cases nut:hole --variants recipe --seeds 1""".split()
+        )
+    )
+    command = f"""--base {base} --segmenter {segmenter} --lora {tmp_path}/a/runs/recipe-nut-hole-0 --resolution 32
+        --output_dir {tmp_path}/s --images 2 --num_inference_steps 2""".split()
+    compare_selection.main(compare_selection.parse_args(command))
+    record = json.loads((tmp_path / "s/candidates.json").read_text())
+    assert sorted(record["order"]) == list(range(8)) and "Label the sheets" in capsys.readouterr().out
+    assert Image.open(tmp_path / "s/sheet-0.png").width == 8 * compare_selection.CELL
+    kept = record["images"][0]["kept"]
+    assert list(kept) == ["ssim+likeness, VAE encoder", "ssim", "likeness, VAE encoder"]
+
+    labels = ["0"] * 8
+    labels[record["order"].index(kept["ssim"])] = "2"  # of the first image
+    (tmp_path / "s/labels.txt").write_text("\n".join(labels[:-1]))
+    with pytest.raises(SystemExit, match="write 8 lines"):
+        compare_selection.main(compare_selection.parse_args(command))
+    (tmp_path / "s/labels.txt").write_text("\n".join(labels))
+    compare_selection.main(compare_selection.parse_args(command))
+    rows = [line.split(" | ") for line in (tmp_path / "s/table.md").read_text().splitlines()]
+    found = {row[0].strip("| "): row[1] for row in rows if len(row) == 6}
+    assert found["ssim"] == "1 (0.50)" == found["the best label"]
 
 
 @pytest.mark.slow

@@ -240,7 +240,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Learning rate of UNet and text encoder. Default: %(default)s.",
     )
     add("--num_inference_steps", type=int, default=20, metavar="N", help="DDIM steps. Default: %(default)s.")
-    add("--guidance_scale", type=float, default=1.0, metavar="X", help="Default: %(default)s.")
+    add("--guidance_scale", type=float, default=7.5, metavar="X", help="Default: %(default)s.")
     return parser.parse_args(input_args)
 
 

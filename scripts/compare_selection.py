@@ -64,7 +64,7 @@ def generate(args: argparse.Namespace, path: Path, seed: int, squeezenet: torch.
     found = []
     for i, (image, mask) in enumerate(zip(good, masks)):
         seeds = [derive_seed(seed, "candidate", i, j) for j in range(CANDIDATES)]
-        candidates = inpaint(pipe, image[None], grids[i][None], prompt, [seeds], args.num_inference_steps, 1.0)[0]
+        candidates = inpaint(pipe, image[None], grids[i][None], prompt, [seeds], args.num_inference_steps)[0]
         source, rebuilt = image / 2 + 0.5, reconstruct(pipe, image[None])[0]
         alpha = torch.from_numpy(feather_alpha(mask[0].numpy() > 0.5)) / 255
         kept = {}

@@ -86,7 +86,10 @@ CODES: dict[str, dict[str, str]] = {
         "DF321": "The checkpoint is already at the last step.",
         "DF322": "The processes of a run have different data, bases or options.",
         "DF323": "A loss or gradient is not finite, or fp16 skips every step: training stops.",
-        "DF324": "The results cannot be written: the disk is full, or has failed.",
+        "DF324": "The results cannot be written: the disk is full or failed, or the folder is gone.",
+        "DF325": "The disk has too little room for what the run will write.",
+        "DF326": "Checkpoints could not be written. The results are complete.",
+        "DF327": "A process that loads images was killed. Training stops with a checkpoint.",
     },
     "Generation": {
         "DF340": "There is no room for a mask in an image.",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import InputError, RunError
+from .errors import InputError, Problem, RunError, disk_error
 from .readers import LAYOUTS
 from .readers.discovery import OLD_NAMES
 
@@ -75,6 +75,12 @@ def exit_on_input_error(main: Callable[[], None]) -> None:
         if not isinstance(end.code, str):
             raise
         tell(end.code)
+        sys.exit(1)
+    except Exception as error:
+        full = disk_error(error)
+        if full is None:
+            raise
+        tell(f"\n{Problem('DF324', '', str(full), 'make room, and run the same command again')}")
         sys.exit(1)
 
 

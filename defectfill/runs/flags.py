@@ -22,6 +22,7 @@ from ..noise_levels import NoiseOptions
 from ..sampling import COMPILED, SCHEDULERS
 from ..seam import COMPOSITES
 from ..selection import LPIPS_FILES, SELECTIONS
+from .disks import default_fallback
 from .requests import GenerationCommand, GenerationRequest
 
 
@@ -544,6 +545,9 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
 
     add = group("output and checkpoints")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="Folder of the LoRA, checkpoints and records.")
+    add("--fallback_dir", type=Path, default=default_fallback(), metavar="DIR",
+        help="Folder, best on another disk, for results that cannot be written to --output_dir. Default: "
+             "defectfill/results in the user's cache folder.")
     add("--checkpointing_steps", type=int, default=500, metavar="N", help="Save a checkpoint every N steps.")
     add("--checkpoints_total_limit", type=int, metavar="N", help="Keep only the newest N checkpoints. Default: all.")
     add("--resume_from_checkpoint", metavar="latest|PATH",

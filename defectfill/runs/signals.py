@@ -1,12 +1,19 @@
 """Stopping at a step boundary when the system asks for it."""
 
 import ctypes
+import dataclasses
+import logging
 import os
 import signal
 import sys
 
 import torch
 from accelerate import Accelerator
+
+from defectfill_dataset import Problem, RunError
+
+
+logger = logging.getLogger(__name__)
 
 
 class StopSignal:
@@ -19,6 +26,7 @@ class StopSignal:
 
     def __init__(self):
         self.number: int | None = None
+        self.problem: Problem | None = None
         self.gentle = getattr(signal, "SIGUSR1", None)
         for number in filter(None, (signal.SIGTERM, signal.SIGINT, self.gentle)):
             signal.signal(number, self._note)
@@ -33,6 +41,12 @@ class StopSignal:
         if self.number is None or number != self.gentle:  # they may come in either order
             self.number = number
 
+    def end_with(self, problem: Problem) -> None:
+        """Asks for the end from within, as SIGUSR1 does from outside; here the run ends with the problem."""
+        logger.error(str(problem))  # at once, and on any process
+        self.problem = problem
+        self.number = self.number or self.gentle or signal.SIGTERM
+
     def requested(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop: all of them must leave the loop at the same step.
 
@@ -45,6 +59,12 @@ class StopSignal:
         if gathered:
             self.number = self.number or gathered
         return gathered > 0
+
+    def end(self, kept: str) -> RunError | SystemExit:
+        """What to raise where the run ends: the problem, with what is kept, or the signal's `exit_status`."""
+        if self.problem:
+            return RunError(dataclasses.replace(self.problem, fix=kept))
+        return SystemExit(self.exit_status)
 
     @property
     def exit_status(self) -> int:

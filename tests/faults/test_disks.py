@@ -1,0 +1,203 @@
+"""Full and vanished disks, killed loader workers, items that cannot be made: what was paid for is not lost."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import stat
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import FAST, content, generate, options, read_lines, reset_accelerate
+from safetensors.torch import load_file
+
+import train_defectfill
+from defectfill.lora import LORA_FILE, read_lora
+from defectfill.runs import checkpoint as checkpoints
+from defectfill.runs import disks, logs, space
+from defectfill_dataset import InputError, RunError, commands
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A disk without room for some files: full(lambda folder, name: ...) is asked before each file is made.
+
+    Every write of a run makes a temporary file first; the true name is not known then, but its folder and suffix are.
+    """
+
+    def set_full(refuses) -> None:
+        make = tempfile.mkstemp
+
+        def mkstemp(suffix=None, prefix=None, dir=None, **more):
+            if refuses(Path(dir), suffix):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(dir))
+            return make(suffix, prefix, dir, **more)
+
+        monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+
+    return set_full
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(disks, "ROOM_PATIENCE", 0.0)
+
+
+def fails(run, capsys) -> str:
+    """The message and exit status 1 of a command that ends with a RunError."""
+    with pytest.raises(SystemExit) as ended:
+        commands.exit_on_input_error(run)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 1
+    return message
+
+
+def same_lora(one: Path, other: Path) -> bool:
+    a, b = (load_file(folder / LORA_FILE) for folder in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_results_that_cannot_be_written_go_to_the_fallback(train, tmp_path, full, impatient, capsys):
+    whole = train("--checkpointing_steps", "1", output=tmp_path / "whole")
+    out, fallback = tmp_path / "out", tmp_path / "other/disk"
+    full(lambda folder, suffix: folder == out and suffix == ".safetensors")
+    message = fails(lambda: train("--checkpointing_steps", "1", "--fallback_dir", fallback), capsys)
+    [refuge] = fallback.iterdir()
+    assert message.startswith(f"DF324 {out}: ") and "No space left" in message and str(refuge) in message
+    assert {f.name for f in refuge.iterdir()} == {LORA_FILE, "README.md", "run_record.json"}
+    assert same_lora(whole, refuge) and read_lora(refuge).record["steps"] == 2
+    assert json.loads((refuge / "run_record.json").read_text())["after"]
+
+
+def test_results_are_written_once_there_is_room_again(train, tmp_path, full, monkeypatch):
+    out, refused, pauses = tmp_path / "out", [], []
+    full(lambda folder, suffix: folder == out and suffix == ".md" and len(refused) < 2 and not refused.append(1))
+    monkeypatch.setattr(disks.time, "sleep", pauses.append)
+    train("--fallback_dir", tmp_path / "fallback")
+    assert (out / LORA_FILE).exists() and (out / "README.md").exists() and pauses == [1.0, 2.0]
+    assert not any((tmp_path / "fallback").iterdir())
+
+
+def test_neither_disk_has_room(train, tmp_path, full, impatient, capsys):
+    out, fallback = tmp_path / "out", tmp_path / "fallback"
+    full(lambda folder, suffix: folder == out and suffix == ".safetensors" or folder.is_relative_to(fallback))
+    message = fails(lambda: train("--checkpointing_steps", "1", "--fallback_dir", fallback), capsys)
+    assert message.startswith("DF324 ") and "checkpoint-2 is good" in message and "latest" in message
+    assert not any(fallback.iterdir())
+
+
+def test_the_default_fallback_is_in_the_cache(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    args = train_defectfill.parse_args(["--output_dir", "x"])
+    assert args.fallback_dir == Path("/somewhere/defectfill/results")
+
+
+def test_an_output_folder_that_vanishes(train, tmp_path, impatient, capsys, monkeypatch):
+    out, save = tmp_path / "out", train_defectfill.save
+
+    def save_and_vanish(*args):
+        written = save(*args)
+        shutil.rmtree(out)
+        return written
+
+    monkeypatch.setattr(train_defectfill, "save", save_and_vanish)
+    flags = ["--validation_steps", "1", "--validation_inference_steps", "1", "--fallback_dir", tmp_path / "fallback"]
+    message = fails(lambda: train(*flags, "--checkpointing_steps", "1", "--report_to", "tensorboard"), capsys)
+    [refuge] = (tmp_path / "fallback").iterdir()
+    assert message.startswith(f"DF324 {out}: ") and str(refuge) in message and (refuge / LORA_FILE).exists()
+    assert not out.exists()  # it may have been a disk's
+
+
+def test_a_checkpoint_that_is_missing_is_told_at_the_end(train, tmp_path, full, capsys, caplog):
+    full(lambda folder, suffix: folder.name.endswith("checkpoint-1"))
+    message = fails(lambda: train("--checkpointing_steps", "1"), capsys)
+    assert message.startswith("DF326 ") and "checkpoint-1" in message and "checkpoint-2" not in message
+    assert "checkpoint-1 could not be written" in caplog.text and (tmp_path / "out" / LORA_FILE).exists()
+
+
+def test_a_checkpoint_that_would_be_deleted_by_now_is_not_missing(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    checkpoints.check_complete(tmp_path, tmp_path, None, [1], 1)
+    for failed, limit in (([1], 2), ([4], 1), ([1], None)):
+        with pytest.raises(RunError, match=f"DF326 .*checkpoint-{failed[0]};"):
+            checkpoints.check_complete(tmp_path, tmp_path, None, failed, limit)
+
+
+def test_a_validation_image_that_cannot_be_written_costs_a_warning(train, tmp_path, full, caplog):
+    full(lambda folder, suffix: folder.name == "validation")
+    out = train("--validation_steps", "1", "--validation_inference_steps", "1")
+    assert (out / LORA_FILE).exists() and not any((out / "validation").iterdir())
+    assert caplog.text.count("The validation image of step") == 2
+
+
+def test_a_tracker_that_cannot_write_costs_a_warning(train, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for method in ("log", "finish", "log_images"):
+        monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{method}", refuse)
+    out = train("--report_to", "tensorboard", "--validation_steps", "1", "--validation_inference_steps", "1")
+    assert (out / LORA_FILE).exists() and caplog.text.count("tensorboard cannot be written") == 1
+
+
+def test_a_full_disk_at_the_start_is_one_line(train, tmp_path, full, capsys):
+    full(lambda folder, suffix: folder == tmp_path / "out" and suffix == ".json")
+    message = fails(train, capsys)
+    assert message.startswith(f"DF324 {tmp_path}/out: cannot be written ([Errno 28]") and "start again" in message
+
+
+def test_a_stopped_run_without_room_leaves_its_checkpoint_elsewhere(train, tmp_path, full, capsys, monkeypatch):
+    flags = ["--max_train_steps", "3", "--lora_dropout", "0.2"]
+    whole, out = train(*flags, output=tmp_path / "whole"), tmp_path / "out"
+    write = train_defectfill.LossLog.write
+
+    def write_and_signal(self, line):
+        write(self, line)
+        if line["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(train_defectfill.LossLog, "write", write_and_signal)
+        full(lambda folder, suffix: folder.name == ".tmp-defectfill-checkpoint-1" and folder.parent == out)
+        train(*flags, "--fallback_dir", tmp_path / "fallback")
+    assert ended.value.code == 143
+    [checkpoint] = (tmp_path / "fallback").glob("*/checkpoint-1")
+    train(*flags, "--resume_from_checkpoint", checkpoint)
+    assert same_lora(whole, out)
+
+
+# Room
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--checkpointing_steps", "1", "--max_train_steps", "3"],
+        ["--checkpointing_steps", "1", "--checkpoints_total_limit", "1"],
+        ["--rank", "64", "--lora_targets", "all", "--conv_rank", "3", "--checkpointing_steps", "2"],
+        ["--rank", "128", "--use_8bit_adam"],
+        ["--validation_steps", "1", "--validation_inference_steps", "1"],
+    ],
+)
+def test_the_room_that_a_run_needs_is_known_before_it_starts(train, tmp_path, monkeypatch, flags):
+    """Never less than it writes, and little more."""
+    free = 0
+    monkeypatch.setattr(space, "RECORDS", 20000)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="DF325 --output_dir") as refused:
+        patch.setattr(train_defectfill, "load_models", None)  # not reached
+        train(*flags)
+    needed = float(str(refused.value).partition("will write ")[2].split()[0]) * 2**20
+    free = 2**40
+    out = train(*flags)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    assert size < needed * 1.01 < 1.6 * size + 2**17

@@ -47,10 +47,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with _umask_lock:  # threads write, and each would see the other's 0
-            umask = os.umask(0)
-            os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp and safetensors write 0600 whatever the umask
+        usual_mode(temporary)
         flush(temporary)
         rename(temporary, path)
         flush(path.parent)
@@ -59,6 +56,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(PermissionError):  # it must not hide why the file was not written
             temporary.unlink(missing_ok=True)
+
+
+def usual_mode(file: Path) -> None:
+    """Gives a file the mode that the umask asks for: mkstemp and safetensors write 0600 whatever it is."""
+    with _umask_lock:  # threads write, and each would see the other's 0
+        umask = os.umask(0)
+        os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def flush(path: Path) -> None:

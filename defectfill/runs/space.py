@@ -10,6 +10,7 @@ from .checkpoint import list_checkpoints
 
 
 HEADER = 400  # bytes that a file takes for each tensor beside its numbers, at most
+QMAP = 1024  # bytes of the table of an 8-bit moment's values
 LINE = 400  # bytes of a step in the log of losses
 RECORDS = 2**20  # bytes of records, card and logs
 
@@ -28,7 +29,7 @@ def check_space(
 
     Args:
         matrices: elements of each LoRA matrix, which is written in fp32.
-        use_8bit_adam: the moments of matrices of 4096 elements and more take a byte each, not four.
+        use_8bit_adam: matrices of 4096 elements and more have moments of a byte each, with a scale per 256 and a table.
         steps: left to train, counted from 0.
         checkpoints_total_limit: for a moment there is one more: the oldest is deleted once the newest is complete.
         validation_steps: 0 for none.
@@ -38,7 +39,8 @@ def check_space(
         InputError: there is too little room (DF325).
     """
     lora = sum(4 * n + HEADER for n in matrices)
-    moments = sum(2 * (n + n // 64 if use_8bit_adam and n >= 4096 else 4 * n) + 3 * HEADER for n in matrices)
+    eight_bit = [n for n in matrices if use_8bit_adam and n >= 4096]
+    moments = 2 * lora + sum(HEADER + 2 * QMAP - 2 * (3 * n - n // 64) for n in eight_bit)
     checkpoints = steps.stop // checkpointing_steps - steps.start // checkpointing_steps
     checkpoints += steps.stop % checkpointing_steps > 0
     if checkpoints_total_limit is not None:

@@ -6,8 +6,9 @@ import logging
 import os
 import shutil
 import signal
-import stat
+import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from defectfill.lora import LORA_FILE, read_lora
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs import disks, logs, space
 from defectfill_dataset import InputError, RunError, commands
+from defectfill_scripts import check_data, export_generated, merge_lora, prepare_data
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_results_are_written_once_there_is_room_again(train, tmp_path, full, mon
     full(lambda folder, suffix: folder == out and suffix == ".md" and len(refused) < 2 and not refused.append(1))
     monkeypatch.setattr(disks.time, "sleep", pauses.append)
     train("--fallback_dir", tmp_path / "fallback")
-    assert (out / LORA_FILE).exists() and (out / "README.md").exists() and pauses == [1.0, 2.0]
+    assert (out / LORA_FILE).exists() and (out / "README.md").exists() and [x for x in pauses if x >= 1] == [1.0, 2.0]
     assert not any((tmp_path / "fallback").iterdir())
 
 
@@ -106,7 +108,7 @@ def test_an_output_folder_that_vanishes(train, tmp_path, impatient, capsys, monk
 
     def save_and_vanish(*args):
         written = save(*args)
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
         return written
 
     monkeypatch.setattr(train_defectfill, "save", save_and_vanish)
@@ -200,4 +202,122 @@ def test_the_room_that_a_run_needs_is_known_before_it_starts(train, tmp_path, mo
     free = 2**40
     out = train(*flags)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-    assert size < needed * 1.01 < 1.6 * size + 2**17
+    assert size < needed * 1.01 < 2.5 * size + 2**17
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A disk of its own with 4 MiB, and what fills it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+
+    def fill() -> Path:
+        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        return disk / "filler"
+
+    yield disk, fill
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_training(train, mounted, tmp_path, impatient, capsys, caplog, monkeypatch):
+    """As it is: losses, a tracker, validation images, checkpoints and results."""
+    flags = "--max_train_steps 4 --checkpointing_steps 1 --validation_steps 1 --validation_inference_steps 1".split()
+    flags += ["--report_to", "tensorboard", "--fallback_dir", tmp_path / "fallback"]
+    whole, write = train(*flags, output=tmp_path / "whole"), train_defectfill.LossLog.write
+
+    def write_and_fill(self, line):
+        write(self, line)
+        if line["step"] == 2:
+            mounted[1]()
+
+    monkeypatch.setattr(train_defectfill.LossLog, "write", write_and_fill)
+    message = fails(lambda: train(*flags, output=mounted[0] / "out"), capsys)
+    [refuge] = (tmp_path / "fallback").iterdir()
+    assert message.startswith(f"DF324 {mounted[0]}/out: ") and str(refuge) in message
+    assert same_lora(whole, refuge)
+    for what in ("checkpoint-2", "checkpoint-4", "The validation image of step 2"):
+        assert what in caplog.text
+    (mounted[0] / "filler").unlink()
+    monkeypatch.undo()
+    train(*flags, "--resume_from_checkpoint", "latest", output=mounted[0] / "out")
+    assert same_lora(whole, mounted[0] / "out")
+    assert read_lines(whole / "losses.jsonl") == read_lines(mounted[0] / "out/losses.jsonl")
+
+
+# Killed loader workers, broken moments, modes
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_killed_worker_ends_the_run_with_a_checkpoint(train, tmp_path, capsys, monkeypatch, accumulation):
+    """It is killed while it loads the second step's last micro-batch."""
+    flags = ["--dataloader_num_workers", "1", "--max_train_steps", "4", "--lora_dropout", "0.2"]
+    flags += ["--gradient_accumulation_steps", str(accumulation)]
+    whole, load = train(*flags, output=tmp_path / "whole"), train_defectfill.TrainingSamples.__getitem__
+
+    def load_or_die(self, key):
+        if key[0] == 2 * accumulation - 1 and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(self, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_defectfill.TrainingSamples, "__getitem__", load_or_die)
+        message = fails(lambda: train(*flags), capsys)
+    assert message.startswith("DF327 --dataloader_num_workers 1: ") and "exited unexpectedly" in message
+    assert message.endswith("; resume with --resume_from_checkpoint latest")
+    [checkpoint] = checkpoints.list_checkpoints(tmp_path / "out")
+    assert checkpoint.name in ("checkpoint-1", "checkpoint-2")  # a batch that is loaded may die with the worker
+    out = train(*flags, "--resume_from_checkpoint", "latest")
+    assert same_lora(whole, out) and read_lines(whole / "losses.jsonl") == read_lines(out / "losses.jsonl")
+    moments = [load_file(run / "checkpoint-4/optimizer.safetensors") for run in (whole, out)]
+    assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+
+
+def test_an_error_in_a_worker_is_not_a_killed_one(train, monkeypatch):
+    def broken(self, key):
+        raise ValueError("shapes")
+
+    monkeypatch.setattr(train_defectfill.TrainingSamples, "__getitem__", broken)
+    monkeypatch.setattr(train_defectfill, "measure", lambda *args: {})
+    with pytest.raises(ValueError, match="shapes"):
+        train("--dataloader_num_workers", "1")
+
+
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_that_is_not_finite_is_not_saved(train, tmp_path, monkeypatch, capsys, moment):
+    step, steps = torch.optim.AdamW.step, []
+
+    def step_and_break(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        steps.append(1)
+        if len(steps) == 2:
+            list(self.state.values())[3][moment].view(-1)[0] = torch.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_and_break)
+    message = fails(lambda: train("--checkpointing_steps", "1", "--max_train_steps", "3"), capsys)
+    assert message.startswith("DF323 step 2: ") and moment in message and "checkpoint-1 is good" in message
+    assert [c.name for c in checkpoints.list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_every_file_has_the_mode_of_the_umask(train, base, data, inputs, generated, photos, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        out = tmp_path / "of"
+        lora = train("--validation_steps", "1", "--validation_inference_steps", "1", output=out / "training")
+        generate(*inputs, "--lora", lora, *FAST, "--output_dir", out / "generation")
+        prepare_data.main(prepare_data.parse_args([str(data), "--output_dir", f"{out}/prepared"]))
+        export = [str(generated), "--format", "coco", "--good", str(photos), "--output_dir", f"{out}/exported"]
+        export_generated.main(export_generated.parse_args(export))
+        check_data.main(check_data.parse_args([str(data), "--output_dir", f"{out}/checked"]))
+        merge = [f"{lora}", "--output_dir", f"{out}/merged", "--single_file", f"{out}/merged.safetensors"]
+        merge_lora.main(merge_lora.parse_args(merge))
+    finally:
+        os.umask(before)
+    files = [file for file in out.rglob("*") if file.is_file()]
+    modes = {f"{file.relative_to(out)}": oct(file.stat().st_mode & 0o777) for file in files}
+    assert len(modes) > 40 and {name: mode for name, mode in modes.items() if mode != oct(0o666 & ~umask)} == {}

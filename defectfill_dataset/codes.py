@@ -92,6 +92,8 @@ CODES: dict[str, dict[str, str]] = {
         "DF327": "A process that loads images was killed. Training stops with a checkpoint.",
     },
     "Generation": {
+        "DF328": "An image does not fit in memory. The others are generated.",
+        "DF329": "An image's file name would be too long. The others are generated.",
         "DF340": "There is no room for a mask in an image.",
         "DF341": "There are no masks to use.",
         "DF342": "No candidate passed the quality filters.",

@@ -58,6 +58,14 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def seed(text: str) -> int:
+    """A flag's seed: 64 bits, as in the tables that hold it."""
+    number = int(text)
+    if not -(2**63) <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{number} must be from -2^63 to 2^63 - 1")
+    return number
+
+
 def exit_on_input_error(main: Callable[[], None]) -> None:
     """Runs a command's `main`; its errors end it with a message on stderr, no traceback.
 

@@ -13,7 +13,8 @@ import sys
 import unicodedata
 from pathlib import Path
 
-from defectfill.runs.files import write_json
+from defectfill.runs.disks import told_if_unwritable
+from defectfill.runs.files import save_image, write_json
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.checks import skippable
 from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error
@@ -22,6 +23,7 @@ from defectfill_dataset.report import ObjectReport, check_object
 from defectfill_dataset.sheets import contact_sheet
 
 
+AGAIN = "make room on the disk and run the same command again, or leave out --output_dir"
 COLUMNS = {  # of the table: figures of a defect type, and what they are called
     "shapes": "shapes", "width": "width", "height": "height", "area_percent": "mask %", "latent_cells": "cells",
     "latent_cells_with_zoom": "cells zoomed",
@@ -66,12 +68,14 @@ def main(args: argparse.Namespace) -> None:
                               MaskClasses.parse(args.mask_classes), args.skip_problems)  # fmt: skip
         reports.append(report)
         if args.output_dir:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-            contact_sheet(report).save(args.output_dir / f"{name}.png")
+            with told_if_unwritable(args.output_dir, AGAIN):
+                args.output_dir.mkdir(parents=True, exist_ok=True)
+                save_image(contact_sheet(report), args.output_dir / f"{name}.png")
         print_report(report)
     if args.output_dir:
         content = {"resolution": args.resolution, "objects": [report.as_json() for report in reports]}
-        write_json(args.output_dir / "report.json", content)
+        with told_if_unwritable(args.output_dir, AGAIN):
+            write_json(args.output_dir / "report.json", content)
     print(LEGEND)
     print(
         f"Contact sheets and report.json: {args.output_dir}"

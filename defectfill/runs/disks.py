@@ -15,6 +15,7 @@ from defectfill_dataset.errors import DISK_ERRORS
 logger = logging.getLogger(__name__)
 
 ROOM_PATIENCE = 60.0  # seconds that the last write of a run waits for room on the disk
+NOTHING_WRITTEN = "nothing new is in it; make room on the disk, and run the same command again"
 
 
 def is_of_disk(error: OSError, folder: Path) -> bool:

@@ -13,7 +13,7 @@ from diffusers.optimization import SchedulerType
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available
 
 from defectfill_dataset import InputError, Problem
-from defectfill_dataset.commands import HelpFormatter, Parser, add_reading_flags
+from defectfill_dataset.commands import HelpFormatter, Parser, add_reading_flags, seed
 from defectfill_dataset.synthesis.shapes import SHAPES
 
 from ..base_model import SD2_MIRROR
@@ -250,7 +250,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     add("--max_rotation", type=float, default=180.0, metavar="DEG", help=rotation_help)
     shapes_help = "Shapes that procedural masks are drawn from. Default: all."
     add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help=shapes_help)
-    add("--seed", type=int, default=0, metavar="N", help="Random seed of masks and candidates. Default: 0.")
+    add("--seed", type=seed, default=0, metavar="N", help="Random seed of masks and candidates. Default: 0.")
     add = parser.add_argument_group("placement of reference and procedural masks").add_argument
     add(
         "--placement",

@@ -91,6 +91,12 @@ def merge_parts(folder: Path) -> list[dict]:
     return lines
 
 
+def complete_names(folder: Path) -> set[str]:
+    """The images that are complete, in the manifest or a part of it."""
+    lines = [line for file in (folder / MANIFEST, *folder.glob(PARTS)) for line in read_lines(file)]
+    return {line["name"] for line in lines if is_complete(folder, line["name"])}
+
+
 def is_complete(folder: Path, name: str) -> bool:
     """Whether all files of an image exist."""
     return all((folder / kind / f"{name}.png").exists() for kind in KINDS)

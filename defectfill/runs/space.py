@@ -29,7 +29,7 @@ def check_space(
 
     Args:
         matrices: elements of each LoRA matrix, which is written in fp32.
-        use_8bit_adam: matrices of 4096 elements and more have moments of a byte each, with a scale per 256 and a table.
+        use_8bit_adam: matrices of 4096 elements and more have moments of a byte each, with scales and a table.
         steps: left to train, counted from 0.
         checkpoints_total_limit: for a moment there is one more: the oldest is deleted once the newest is complete.
         validation_steps: 0 for none.

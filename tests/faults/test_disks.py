@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import shutil
 import signal
@@ -12,17 +11,21 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import FAST, content, generate, options, read_lines, reset_accelerate
+from runs import FAST, content, generate, read_lines
 from safetensors.torch import load_file
 
+import generate_defectfill
 import train_defectfill
+from defectfill import sampling
 from defectfill.lora import LORA_FILE, read_lora
 from defectfill.runs import checkpoint as checkpoints
-from defectfill.runs import disks, logs, space
+from defectfill.runs import disks, space
+from defectfill.runs.source_images import SourceImage
 from defectfill_dataset import InputError, RunError, commands
-from defectfill_scripts import check_data, export_generated, merge_lora, prepare_data
+from defectfill_scripts import check_data, export_generated, merge_lora, prepare_data, preview_masks
 
 
 @pytest.fixture
@@ -321,3 +324,196 @@ def test_every_file_has_the_mode_of_the_umask(train, base, data, inputs, generat
     files = [file for file in out.rglob("*") if file.is_file()]
     modes = {f"{file.relative_to(out)}": oct(file.stat().st_mode & 0o777) for file in files}
     assert len(modes) > 40 and {name: mode for name, mode in modes.items() if mode != oct(0o666 & ~umask)} == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@pytest.mark.parametrize("where", ["images", "contact", "out"])
+def test_a_disk_that_fills_up_in_generation(trained, inputs, tmp_path, full, capsys, where):
+    """At an image, at a contact row, and at the end."""
+    argv = [*inputs, "--lora", trained, *FAST]
+    generate(*argv, "--output_dir", tmp_path / "whole")
+    out, room = tmp_path / "out", [1]  # files in the folder
+
+    def refuses(folder, suffix):
+        room[0] -= folder.name == where and suffix in (".png", ".parquet")
+        return room[0] < 0
+
+    if where == "out":
+        room = [0]
+    full(refuses)
+    message = fails(lambda: generate(*argv, "--output_dir", out), capsys)
+    number = 3 if where == "out" else 1
+    assert message.startswith(f"DF324 {out}: cannot be written ([Errno 28] No space")
+    assert message.endswith(f"; {number} of 3 images are complete; make room on the disk, and start again")
+    room = [99]
+    generate(*argv, "--output_dir", out)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_part_that_cannot_be_written(trained, inputs, tmp_path, capsys, monkeypatch):
+    argv, out = [*inputs, "--lora", trained, *FAST], tmp_path / "out"
+    generate(*argv, "--output_dir", tmp_path / "whole")
+
+    def full_disk(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("defectfill.runs.manifest.os.fsync", full_disk)
+        message = fails(lambda: generate(*argv, "--output_dir", out), capsys)
+    assert message.startswith(f"DF324 {out}: ") and "start again" in message
+    generate(*argv, "--output_dir", out)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_an_output_folder_that_vanishes_in_generation(trained, inputs, tmp_path, capsys, monkeypatch):
+    write, out = generate_defectfill.write_image, tmp_path / "out"
+
+    def write_and_vanish(*args):
+        shutil.rmtree(out)
+        return write(*args)
+
+    monkeypatch.setattr(generate_defectfill, "write_image", write_and_vanish)
+    message = fails(lambda: generate(*inputs, "--lora", trained, *FAST, "--output_dir", out), capsys)
+    assert message.startswith(f"DF324 {out}: ") and "0 of 3 images" in message
+
+
+def passed_over(capsys, argv: list) -> list[str]:
+    """The lines of the images that a generation leaves out."""
+    with pytest.raises(SystemExit) as ended:
+        commands.exit_on_input_error(lambda: generate(*argv))
+    assert ended.value.code == 1
+    return capsys.readouterr().err.partition("Not generated:\n")[2].splitlines()
+
+
+def test_an_image_whose_name_is_too_long_is_passed_over(trained, inputs, tmp_path, capsys):
+    """Its second image, whose name has a number, and so more than 255 bytes."""
+    long = "ü" * 125 + "1"
+    for file in (tmp_path / "good/000.png", tmp_path / "masks/000_mask.png"):
+        file.rename(file.with_stem(long))
+    argv = [*inputs, "--lora", trained, *FAST, "--num_images", 6, "--output_dir", tmp_path / "out"]
+    [line] = passed_over(capsys, argv)
+    assert line.startswith(f"DF329 {long}.png: ") and "255 bytes" in line
+    names = [line["name"] for line in read_lines(tmp_path / "out/manifest.jsonl")]
+    assert names == ["001", "002", long, "001-0001", "002-0001"]
+    assert len(passed_over(capsys, argv)) == 1  # nothing is made twice, nothing fails
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+@pytest.mark.parametrize("place", ["load_with_mask", "inpaint_batch", "vae_error"])
+def test_an_image_that_does_not_fit_in_memory_is_passed_over(
+    trained, inputs, tmp_path, capsys, monkeypatch, error, place
+):
+    """While it is read, painted (with a single candidate, in a batch of three images) and pasted."""
+    argv = [*inputs, "--lora", trained, *FAST, "--batch_size", 9]
+    generate(*argv, "--output_dir", tmp_path / "whole")
+    bad = first_seeds(tmp_path / "whole")
+    owner = {"load_with_mask": SourceImage, "inpaint_batch": sampling, "vae_error": generate_defectfill}[place]
+    original, calls = getattr(owner, place), []
+
+    def exhausted(*args):
+        calls.append(1)
+        of_first = {
+            "load_with_mask": lambda: args[0].name == "000",
+            "inpaint_batch": lambda: bad & set(args[3]),
+            "vae_error": lambda: args[0].width == 48,
+        }[place]()
+        if of_first:
+            raise error
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, exhausted)
+        [line] = passed_over(capsys, [*argv, "--output_dir", tmp_path / "out"])
+    assert line.startswith("DF328 000.png: does not fit in memory")
+    assert [line["name"] for line in read_lines(tmp_path / "out/manifest.jsonl")] == ["001", "002"]
+    generate(*argv, "--output_dir", tmp_path / "out")
+    assert [line["name"] for line in read_lines(tmp_path / "out/manifest.jsonl")] == ["000", "001", "002"]
+
+
+def first_seeds(folder: Path) -> set[int]:
+    """The seeds of the first image's candidates."""
+    return {
+        seed for window in read_lines(folder / "manifest.jsonl")[0]["windows"] for seed in window["candidate_seeds"]
+    }
+
+
+def test_an_image_that_vanishes_is_passed_over(trained, inputs, tmp_path, capsys, monkeypatch):
+    load = SourceImage.load
+
+    def load_or_vanish(self):
+        self.file.unlink() if self.name == "001" else None
+        return load(self)
+
+    monkeypatch.setattr(SourceImage, "load", load_or_vanish)
+    [line] = passed_over(capsys, [*inputs, "--lora", trained, *FAST, "--output_dir", tmp_path / "out"])
+    assert line.startswith("DF103 001.png: cannot be read")
+    assert [line["name"] for line in read_lines(tmp_path / "out/manifest.jsonl")] == ["000", "002"]
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63)])
+def test_the_largest_seeds(trained, inputs, tmp_path, seed):
+    generate(*inputs, "--lora", trained, *FAST, "--seed", seed, "--output_dir", tmp_path / "out")
+    assert pq.read_table(tmp_path / "out/manifest.parquet")["seed"].to_pylist() == [seed] * 3
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**400])
+def test_a_larger_seed_is_refused_where_it_is_parsed(trained, inputs, tmp_path, capsys, seed):
+    argv = [*map(str, inputs), "--lora", str(trained), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        generate_defectfill.parse_args([*argv, "--seed", str(seed)])
+    assert ended.value.code == 2 and "--seed: " in capsys.readouterr().err
+    (tmp_path / "cases.jsonl").write_text(json.dumps({"seed": seed}) + "\n")
+    with pytest.raises(InputError, match="DF416 .*line 1: argument --seed"):
+        generate_defectfill.parse_args([*argv, "--cases", str(tmp_path / "cases.jsonl")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other commands
+
+
+def test_a_full_disk_ends_the_other_commands_with_one_line(
+    data, generated, photos, inputs, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    export = [str(generated), "--format", "coco", "--good", str(photos)]
+    masks = [*map(str, inputs[:2]), "--mask_source", "random"]
+    runs = {
+        "prepared": lambda to: prepare_data.main(prepare_data.parse_args([str(data), "--output_dir", to])),
+        "exported": lambda to: export_generated.main(export_generated.parse_args([*export, "--output_dir", to])),
+        "checked": lambda to: check_data.main(check_data.parse_args([str(data), "--output_dir", to])),
+        "masks.png": lambda to: preview_masks.main(preview_masks.parse_args([*masks, "--output", to])),
+    }
+    for name, run in runs.items():
+        full_disk = OSError(errno.ENOSPC, "No space left on device")
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", raises(full_disk))
+            message = fails(lambda run=run, name=name: run(str(out / name)), capsys)
+        assert message.startswith("DF324 ") and "No space left" in message and "make room" in message
+        run(str(out / name))
+    assert not list(out.rglob(".tmp*"))
+
+
+def raises(error: Exception):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
+
+
+def test_a_full_disk_that_a_library_wraps(capsys):
+    def run():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/cache/x.arrow")
+        except OSError as error:
+            raise ValueError("An error occurred") from error
+
+    message = fails(run, capsys)
+    assert (
+        message
+        == "DF324 [Errno 28] No space left on device: '/cache/x.arrow'; make room, and run the same command again"
+    )
+    with pytest.raises(KeyError):
+        commands.exit_on_input_error(raises(KeyError()))

@@ -68,9 +68,11 @@ class RunError(RuntimeError):
 
 def disk_error(error: BaseException | None) -> OSError | None:
     """The error of a disk that an error follows from, if any: libraries wrap them in their own."""
-    while error and not (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+    while error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error
         error = error.__cause__ or error.__context__
-    return error
+    return None
 
 
 def folded(problems: Iterable[Problem], most: int = SHOWN) -> list[str]:

@@ -482,7 +482,7 @@ class Training(NamedTuple):
     parameters: dict[str, torch.nn.Parameter]  # the LoRA's, by portable name
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    failed: list[int]  # steps whose checkpoints could not be written
+    failed: list[str]  # checkpoints and files that could not be written
 
 
 def make_models(
@@ -651,6 +651,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         log.flush()
         after = {"after": measure_whole(samples), "held_out": measure_whole(prepared.held_out)}
         measures = {"before": before, **after, **log.summary(), "speed": clock.summary(device)}
+        training.failed.extend([] if log.complete else [log.path.name])
         with checkpoints.last_save(args.output_dir):
             finish(args, prepared, training, accelerator, measures, time.time() - began)
     accelerator.wait_for_everyone()  # none leaves the group, or takes its launcher along, before all is pushed
@@ -674,7 +675,7 @@ def save(
         )  # fmt: skip
 
     written = from_main_process(write, accelerator.is_main_process)
-    training.failed.extend([] if written else [state["step"]])
+    training.failed.extend([] if written else [f"checkpoint-{state['step']}"])
     return written
 
 
@@ -846,10 +847,9 @@ def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator:
     done = int(prepared.checkpoint.name.split("-")[1]) if prepared.checkpoint else 0
     checkpoints.archive_newer_checkpoints(args.output_dir, done)
     matrices = lora_sizes(prepared.base, args.rank, args.lora_targets, args.conv_rank)
-    image_size = 4 * args.resolution**2 * args.num_validation_images if "good" in prepared.data else 0
     check_space(
         args.output_dir, matrices, args.use_8bit_adam, range(done, args.max_train_steps), args.checkpointing_steps,
-        args.checkpoints_total_limit, args.validation_steps, image_size,
+        args.checkpoints_total_limit, args.validation_steps, 4 * args.resolution**2 * args.num_validation_images,
     )  # fmt: skip
     write_json(args.output_dir / "split.json", prepared.split)
     write_json(args.output_dir / "run_record.json", run_record(vars(args), prepared.identity, prepared.data))

@@ -88,7 +88,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF323": "A loss or gradient is not finite, or fp16 skips every step: training stops.",
         "DF324": "The results cannot be written: the disk is full or failed, or the folder is gone.",
         "DF325": "The disk has too little room for what the run will write.",
-        "DF326": "Checkpoints could not be written. The results are complete.",
+        "DF326": "Checkpoints or the log of losses could not be written. The results are complete.",
         "DF327": "A process that loads images was killed. Training stops with a checkpoint.",
     },
     "Generation": {

@@ -214,17 +214,19 @@ def how_to_resume(checkpoint: Path | None, output_dir: Path) -> str:
 
 
 def check_complete(
-    output_dir: Path, results: Path, failure: OSError | None, failed: Sequence[int], total_limit: int | None
+    output_dir: Path, results: Path, failure: OSError | None, failed: Sequence[str], total_limit: int | None
 ) -> None:
     """Raises RunError unless a run left all that was asked for in `output_dir`.
 
     Args:
         results: where they are, and `failure` why (DF324).
-        failed: steps whose checkpoints could not be written; those that would have been kept are missing (DF326).
+        failed: checkpoints and files that could not be written (DF326); a checkpoint that would have been deleted by
+            now is not missing.
     """
-    steps = {int(checkpoint.name.split("-")[1]) for checkpoint in list_checkpoints(output_dir)}
-    kept = sorted(steps.union(failed))[-total_limit if total_limit else 0 :]
-    missing = ", ".join(f"checkpoint-{step}" for step in kept if step not in steps)
+    there = {checkpoint.name for checkpoint in list_checkpoints(output_dir)}
+    wanted = there.union(name for name in failed if name.startswith("checkpoint-"))
+    kept = sorted(wanted, key=lambda name: int(name.split("-")[1]))[-total_limit if total_limit else 0 :]
+    missing = ", ".join(name for name in failed if name in kept or name not in wanted)
     if failure:
         what = f"the results cannot be written ({failure}); they are complete, and in {results}"
         raise RunError(Problem("DF324", output_dir, what, "make room on the disk, and move them"))

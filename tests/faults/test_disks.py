@@ -11,10 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+from offline import ROOT
+
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import FAST, content, generate, read_lines
+from runs import FAST, content, generate, launch, options, read_lines
 from safetensors.torch import load_file
 
 import generate_defectfill
@@ -51,6 +53,13 @@ def full(monkeypatch):
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(disks, "ROOM_PATIENCE", 0.0)
+
+
+def raises(error: Exception):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
 
 
 def fails(run, capsys) -> str:
@@ -130,11 +139,18 @@ def test_a_checkpoint_that_is_missing_is_told_at_the_end(train, tmp_path, full, 
 
 
 def test_a_checkpoint_that_would_be_deleted_by_now_is_not_missing(tmp_path):
-    (tmp_path / "checkpoint-3").mkdir()
-    checkpoints.check_complete(tmp_path, tmp_path, None, [1], 1)
-    for failed, limit in (([1], 2), ([4], 1), ([1], None)):
-        with pytest.raises(RunError, match=f"DF326 .*checkpoint-{failed[0]};"):
-            checkpoints.check_complete(tmp_path, tmp_path, None, failed, limit)
+    (tmp_path / "checkpoint-10").mkdir()
+    checkpoints.check_complete(tmp_path, tmp_path, None, ["checkpoint-9"], 1)
+    for name, limit in (("checkpoint-9", 2), ("checkpoint-11", 1), ("checkpoint-9", None), ("losses.jsonl", 1)):
+        with pytest.raises(RunError, match=f"DF326 .*: could not be written: {name};"):
+            checkpoints.check_complete(tmp_path, tmp_path, None, [name], limit)
+
+
+def test_a_log_that_is_not_complete_is_told_at_the_end(train, tmp_path, full, monkeypatch, capsys):
+    monkeypatch.setattr("defectfill.runs.record.append_text", raises(OSError(errno.ENOSPC, "No space left on device")))
+    full(lambda folder, suffix: suffix == ".jsonl")
+    message = fails(train, capsys)
+    assert message.startswith("DF326 ") and "could not be written: losses.jsonl; the results are complete" in message
 
 
 def test_a_validation_image_that_cannot_be_written_costs_a_warning(train, tmp_path, full, caplog):
@@ -496,13 +512,6 @@ def test_a_full_disk_ends_the_other_commands_with_one_line(
     assert not list(out.rglob(".tmp*"))
 
 
-def raises(error: Exception):
-    def function(*args, **kwargs):
-        raise error
-
-    return function
-
-
 def test_a_full_disk_that_a_library_wraps(capsys):
     def run():
         try:
@@ -517,3 +526,63 @@ def test_a_full_disk_that_a_library_wraps(capsys):
     )
     with pytest.raises(KeyError):
         commands.exit_on_input_error(raises(KeyError()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes
+
+PATCHED = """
+import errno, os, signal, sys, tempfile
+from pathlib import Path
+rank = os.environ["LOCAL_RANK"]
+
+def killed_worker():
+    import torch
+    import train_defectfill as command
+    load = command.TrainingSamples.__getitem__
+
+    def load_or_die(self, key):
+        if rank == "1" and key[0] == 1 and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(self, key)
+
+    command.TrainingSamples.__getitem__ = load_or_die
+    return command
+
+def full_disk():
+    import generate_defectfill as command
+    make = tempfile.mkstemp
+
+    def mkstemp(suffix=None, prefix=None, dir=None, **more):
+        if rank == "1" and Path(dir).name == "images":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return make(suffix, prefix, dir, **more)
+
+    tempfile.mkstemp = mkstemp
+    return command
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_the_second_process_ends_both_with_a_checkpoint(base, data, tmp_path):
+    (tmp_path / "script.py").write_text(PATCHED + "killed_worker().command()")
+    flags = ["--dataloader_num_workers", "1", "--max_train_steps", "4", "--lora_dropout", "0.2"]
+    launch(ROOT / "train_defectfill.py", *options(base, data, tmp_path / "whole", *flags))
+    argv = options(base, data, tmp_path / "out", *flags)
+    done = launch(tmp_path / "script.py", *argv, check=False)
+    assert done.returncode and "DF327 --dataloader_num_workers 1" in done.stderr
+    [checkpoint] = checkpoints.list_checkpoints(tmp_path / "out")
+    assert f"Stopped at step {checkpoint.name[-1]}; resume with" in done.stderr
+    launch(ROOT / "train_defectfill.py", *argv, "--resume_from_checkpoint", "latest")
+    assert same_lora(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_the_second_process_is_told_by_the_first(trained, inputs, tmp_path):
+    (tmp_path / "script.py").write_text(PATCHED + "full_disk().command()")
+    argv, out = [*inputs, "--lora", trained, *FAST, "--output_dir", tmp_path / "out"], tmp_path / "out"
+    done = launch(tmp_path / "script.py", *argv, check=False)
+    assert done.returncode and done.stderr.count("DF324") == 1
+    assert f"DF324 {out}: cannot be written" in done.stderr and "; 2 of 3 images are complete" in done.stderr
+    launch(ROOT / "generate_defectfill.py", *argv)
+    assert len(read_lines(out / "manifest.jsonl")) == 3

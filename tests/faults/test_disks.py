@@ -384,6 +384,26 @@ def test_a_part_that_cannot_be_written(trained, inputs, tmp_path, capsys, monkey
     assert content(out) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_a_disk_that_is_full_in_generation(trained, inputs, mounted, tmp_path, capsys, monkeypatch):
+    """As it is, after the first image."""
+    argv, out, add = [*inputs, "--lora", trained, *FAST], mounted[0] / "out", generate_defectfill.write_image
+    generate(*argv, "--output_dir", tmp_path / "whole")
+
+    def write_and_fill(*args):
+        line = add(*args)
+        mounted[1]()
+        return line
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_defectfill, "write_image", write_and_fill)
+        message = fails(lambda: generate(*argv, "--output_dir", out), capsys)
+    assert message.startswith(f"DF324 {out}: ") and "No space left" in message
+    (mounted[0] / "filler").unlink()
+    generate(*argv, "--output_dir", out)
+    assert content(out) == content(tmp_path / "whole")
+
+
 def test_an_output_folder_that_vanishes_in_generation(trained, inputs, tmp_path, capsys, monkeypatch):
     write, out = generate_defectfill.write_image, tmp_path / "out"
 

@@ -202,11 +202,11 @@ def test_a_stopped_run_without_room_leaves_its_checkpoint_elsewhere(train, tmp_p
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--checkpointing_steps", "1", "--max_train_steps", "3"],
+        pytest.param(["--checkpointing_steps", "1", "--max_train_steps", "3"], marks=pytest.mark.slow),
         ["--checkpointing_steps", "1", "--checkpoints_total_limit", "1"],
         ["--rank", "64", "--lora_targets", "all", "--conv_rank", "3", "--checkpointing_steps", "2"],
-        ["--rank", "128", "--use_8bit_adam"],
-        ["--validation_steps", "1", "--validation_inference_steps", "1"],
+        pytest.param(["--rank", "128", "--use_8bit_adam"], marks=pytest.mark.slow),
+        pytest.param(["--validation_steps", "1", "--validation_inference_steps", "1"], marks=pytest.mark.slow),
     ],
 )
 def test_the_room_that_a_run_needs_is_known_before_it_starts(train, tmp_path, monkeypatch, flags):
@@ -271,7 +271,7 @@ def test_a_disk_that_fills_up_in_training(train, mounted, tmp_path, impatient, c
 # Killed loader workers, broken moments, modes
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_worker_ends_the_run_with_a_checkpoint(train, tmp_path, capsys, monkeypatch, accumulation):
     """It is killed while it loads the second step's last micro-batch."""
     flags = ["--dataloader_num_workers", "1", "--max_train_steps", "4", "--lora_dropout", "0.2"]
@@ -322,7 +322,9 @@ def test_a_moment_that_is_not_finite_is_not_saved(train, tmp_path, monkeypatch, 
     assert [c.name for c in checkpoints.list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+@pytest.mark.parametrize(
+    "umask", [pytest.param(0o022, marks=pytest.mark.slow), 0o007, pytest.param(0o077, marks=pytest.mark.slow)]
+)
 def test_every_file_has_the_mode_of_the_umask(train, base, data, inputs, generated, photos, tmp_path, umask):
     before = os.umask(umask)
     try:
@@ -346,7 +348,7 @@ def test_every_file_has_the_mode_of_the_umask(train, base, data, inputs, generat
 # Generation
 
 
-@pytest.mark.parametrize("where", ["images", "contact", "out"])
+@pytest.mark.parametrize("where", ["images", pytest.param("contact", marks=pytest.mark.slow), "out"])
 def test_a_disk_that_fills_up_in_generation(trained, inputs, tmp_path, full, capsys, where):
     """At an image, at a contact row, and at the end."""
     argv = [*inputs, "--lora", trained, *FAST]
@@ -437,7 +439,9 @@ def test_an_image_whose_name_is_too_long_is_passed_over(trained, inputs, tmp_pat
     assert len(passed_over(capsys, argv)) == 1  # nothing is made twice, nothing fails
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+@pytest.mark.parametrize(
+    "error", [pytest.param(MemoryError(), marks=pytest.mark.slow), torch.OutOfMemoryError("CUDA out of memory.")]
+)
 @pytest.mark.parametrize("place", ["load_with_mask", "inpaint_batch", "vae_error"])
 def test_an_image_that_does_not_fit_in_memory_is_passed_over(
     trained, inputs, tmp_path, capsys, monkeypatch, error, place

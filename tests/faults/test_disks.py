@@ -440,7 +440,7 @@ def test_an_image_whose_name_is_too_long_is_passed_over(trained, inputs, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "error", [pytest.param(MemoryError(), marks=pytest.mark.slow), torch.OutOfMemoryError("CUDA out of memory.")]
+    "error", [MemoryError(), pytest.param(torch.OutOfMemoryError("CUDA out of memory."), marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("place", ["load_with_mask", "inpaint_batch", "vae_error"])
 def test_an_image_that_does_not_fit_in_memory_is_passed_over(

@@ -17,7 +17,7 @@ from PIL import Image
 from toy_model import RESOLUTION
 
 import train_defectfill
-from defectfill.runs.cards import escaped, size_category
+from defectfill.runs.cards import markdown_text, size_category
 from defectfill.runs.files import exclusive_lock
 from defectfill_dataset import (
     InputError,
@@ -291,8 +291,8 @@ def test_names_in_a_card_are_words_and_nothing_else(tmp_path):
     run(root, tmp_path / "out", "--source", evil, "--license", "other")
     card = (tmp_path / "out/README.md").read_text()
     assert head(tmp_path / "out")["license"] == "other" and card.count("\n---\n") == 1
-    assert "<img" not in card and "](http" not in card and escaped(evil) in card
-    assert escaped("a_b|c & <d>\n`e`") == r"a\_b\|c &amp; &lt;d&gt; \`e\`"
+    assert "<img" not in card and "](http" not in card and markdown_text(evil) in card
+    assert markdown_text("a_b|c & <d>\n`e`") == r"a\_b&#124;c &#38; &#60;d&#62; \`e\`"
     assert datasets.load_dataset(str(tmp_path / "out"))["train"]["defect"] == [evil]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
@@ -224,9 +225,23 @@ def load_prepared(name: str, config: str | None, object_name: str | None, cache_
     if missing:
         what = f"its split 'train' lacks {', '.join(sorted(missing))}"
         raise InputError(Problem("DF161", f"--dataset_name {name}", what))
+    if data["train"].info.builder_name != "imagefolder":  # which reads files of its own folder only
+        _check_rows_hold_images(data, name)
     wanted = _choose_object(name, data["train"].unique("object"), object_name)
     check_names([wanted], name)
     return DatasetDict({split: _rows_where(rows, "object", [wanted]) for split, rows in data.items()})
+
+
+def _check_rows_hold_images(data: DatasetDict, name: str) -> None:
+    """Raises InputError (DF201): a row that has a path and no content would be read from this machine's disk."""
+    fix = "write the images into it, as scripts/prepare_data.py does"
+    for split, rows in data.items():
+        for column in ("image", "mask"):
+            cells = rows.cast_column(column, datasets.Image(decode=False)).data[column]
+            empty = pc.and_(pc.is_null(pc.struct_field(cells, "bytes")), pc.is_valid(pc.struct_field(cells, "path")))
+            if (row := pc.index(empty, True).as_py()) >= 0:
+                what = f"row {row} of its split '{split}' names the {column} {cells[row]['path'].as_py()!r} on this machine"
+                raise InputError(Problem("DF201", f"--dataset_name {name}", what, fix))
 
 
 def _choose_object(source: str | Path, objects: Iterable[str], wanted: str | None) -> str:

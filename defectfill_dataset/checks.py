@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from .errors import InputError, Problem
 from .images import ORIENTATION, UNREADABLE, file_warnings, load_image, open_image
 from .mask_values import binarise
 from .masks import Mask, MaskFiles, MaskUnion, pool_mask
-from .readers import IMAGE_EXTENSIONS, Reading, Row, relative
+from .readers import IMAGE_EXTENSIONS, Reading, Row, is_outside, relative
 from .readers.files import is_hidden
 
 
@@ -73,10 +72,22 @@ def inspect_row(
     name = relative(row.image, root)
     render, render_others = (mask.render if mask else None for mask in (row.mask, others))
     seen = inspect_image(name, row.defect, row.image, render, resolution, grid, with_zoom, render_others)
-    if os.path.realpath(row.image).startswith(os.path.realpath(root) + os.sep):
+    if not is_outside(row.image, root):
         return seen
     link = Problem("DF114", name, "is a link to a file outside the dataset")
     return dataclasses.replace(seen, warnings=(*seen.warnings, link))
+
+
+def outside_links(rows: Iterable[Row], root: str | Path) -> list[Problem]:
+    """A problem (DF200) for each image and mask that lies elsewhere, for what is published from the folder `root`."""
+    root = Path(root).expanduser().resolve()
+    files = dict.fromkeys(file for row in rows for file in (row.image, *(row.mask.paths if row.mask else ())))
+    fix = "put the file there, or publish it with --follow_links"
+    return [
+        Problem("DF200", relative(file, root), f"is a link to a file outside {root}", fix)
+        for file in files
+        if is_outside(file, root)
+    ]
 
 
 def other_types(rows: Sequence[Row]) -> list[Mask | None]:

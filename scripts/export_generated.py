@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from defectfill.runs.cards import write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill_dataset import InputError, Problem
-from defectfill_dataset.checks import inspect_row
+from defectfill_dataset.checks import inspect_row, outside_links
 from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
 from defectfill_dataset.writers.datasets import WRITERS
 from defectfill_dataset.writers.exports import (
@@ -52,7 +52,7 @@ def checked_items(args: argparse.Namespace) -> list[ExportImage]:
     for folder in args.generated:
         found, wrong = read_generated(folder, several=len(args.generated) > 1)
         items += found
-        problems += wrong
+        problems += wrong + ([] if args.follow_links else outside_links([item.row for item in found], folder))
     if args.good and args.good.is_dir():
         objects = sorted({str(item.row.object) for item in items})
         if len(objects) > 1:
@@ -64,6 +64,7 @@ def checked_items(args: argparse.Namespace) -> list[ExportImage]:
             fix = "give a folder of good images"
             problems.append(Problem("DF199", f"--good {args.good}", "no images in it", fix))
         items += good
+        problems += [] if args.follow_links else outside_links([item.row for item in good], args.good)
     problems += [problem for item in items for problem in inspect_row(item.row, item.root).problems]
     if problems := problems + same_names(items):
         raise InputError(*problems)
@@ -139,6 +140,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Folder to write to: empty, or holding this same export.",
     )
     add("--format", choices=list(EXPORTERS), required=True, help="Format to write.")
+    add("--follow_links", action="store_true", help="Publish what links to files outside their folders lead to.")
     add("--good", type=Path, metavar="DIR", help="Folder of good images to add; mvtec and anomalib need it.")
     add(
         "--test_share",

@@ -23,6 +23,7 @@ from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, pu
 from defectfill.runs.flags import add_hub_flags
 from defectfill.runs.hub import PUBLISHED_DATA, check_hub, push
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
+from defectfill_dataset.checks import outside_links
 from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error
 from defectfill_dataset.readers import Row
 from defectfill_dataset.report import check_object
@@ -58,6 +59,8 @@ def checked_splits(args: argparse.Namespace) -> Splits:
             print(f"left out: {problem}")
         for split, of_object in report.splits.items():
             splits[split] += [(name, root, row) for row in of_object]
+    if not args.follow_links:
+        problems += outside_links((row for rows in splits.values() for _, _, row in rows), args.data_dir)
     if problems:
         raise InputError(*problems)
     return {split: rows for split, rows in splits.items() if rows}
@@ -109,6 +112,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Licence of the images, by its identifier on the Hub (cc-by-nc-sa-4.0); required for a push.",
     )
     add("--source", metavar="TEXT|URL", help="Source of the images, for the card.")
+    add("--follow_links", action="store_true", help="Publish what links to files outside the dataset lead to.")
     add_hub_flags(add, "the dataset", "--hub_dataset_id")
     return parser.parse_args(input_args)
 

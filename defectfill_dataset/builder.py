@@ -240,7 +240,8 @@ def _check_rows_hold_images(data: DatasetDict, name: str) -> None:
             cells = rows.cast_column(column, datasets.Image(decode=False)).data[column]
             empty = pc.and_(pc.is_null(pc.struct_field(cells, "bytes")), pc.is_valid(pc.struct_field(cells, "path")))
             if (row := pc.index(empty, True).as_py()) >= 0:
-                what = f"row {row} of its split '{split}' names the {column} {cells[row]['path'].as_py()!r} on this machine"
+                path = cells[row]["path"].as_py()
+                what = f"row {row} of its split '{split}' names the {column} {path!r} on this machine"
                 raise InputError(Problem("DF201", f"--dataset_name {name}", what, fix))
 
 

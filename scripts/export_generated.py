@@ -16,7 +16,7 @@ import defectfill.quiet  # noqa: F401
 
 from tqdm.auto import tqdm
 
-from defectfill.runs.cards import write_dataset_card
+from defectfill.runs.cards import treatment_in_words, write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill_dataset import InputError, Problem
 from defectfill_dataset.checks import inspect_row, outside_links
@@ -105,9 +105,9 @@ def checked_splits(items: list[ExportImage], args: argparse.Namespace) -> dict[s
     return {split: found for split, found in splits.items() if found}
 
 
-def shown(split: str, items: list[ExportImage], stripped: list[str]) -> Iterator[dict]:
+def shown(split: str, items: list[ExportImage], treated: dict[tuple[str, str], str]) -> Iterator[dict]:
     """`read_items` with a bar."""
-    yield from tqdm(read_items(items, stripped), desc=split, total=len(items))
+    yield from tqdm(read_items(items, treated), desc=split, total=len(items))
 
 
 def write(splits: dict[str, list[ExportImage]], args: argparse.Namespace) -> None:
@@ -118,12 +118,15 @@ def write(splits: dict[str, list[ExportImage]], args: argparse.Namespace) -> Non
     )
     defects = sorted({item.row.defect for item in itertools.chain(*splits.values()) if item.row.mask})
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=args.output_dir) as temporary:
-        folder, stripped = Path(temporary), list[str]()
-        examples = {split: shown(split, items, stripped) for split, items in splits.items()}
+        folder, treated = Path(temporary), dict[tuple[str, str], str]()
+        examples = {split: shown(split, items, treated) for split, items in splits.items()}
         last = EXPORTERS[args.format](folder, examples, defects)
         if args.format in WRITERS:
-            write_dataset_card(folder, counts, args.format, "by_good_image", None, None, len(stripped), None)
+            write_dataset_card(
+                folder, counts, args.format, "by_good_image", None, None, Counter(treated.values()), None
+            )
         publish_dir(folder, args.output_dir, last)
+    print(treatment_in_words(Counter(treated.values())))
     for (_, defect, split), number in sorted(counts.items(), key=lambda entry: entry[0][::-1]):
         print(f"{split} {defect}: {number}")
 

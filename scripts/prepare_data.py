@@ -18,7 +18,7 @@ import defectfill.quiet  # noqa: F401
 
 from tqdm.auto import tqdm
 
-from defectfill.runs.cards import write_dataset_card
+from defectfill.runs.cards import treatment_in_words, write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill.runs.flags import add_hub_flags
 from defectfill.runs.hub import PUBLISHED_DATA, check_hub, push
@@ -70,19 +70,14 @@ def write(splits: Splits, args: argparse.Namespace, repo_id: str | None) -> None
     """Writes the dataset and its card to the output folder, whole or not at all."""
     clear_leftovers(args.output_dir)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=args.output_dir) as folder:
-        stripped: list[str] = []
+        treated: dict[tuple[str, str], str] = {}
         for split, rows in splits.items():
-            WRITERS[args.format](Path(folder), split, tqdm(read_examples(rows, stripped), desc=split, total=len(rows)))
+            WRITERS[args.format](Path(folder), split, tqdm(read_examples(rows, treated), desc=split, total=len(rows)))
         counts = Counter((name, row.defect, split) for split, rows in splits.items() for name, _, row in rows)
-        write_dataset_card(
-            Path(folder), counts, args.format, args.split, args.license, args.source, len(stripped), repo_id
-        )
+        images = Counter(treated.values())
+        write_dataset_card(Path(folder), counts, args.format, args.split, args.license, args.source, images, repo_id)
         publish_dir(Path(folder), args.output_dir, last="README.md")
-    if stripped:
-        print(
-            f"{len(stripped)} of {counts.total()} images held metadata (EXIF, XMP, text, comments): "
-            "written as PNG, upright, without them"
-        )
+    print(treatment_in_words(images))
     print(f"{args.output_dir}: " + ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))
 
 

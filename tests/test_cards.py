@@ -78,7 +78,7 @@ def test_a_dataset_card_shows_foreign_text_as_text(tmp_path, text):
     def card(words: str, folder) -> str:
         folder.mkdir()
         counts = Counter({(words, words, "train"): 1, (words, "good", "good"): 2})
-        cards.write_dataset_card(folder, counts, "parquet", "auto", words, words, 0, words)
+        cards.write_dataset_card(folder, counts, "parquet", "auto", words, words, Counter(kept=1), words)
         return (folder / "README.md").read_text(encoding="utf-8")
 
     plain, told = card("words", tmp_path / "a"), card(text, tmp_path / "b")

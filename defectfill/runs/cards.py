@@ -89,12 +89,8 @@ The split: {{ split }}.
 
 Each row has `image`, `mask`, `object`, `defect` and `source_file` (the image's name at its source).
 A mask is a PNG of its image's size, upright: 255 inside the defect, 0 outside; good images have none.
-{% if stripped %}
-{{ stripped }} image{{ "s" if stripped != 1 }} held metadata (EXIF, XMP, text or comments): written as PNG, upright,
-without them. All others are the source's files, byte for byte.
-{% else %}
-Images are the source's files, byte for byte.
-{% endif %}
+{{ treatment }}.
+
 ```python
 from datasets import load_dataset
 
@@ -168,7 +164,7 @@ def write_dataset_card(
     split: str,
     license: str | None,
     source: str | None,
-    stripped: int,
+    images: Counter,
     repo_id: str | None,
 ) -> None:
     """Writes README.md: what the dataset is, where it is from, its licence, and how to load it.
@@ -177,7 +173,7 @@ def write_dataset_card(
         counts: number of images of each (object, defect, split).
         file_format: "parquet" or "imagefolder".
         split: a rule of `split_rows`, or a split file.
-        stripped: number of images that were written without their metadata.
+        images: number of images of each treatment, as `image_bytes` names them.
     """
     paths = {
         name: f"data/{name}-*" if file_format == "parquet" else f"{name}/**"
@@ -215,12 +211,23 @@ def write_dataset_card(
         source=_source_in_words(source),
         license=license,
         split=SPLITS_IN_WORDS.get(split, "a split file's"),
-        stripped=stripped,
+        treatment=treatment_in_words(images),
         own_good=own_good,
         repo_id=repo_id or "path/to/this/folder",
     )
     with atomic_write(folder / "README.md") as temporary:
         temporary.write_text(str(card), encoding="utf-8")
+
+
+def treatment_in_words(images: Counter) -> str:
+    """What was done so that published images hold their pixels and nothing else."""
+    done = {
+        "kept": "the source's files, byte for byte",
+        "trimmed": "without what their files held beside the coded pixels (metadata, colour profile, further images)",
+        "rewritten": "written anew as upright PNG of the same pixels",
+    }
+    found = "; ".join(f"{images[how]} {words}" for how, words in done.items() if images[how])
+    return f"Of {images.total()} images, {found}"
 
 
 def _content_digest(folder: Path) -> str:

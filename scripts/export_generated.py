@@ -121,12 +121,11 @@ def write(splits: dict[str, list[ExportImage]], args: argparse.Namespace) -> Non
         folder, treated = Path(temporary), dict[tuple[str, str], str]()
         examples = {split: shown(split, items, treated) for split, items in splits.items()}
         last = EXPORTERS[args.format](folder, examples, defects)
+        images = Counter(treated.values())
         if args.format in WRITERS:
-            write_dataset_card(
-                folder, counts, args.format, "by_good_image", None, None, Counter(treated.values()), None
-            )
+            write_dataset_card(folder, counts, args.format, "by_good_image", None, None, images, None)
         publish_dir(folder, args.output_dir, last)
-    print(treatment_in_words(Counter(treated.values())))
+    print(treatment_in_words(images))
     for (_, defect, split), number in sorted(counts.items(), key=lambda entry: entry[0][::-1]):
         print(f"{split} {defect}: {number}")
 

@@ -1,4 +1,4 @@
-"""What is published lies in the folder that was given: no link, and no row of a table, reaches the rest of the disk."""
+"""What is published lies in the folder that was given: no link and no row of a table reaches the rest of the disk."""
 
 import shutil
 from pathlib import Path

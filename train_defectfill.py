@@ -92,7 +92,7 @@ from defectfill_dataset import (
     tokenize_prompts,
     upsample_mask,
 )
-from defectfill_dataset.commands import exit_on_input_error
+from defectfill_dataset.commands import exit_on_input_error, start_logging
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -863,11 +863,7 @@ def main(args: argparse.Namespace) -> None:
         # The other processes wait while the first measures, validates, saves and pushes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2, seconds=args.push_timeout))],
     )
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.INFO if accelerator.is_local_main_process else logging.ERROR,
-    )
+    start_logging(logging.INFO if accelerator.is_local_main_process else logging.ERROR)
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32

@@ -16,7 +16,7 @@ from pathlib import Path
 from defectfill.runs.files import write_json
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.checks import skippable
-from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error
+from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error, say
 from defectfill_dataset.errors import did_you_mean, folded, one_line
 from defectfill_dataset.report import ObjectReport, check_object
 from defectfill_dataset.sheets import contact_sheet
@@ -72,8 +72,8 @@ def main(args: argparse.Namespace) -> None:
     if args.output_dir:
         content = {"resolution": args.resolution, "objects": [report.as_json() for report in reports]}
         write_json(args.output_dir / "report.json", content)
-    print(LEGEND)
-    print(
+    say(*LEGEND.splitlines())
+    say(
         f"Contact sheets and report.json: {args.output_dir}"
         if args.output_dir
         else "Add --output_dir DIR for a contact sheet of each object."
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
 def print_report(report: ObjectReport) -> None:
     """Split, problems and notes, then a table of the defect types."""
     numbers = (len(report.images(split)) for split in ("train", "test", "good"))
-    print(f"\n{report.name}: " + ", ".join(map("{} {}".format, numbers, ("references", "held out", "good"))))
+    say("", f"{report.name}: " + ", ".join(map("{} {}".format, numbers, ("references", "held out", "good"))))
     warnings = (
         "Warnings; these alone would not stop training:"
         if report.problems
@@ -96,7 +96,7 @@ def print_report(report: ObjectReport) -> None:
         ("Left out:" if report.skipped else "", report.skipped),
         (warnings if report.notes else "", report.notes),
     ):
-        print("\n".join([what] * bool(what) + folded(found)), end="\n" * bool(what))
+        say(*[what] * bool(what), *folded(found))
     if report.problems and all(map(skippable, report.problems)):
         print("With --skip_problems, these images are left out and the others are used.")
     rows = [("defect type", "images", *COLUMNS.values())]
@@ -106,7 +106,7 @@ def print_report(report: ObjectReport) -> None:
         rows.append((one_line(defect), str(figures["images"]), *spreads))
     widths = [max(map(width, column)) for column in zip(*rows)]
     for row in rows:
-        print("  " + "   ".join(cell + " " * (n - width(cell)) for cell, n in zip(row, widths)).rstrip())
+        say("  " + "   ".join(cell + " " * (n - width(cell)) for cell, n in zip(row, widths)).rstrip())
 
 
 def width(text: str) -> int:

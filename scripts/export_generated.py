@@ -20,7 +20,7 @@ from defectfill.runs.cards import treatment_in_words, write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill_dataset import InputError, Problem
 from defectfill_dataset.checks import inspect_row, outside_links
-from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
+from defectfill_dataset.commands import HelpFormatter, exit_on_input_error, say
 from defectfill_dataset.writers.datasets import WRITERS
 from defectfill_dataset.writers.exports import (
     EXPORTERS,
@@ -125,9 +125,9 @@ def write(splits: dict[str, list[ExportImage]], args: argparse.Namespace) -> Non
         if args.format in WRITERS:
             write_dataset_card(folder, counts, args.format, "by_good_image", None, None, images, None)
         publish_dir(folder, args.output_dir, last)
-    print(treatment_in_words(images))
+    say(treatment_in_words(images))
     for (_, defect, split), number in sorted(counts.items(), key=lambda entry: entry[0][::-1]):
-        print(f"{split} {defect}: {number}")
+        say(f"{split} {defect}: {number}")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

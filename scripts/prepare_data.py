@@ -24,7 +24,7 @@ from defectfill.runs.flags import add_hub_flags
 from defectfill.runs.hub import PUBLISHED_DATA, check_hub, push
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.checks import outside_links
-from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error
+from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error, say
 from defectfill_dataset.readers import Row
 from defectfill_dataset.report import check_object
 from defectfill_dataset.writers.datasets import WRITERS, read_examples
@@ -56,7 +56,7 @@ def checked_splits(args: argparse.Namespace) -> Splits:
                               args.skip_problems)  # fmt: skip
         problems += [dataclasses.replace(p, where=f"{name}: {p.where}") for p in report.problems]
         for problem in report.skipped:
-            print(f"left out: {problem}")
+            say(f"left out: {problem}")
         for split, of_object in report.splits.items():
             splits[split] += [(name, root, row) for row in of_object]
     if not args.follow_links:
@@ -77,8 +77,8 @@ def write(splits: Splits, args: argparse.Namespace, repo_id: str | None) -> None
         images = Counter(treated.values())
         write_dataset_card(Path(folder), counts, args.format, args.split, args.license, args.source, images, repo_id)
         publish_dir(Path(folder), args.output_dir, last="README.md")
-    print(treatment_in_words(images))
-    print(f"{args.output_dir}: " + ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))
+    say(treatment_in_words(images))
+    say(f"{args.output_dir}: " + ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -124,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
                 push(args.output_dir, repo_id, args.push_timeout, PUBLISHED_DATA[args.format], "dataset")
             except RuntimeError as error:
                 sys.exit(str(error))
-            print(f"Pushed to {repo_id}")
+            say(f"Pushed to {repo_id}")
 
 
 def command() -> None:

@@ -1,6 +1,7 @@
 """Checks of the pixels of image and mask pairs, all problems at once, before any model is loaded."""
 
 import dataclasses
+import hashlib
 import io
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -252,6 +253,16 @@ def _inspect_example(row: dict, resolution: int, grid: int) -> ImageReport:
 
 def _file(encoded: dict) -> Path | io.BytesIO:
     return Path(encoded["path"]) if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
+
+
+def data_digest(dataset: Dataset) -> str:
+    """sha256 over the names and the encoded bytes of a split's images and masks: says which data a run saw."""
+    digest = hashlib.sha256()
+    for row in _encoded(dataset):
+        digest.update(f"{row['object']}/{row['defect']}/{row['source_file']}\n".encode())
+        for file in (row["image"], row["mask"]):
+            digest.update(hashlib.sha256(file["bytes"] or Path(file["path"]).read_bytes()).digest() if file else b"-")
+    return digest.hexdigest()
 
 
 def _read_mask(encoded: dict) -> np.ndarray:

@@ -82,6 +82,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF197": "A manifest names a file that does not exist.",
         "DF198": "Two images to export have the same name.",
         "DF199": "The export cannot be made from these images.",
+        "DF202": "The name of a file to write would be longer than file systems allow.",
         "DF200": "A link to a file outside the dataset would be published.",
         "DF310": "A checkpoint or a run's file is damaged.",
         "DF320": "The run was started with other inputs or options.",

@@ -18,7 +18,7 @@ from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.checks import skippable
 from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error, say
 from defectfill_dataset.errors import did_you_mean, folded, one_line
-from defectfill_dataset.report import ObjectReport, check_object
+from defectfill_dataset.report import ObjectReport, check_object, check_prompts
 from defectfill_dataset.sheets import contact_sheet
 
 
@@ -44,6 +44,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         metavar="RULE|FILE",
         help="Defects that training uses: auto, first_third, all, or a split.json.",
     )
+    add(
+        "--pretrained_model_name_or_path",
+        metavar="BASE",
+        help="Base model to train, to check the length of the prompts that the names give by its tokenizer.",
+    )
     add("--resolution", type=int, default=512, metavar="PX", help="Resolution to train at.")
     add(
         "--vae_scale_factor", type=int, default=8, metavar="N", help="Pixels per cell of the base model's latent grid."
@@ -57,13 +62,14 @@ def main(args: argparse.Namespace) -> None:
     if args.object and args.object not in objects:
         what = f"not in {args.data_dir}.{did_you_mean(args.object, objects)}"
         raise InputError(Problem("DF162", f"--object {args.object}", what))
-    reports = []
+    reports, tokenizer = [], read_tokenizer(args.pretrained_model_name_or_path)
     for name, root in objects.items():
         if args.object not in (None, name):
             continue
         grid = args.resolution // args.vae_scale_factor
         report = check_object(root, name, args.resolution, grid, args.layout, args.split,
                               MaskClasses.parse(args.mask_classes), args.skip_problems)  # fmt: skip
+        check_prompts(report, tokenizer)
         reports.append(report)
         if args.output_dir:
             args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -80,6 +86,15 @@ def main(args: argparse.Namespace) -> None:
     )
     if any(report.problems for report in reports):
         sys.exit(2)
+
+
+def read_tokenizer(base: str | None):
+    """The tokenizer of a base model, None if none is given."""
+    if base is None:
+        return None
+    from defectfill.base_model import load_tokenizer, read_base  # slow, and of no use for images
+
+    return load_tokenizer(read_base(base, None, None, None), None)
 
 
 def print_report(report: ObjectReport) -> None:

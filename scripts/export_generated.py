@@ -7,6 +7,7 @@ Everything is checked first; the exit status is 2 if anything cannot be used.
 
 import argparse
 import itertools
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ from defectfill_dataset.writers.exports import (
     read_items,
     split_items,
 )
+
+
+LONGEST_END = "_mask.png"  # of the names of an export's files
 
 
 def check_options(args: argparse.Namespace) -> list[Problem]:
@@ -66,7 +70,7 @@ def checked_items(args: argparse.Namespace) -> list[ExportImage]:
         items += good
         problems += [] if args.follow_links else outside_links([item.row for item in good], args.good)
     problems += [problem for item in items for problem in inspect_row(item.row, item.root).problems]
-    if problems := problems + same_names(items):
+    if problems := problems + same_names(items) + long_names(items):
         raise InputError(*problems)
     return items
 
@@ -82,6 +86,15 @@ def same_names(items: list[ExportImage]) -> list[Problem]:
     return [
         Problem("DF198", f"{a}, {b}", f"both hold an image to be called '{name}'", "rename one")
         for (a, b), name in pairs.items()
+    ]
+
+
+def long_names(items: list[ExportImage]) -> list[Problem]:
+    """A problem (DF202) for each image whose files' names would be longer than file systems take."""
+    return [
+        Problem("DF202", item.row.image, f"its mask would be called {item.name}{LONGEST_END}", "shorten its name")
+        for item in items
+        if len(os.fsencode(item.name + LONGEST_END)) > 255
     ]
 
 

@@ -21,7 +21,7 @@ from ..errors import Problem
 from ..images import load_image, open_image
 from ..mask_values import binarise
 from ..masks import MaskFiles, components
-from ..readers import NAME, ONE_TYPE, RESERVED, Row, file_inside, image_files
+from ..readers import ONE_TYPE, Row, can_name, file_inside, image_files
 from ..readers.marks import MALFORMED
 from ..seeds import derive_seed
 from .datasets import WRITERS, png_bytes, read_examples
@@ -76,7 +76,7 @@ def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list
         problems += [
             Problem("DF196", place, f"the {kind} '{name}' cannot name a folder of defects", "rename it there")
             for kind, name in names.items()
-            if name == "good" or not NAME.fullmatch(name) or RESERVED.fullmatch(name)
+            if name == "good" or not can_name(name)
         ]
         if image and mask:
             stem = f"{folder.name}_{image.stem}" if several else image.stem

@@ -77,6 +77,7 @@ from defectfill_dataset import (
     check_pairs,
     choose_crop_rule,
     data_digest,
+    defect_types,
     derive_seed,
     heat_overlay,
     image_tensor,
@@ -666,10 +667,9 @@ def save(
 
     def write() -> Path | None:
         log.flush()
-        record = prepared.record | {"steps": state["step"]}
         return checkpoints.save_checkpoint(
             args.output_dir, state | {"identity": prepared.identity},
-            lambda folder: write_lora(folder / LORA_FILE, training.bare_models, record),
+            lambda to: write_lora(to / LORA_FILE, training.bare_models, prepared.record | {"steps": state["step"]}),
             training.parameters, training.optimizer, training.lr_scheduler, accelerator.scaler,
             args.checkpoints_total_limit, fallback,
         )  # fmt: skip
@@ -791,7 +791,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
         what = "needs a GPU, and none is available"
         raise InputError(Problem("DF189", "--mixed_precision fp16", what, "use bf16 or no"))
     every_type = read_data(args, accelerator)
-    data = select_defects(every_type, args.defect or single_types(every_type))
+    data = select_defects(every_type, args.defect or single_types(defect_types(every_type)))
     base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir, args.variant)
     check_resolution(base, args.resolution)
     check_images(args, data, base)

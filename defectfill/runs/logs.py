@@ -10,17 +10,15 @@ import transformers
 from accelerate import Accelerator
 from PIL import Image
 
+from defectfill_dataset import commands
+
 
 logger = logging.getLogger(__name__)
 
 
 def start_logging(accelerator: Accelerator) -> None:
     """Log lines of the main process of each machine, errors of all; of libraries, errors only."""
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.INFO if accelerator.is_local_main_process else logging.ERROR,
-    )
+    commands.start_logging(logging.INFO if accelerator.is_local_main_process else logging.ERROR)
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
 

@@ -29,6 +29,7 @@ from defectfill.runs.files import exclusive_lock, write_json
 from defectfill.sampling import ddim, inpaint
 from defectfill.seam import feather_alpha
 from defectfill_dataset import derive_seed, pool_mask, tensor_image
+from defectfill_dataset.commands import say
 from defectfill_scripts import make_demo_data
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
 
@@ -240,7 +241,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Learning rate of UNet and text encoder. Default: %(default)s.",
     )
     add("--num_inference_steps", type=int, default=20, metavar="N", help="DDIM steps. Default: %(default)s.")
-    add("--guidance_scale", type=float, default=1.0, metavar="X", help="Default: %(default)s.")
+    add("--guidance_scale", type=float, default=7.5, metavar="X", help="Default: %(default)s.")
     return parser.parse_args(input_args)
 
 
@@ -255,7 +256,7 @@ def main(args: argparse.Namespace) -> None:
         results = [json.loads(line) for line in results_file.read_text().splitlines()]
         (args.output_dir / "table.md").write_text(table(results))
         samples(args, results).save(args.output_dir / "samples.png")
-        print(table(results))
+        say(*table(results).splitlines())
 
 
 def command() -> None:

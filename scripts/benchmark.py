@@ -61,7 +61,7 @@ from defectfill_dataset import (
     tokenize_prompts,
     upsample_mask,
 )
-from defectfill_dataset.commands import exit_on_input_error
+from defectfill_dataset.commands import exit_on_input_error, say
 from defectfill_scripts.train_segmenter import drawn_pairs
 
 
@@ -136,7 +136,7 @@ def write_results(
         args.output_dir / "environment.json",
         versions() | {"device": device, "threads": torch.get_num_threads()} | flags,
     )
-    print(text)
+    say(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from defectfill.sampling import ddim, inpaint, reconstruct
 from defectfill.seam import feather_alpha
 from defectfill.selection import choose_candidate, measure, ssim_score
 from defectfill_dataset import derive_seed, load_defect_pairs, pool_mask, tensor_image
+from defectfill_dataset.commands import say
 from defectfill_dataset.samples import make_crops
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
 
@@ -64,7 +65,7 @@ def generate(args: argparse.Namespace, path: Path, seed: int, squeezenet: torch.
     found = []
     for i, (image, mask) in enumerate(zip(good, masks)):
         seeds = [derive_seed(seed, "candidate", i, j) for j in range(CANDIDATES)]
-        candidates = inpaint(pipe, image[None], grids[i][None], prompt, [seeds], args.num_inference_steps, 1.0)[0]
+        candidates = inpaint(pipe, image[None], grids[i][None], prompt, [seeds], args.num_inference_steps)[0]
         source, rebuilt = image / 2 + 0.5, reconstruct(pipe, image[None])[0]
         alpha = torch.from_numpy(feather_alpha(mask[0].numpy() > 0.5)) / 255
         kept = {}
@@ -190,7 +191,7 @@ def main(args: argparse.Namespace) -> None:
         generate_all(args)
     labels_file = args.output_dir / "labels.txt"
     if not labels_file.exists():
-        print(f"Label the sheets of {args.output_dir} in {labels_file}, then run this again.")
+        say(f"Label the sheets of {args.output_dir} in {labels_file}, then run this again.")
         return
     tensors = load_file(args.output_dir / CANDIDATES_FILE)
     record = json.loads((args.output_dir / "candidates.json").read_text())
@@ -200,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
     ious = iou(segment(segmenter, tensors["pictures"].flatten(0, 1)), masks).unflatten(0, (-1, CANDIDATES))
     text = table(record["images"], labels, ious)
     (args.output_dir / "table.md").write_text(text)
-    print(text)
+    say(*text.splitlines())
 
 
 def command() -> None:

@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
     --cache_latents 8 --validation_steps 0 --checkpointing_steps 40 --resume_from_checkpoint latest
 "$venv/bin/python" generate_defectfill.py --lora "$out/lora" --image "$out/data/nut/train/good" \
     --mask_source references --reference_data "$out/data/nut" --output_dir "$out/generated" \
-    --generation_prompt defect --num_candidates 4 --num_inference_steps 20 --guidance_scale 1 --selection ssim+likeness
+    --generation_prompt defect --num_candidates 4 --num_inference_steps 20 --selection ssim+likeness
 "$venv/bin/python" - "$out" <<'END'
 import json, sys
 record = json.load(open(f"{sys.argv[1]}/lora/run_record.json"))

@@ -136,7 +136,7 @@ def write_results(
         args.output_dir / "environment.json",
         versions() | {"device": device, "threads": torch.get_num_threads()} | flags,
     )
-    say(text)
+    say(*text.splitlines())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The output folder of a generation run: its plan, its images, and the manifest, a line for each image made.
+"""The output folder of a generation run: settings, plan, images, and the manifest, a line for each image made.
 
 Each process appends lines to a part of its own; the parts become the manifest.
 """
@@ -17,10 +17,12 @@ from defectfill_dataset import InputError, Problem
 
 from .files import atomic_write
 from .source_images import SourceImage
+from .speed import SPEED
 
 
-PLAN, MANIFEST, PARTS = "plan.jsonl", "manifest.jsonl", "manifest-part-*.jsonl"
+SETTINGS, PLAN, MANIFEST, PARTS = "settings.json", "plan.jsonl", "manifest.jsonl", "manifest-part-*.jsonl"
 KINDS = ("images", "masks", "mask_changed", "contact")  # folders of PNG files
+TABLE, REPORT, SHEET = "manifest.parquet", "summary.html", "contact_sheet.png"
 
 
 def check_output_dir(folder: Path, source_images: Iterable[SourceImage]) -> None:
@@ -30,9 +32,25 @@ def check_output_dir(folder: Path, source_images: Iterable[SourceImage]) -> None
         if file.resolve().parent in written:
             what = f"would overwrite {file}"
             raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
-    foreign = [kind for kind in KINDS if (folder / kind).is_dir() and any((folder / kind).iterdir())]
-    if foreign and not (folder / PLAN).exists():
-        what = f"holds {', '.join(foreign)} of something else"
+    check_own(folder)
+
+
+def check_own(folder: Path) -> None:
+    """Raises InputError (DF192) if the folder holds what a run would write over, and no run of ours has begun there.
+
+    The settings tell one of ours; they are written first.
+    """
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+        if isinstance(settings, dict) and {"base", "resolution", "num_candidates"} <= settings.keys():
+            return
+    except (OSError, ValueError):
+        pass
+    found = [kind for kind in KINDS if (folder / kind).is_dir() and any((folder / kind).iterdir())]
+    found += [name for name in (SETTINGS, PLAN, MANIFEST, TABLE, REPORT, SHEET, SPEED) if (folder / name).exists()]
+    found += [file.name for file in sorted(folder.glob(PARTS))]
+    if found:
+        what = f"holds {', '.join(found)} of something else"
         raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
 
 

@@ -50,6 +50,8 @@ from defectfill.runs.manifest import (
     merge_parts,
     open_part,
     read_lines,
+    sealed,
+    warn_of_unverified,
     write_lines,
     write_table,
 )
@@ -279,7 +281,7 @@ def write_image(canvas: Canvas, folder: Path, keep_metadata: bool) -> dict:
         Image.fromarray(changed_mask(source, image, canvas.vae_error)).convert("L"), folder / files["mask_changed"]
     )
     save_image(stack(canvas.contact_rows), folder / files["contact"])
-    return planned.line | {
+    line = planned.line | {
         "image": files["images"],
         "mask": files["masks"],
         "mask_changed": files["mask_changed"],
@@ -290,6 +292,7 @@ def write_image(canvas: Canvas, folder: Path, keep_metadata: bool) -> dict:
         "boxes": component_boxes(mask),
         "windows": canvas.lines,
     }
+    return sealed(line, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -550,7 +553,9 @@ def start_run(run: PreparedGeneration) -> list[str]:
     write_lines(folder / PLAN, lines)
     for kind in KINDS:
         (folder / kind).mkdir(exist_ok=True)
-    return [line["name"] for line in merge_parts(folder)]
+    finished = merge_parts(folder, run.command.verify)
+    warn_of_unverified(finished)
+    return [line["name"] for line in finished]
 
 
 def finish_run(folder: Path, problems: dict[str, Problem], speeds: Sequence[Speed]) -> None:

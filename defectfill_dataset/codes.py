@@ -92,6 +92,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF324": "The results cannot be written: the disk is full, or has failed.",
     },
     "Generation": {
+        "DF330": "A generated file, or its line of the manifest, is not what was written.",
         "DF340": "There is no room for a mask in an image.",
         "DF341": "There are no masks to use.",
         "DF342": "No candidate passed the quality filters.",

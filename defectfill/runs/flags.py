@@ -215,6 +215,8 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR", help="Folder of images, masks and manifest.")
     add("--keep_metadata", action="store_true", help="Copy the good image's EXIF data, such as place and camera.")
+    verify_help = "On a restart, read all finished files, not only those that changed, to find damaged ones."
+    add("--verify", action="store_true", help=verify_help)
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import defectfill.quiet  # noqa: F401
+import defectfill.runs.start  # noqa: F401
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from defectfill.runs.manifest import (
     check_own,
     merge_parts,
     open_part,
+    progress,
     read_lines,
     sealed,
     warn_of_unverified,
@@ -59,6 +60,7 @@ from defectfill.runs.plan import PlannedImage, Recipe, batch_plan, check_plan, m
 from defectfill.runs.processes import check_launch, locked_start
 from defectfill.runs.report import contact_row, stack, thumbnail, write_report
 from defectfill.runs.requests import GenerationCommand
+from defectfill.runs.signals import end_with_launcher, exit_on_signal
 from defectfill.runs.speed import SPEED, Speed, summarise
 from defectfill.sampling import compile_unet, composite, fit, inpaint, load_pipeline, reconstruct
 from defectfill.seam import changed_mask, feather_alpha, grid_mask, seam_step, vae_error
@@ -582,7 +584,9 @@ def main(command: GenerationCommand) -> None:
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(on_cpu, timeout=datetime.timedelta(days=7))  # processes wait for the slowest
     run = prepare(command, state.device)
-    with locked_start(command.output_dir, lambda: start_run(run), state.is_main_process) as done:
+    locked = locked_start(command.output_dir, lambda: start_run(run), state.is_main_process)
+    with exit_on_signal(lambda: f"Stopped: {progress(command.output_dir)}"), locked as done:
+        end_with_launcher()
         shares = gather_object([generate_share(run, set(done), state)])
         if state.is_main_process:
             problems = {name: why for of_process, _ in shares for name, why in of_process.items()}

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import defectfill.quiet  # noqa: F401
+import defectfill.runs.start  # noqa: F401
 
 import datasets
 import diffusers

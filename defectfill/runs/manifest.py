@@ -126,6 +126,18 @@ def merge_parts(folder: Path, verify: bool = False) -> list[dict]:
     return lines
 
 
+def progress(folder: Path) -> str:
+    """How many images are finished, by the lines of all processes, and how to go on."""
+    finished, planned = (
+        sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+        for files in ((folder / MANIFEST, *folder.glob(PARTS)), (folder / PLAN,))
+    )
+    if not planned:
+        return "nothing was generated yet. Run the same command again."
+    what = f"{min(finished, planned)} of {planned} images are finished in {folder}"
+    return f"{what}. Run the same command again to generate the others."
+
+
 def sealed(line: dict, folder: Path) -> dict:
     """The line with size and sha256 of each file of its image, and with a digest of its own."""
     files = {kind: folder / kind / f"{line['name']}.png" for kind in KINDS}

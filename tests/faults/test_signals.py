@@ -18,6 +18,7 @@ from runs import FAST, fork, options, wait_for
 from defectfill.runs import signals
 from defectfill.runs.checkpoint import list_checkpoints
 from defectfill.runs.files import exclusive_lock
+from defectfill_dataset import InputError
 
 
 SECONDS = 90  # for a start, and for an end; processes of the toy models need a few
@@ -119,8 +120,15 @@ def start(base, trained, tmp_path):
 
 def check_left(command: Command) -> None:
     assert command.has_ended(), (processes(command.folder), command.said)
-    with exclusive_lock(command.out):
-        pass
+    assert wait_until(lambda: is_free(command.out), 10)  # a process that ends closes its files last
+
+
+def is_free(folder: Path) -> bool:
+    try:
+        with exclusive_lock(folder):
+            return True
+    except InputError:
+        return False
 
 
 @pytest.mark.slow

@@ -839,7 +839,8 @@ def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator:
         args.output_dir, args.resume_from_checkpoint, prepared.identity, args.max_train_steps
     )
     if args.push_to_hub:
-        args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, args.output_dir.resolve().name)
+        name = args.output_dir.resolve().name
+        args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, name, args.push_timeout)
     clear_leftovers(args.output_dir)
     if checkpoint:
         checkpoints.archive_newer_checkpoints(args.output_dir, int(checkpoint.name.split("-")[1]))

@@ -117,5 +117,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF500": "There is no valid token.",
         "DF501": "The repository is public but should be private, or vice versa.",
         "DF502": "The repository cannot be created or written.",
+        "DF503": "The Hub cannot be reached, or does not answer in time.",
+        "DF504": "The push failed; everything is safe in the output folder.",
     },
 }

@@ -46,7 +46,13 @@ def add_hub_flags(add: Callable, pushed: str, id_flag: str) -> None:
     )
     add(id_flag, metavar="ID", help="Repository on the Hub. Default: the output folder's name.")
     add("--hub_public", action="store_true", help="Make a new repository public; without it, it is private.")
-    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="Seconds after which a push is aborted.")
+    add(
+        "--push_timeout",
+        type=float,
+        default=600,
+        metavar="SECONDS",
+        help="Seconds after which a push is aborted, and the check of the Hub at the start too (after 60 at most).",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -150,7 +150,9 @@ def test_a_signal_ends_a_process_with_its_number_and_says_how_to_go_on(start, na
     elif name == "train":
         assert "resume with --resume_from_checkpoint latest" in command.said and list_checkpoints(command.out)
     else:
-        count = rf"\d+ of 2000 images are finished in {command.out}" if moment == "work" else ".*generated yet|0 of 2000"
+        count = (
+            rf"\d+ of 2000 images are finished in {command.out}" if moment == "work" else ".*generated yet|0 of 2000"
+        )
         assert re.search(rf"Stopped: ({count}).*\. Run the same command again", command.said)
 
 

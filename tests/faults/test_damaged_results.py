@@ -6,6 +6,7 @@ import shutil
 import time
 
 import pytest
+from drawn import write_image, write_mask
 from generated_folder import export
 from runs import FAST, content, generate, read_lines
 
@@ -14,12 +15,24 @@ from defectfill.runs import manifest
 from defectfill_dataset import InputError
 
 
+@pytest.fixture(scope="module")
+def finished(trained, tmp_path_factory):
+    """The flags of a finished run, and its folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    for i, size in enumerate((48, 70, 33)):
+        write_mask(folder / f"masks/{i:03d}_mask.png", size)
+        write_image(folder / f"good/{i:03d}.png", size)
+    argv = ["--lora", trained, "--image", folder / "good", "--mask", folder / "masks", *FAST]
+    generate(*argv, "--output_dir", folder / "out")
+    return argv, folder / "out"
+
+
 @pytest.fixture
-def run(trained, inputs, tmp_path):
-    """A finished run: run(*more) starts it again."""
-    argv = ["--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST]
-    generate(*argv)
-    return lambda *more: generate(*argv, *more)
+def run(finished, tmp_path):
+    """A finished run in tmp_path / "out": run(*more) starts it again."""
+    argv, folder = finished
+    shutil.copytree(folder, tmp_path / "out")
+    return lambda *more: generate(*argv, "--output_dir", tmp_path / "out", *more)
 
 
 def edit(file, change) -> None:
@@ -93,8 +106,8 @@ def test_verify_reads_everything(run, tmp_path, caplog):
 def test_a_copied_folder_is_as_good(run, tmp_path, monkeypatch, caplog):
     out = tmp_path / "out"
     before = content(out)
-    shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copy)
-    shutil.rmtree(out), (tmp_path / "copy").rename(out)
+    for file in sorted(out.rglob("*")):
+        os.utime(file)
     monkeypatch.setattr(g, "load_pipeline", None)
     run()
     assert content(out) == before and not caplog.text

@@ -83,7 +83,7 @@ class Command:
     def until(self, moment: str) -> None:
         wanted = self.ranks + self.launched
         assert wait_until({
-            "at once": lambda: len(processes(self.folder)) >= 1,
+            "at once": lambda: time.sleep(0.5) is None,
             "child": lambda: len(processes(self.folder)) >= wanted,
             "import": lambda: len(processes(self.folder)) >= wanted and time.sleep(1) is None,
             "lock": (self.out / ".lock").exists,
@@ -157,8 +157,8 @@ def test_a_signal_ends_a_process_with_its_number_and_says_how_to_go_on(start, na
 
 
 LAUNCHED = [
-    ("at once", signal.SIGTERM), ("child", signal.SIGTERM), ("child", signal.SIGKILL), ("import", signal.SIGINT),
-    ("lock", signal.SIGKILL), ("work", signal.SIGTERM), ("work", signal.SIGINT), ("work", signal.SIGKILL),
+    ("at once", signal.SIGTERM), ("child", signal.SIGKILL), ("import", signal.SIGINT), ("lock", signal.SIGKILL),
+    ("work", signal.SIGTERM), ("work", signal.SIGKILL),
 ]  # fmt: skip
 
 
@@ -171,6 +171,16 @@ def test_no_process_outlives_its_launcher(start, name, ranks, moment, number):
     command.until(moment)
     command.process.send_signal(number)
     check_left(command)
+    assert list_checkpoints(command.out) or (name, moment) != ("train", "work")
+
+
+@pytest.mark.slow
+def test_a_launcher_that_ends_with_its_first_process_leaves_nothing(start):
+    """The process has not loaded Python yet."""
+    command = start("generate", 1)
+    command.until("child")
+    command.process.send_signal(signal.SIGTERM)
+    assert command.has_ended(), command.said
 
 
 @pytest.mark.slow
@@ -186,6 +196,21 @@ def test_one_signal_to_all_processes_of_a_run_counts_once(start, name):
 
 
 # Parts of it
+
+
+def test_a_later_second_signal_ends_a_launched_process_at_once(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(signals, "TOGETHER", 0.5)
+
+    def process():
+        stop = signals.StopSignal()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # passed on by the launcher
+        assert stop.number == signal.SIGINT
+        time.sleep(0.7)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert wait_for(fork(process)) == 143
 
 
 def test_a_library_that_does_not_return_holds_up_no_signal():

@@ -59,6 +59,7 @@ def test_a_hub_out_of_reach_is_no_wrong_token(hub, train, monkeypatch):
         train("--push_to_hub")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["/preupload/", "/blob/", "/commit/"])
 def test_a_push_ends_in_time_and_so_does_the_process(hub, trained, tmp_path, clock, pattern):
     """Also where the upload's threads, which a process waits for, would hold it."""

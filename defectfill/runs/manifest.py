@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from defectfill_dataset import InputError, Problem, file_digest
-from defectfill_dataset.errors import folded
+from defectfill_dataset.errors import folded, one_line
 
 from .files import atomic_write
 from .source_images import SourceImage
@@ -134,7 +134,7 @@ def progress(folder: Path) -> str:
     )
     if not planned:
         return "nothing was generated yet. Run the same command again."
-    what = f"{min(finished, planned)} of {planned} images are finished in {folder}"
+    what = f"{min(finished, planned)} of {planned} images are finished in {one_line(str(folder))}"
     return f"{what}. Run the same command again to generate the others."
 
 

@@ -6,6 +6,7 @@ Training stops at a step boundary, everything else at once: whatever the moment,
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -65,21 +66,21 @@ def exit_on_signal(message: Callable[[], str]) -> Iterator[None]:
     A thread does it, which Python wakes whatever the main thread is in: that may wait in a library for other
     processes, and would not run a handler.
     """
-    read, write = os.pipe()
-    os.set_blocking(write, False)
+    read, write = socket.socketpair()
+    write.setblocking(False)  # as Python wants it
 
     def end() -> None:
-        while number := os.read(read, 1):  # of any signal with a handler
+        while number := read.recv(1):  # of any signal with a handler
             if number[0] in STOPPING:
                 try:
                     if os.environ.get("LOCAL_RANK", "0") == "0":
                         os.write(2, f"\n{message()}\n".encode())
                 finally:
                     os._exit(128 + number[0])
-        os.close(read)
+        read.close()
 
     threading.Thread(target=end, daemon=True).start()
-    woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    woken = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, wake) for number in STOPPING}
     try:
         yield
@@ -87,7 +88,7 @@ def exit_on_signal(message: Callable[[], str]) -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-        os.close(write)
+        write.close()
 
 
 def wake(number, frame) -> None:

@@ -97,6 +97,7 @@ CODES: dict[str, dict[str, str]] = {
     "Generation": {
         "DF328": "An image does not fit in memory. The others are generated.",
         "DF329": "An image's file name would be too long. The others are generated.",
+        "DF330": "A generated file, or its line of the manifest, is not what was written.",
         "DF340": "There is no room for a mask in an image.",
         "DF341": "There are no masks to use.",
         "DF342": "No candidate passed the quality filters.",
@@ -121,5 +122,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF500": "There is no valid token.",
         "DF501": "The repository is public but should be private, or vice versa.",
         "DF502": "The repository cannot be created or written.",
+        "DF503": "The Hub cannot be reached, or does not answer in time.",
+        "DF504": "The push failed; everything is safe in the output folder.",
     },
 }

@@ -365,7 +365,7 @@ def test_a_disk_that_fills_up_in_generation(trained, inputs, tmp_path, full, cap
     message = fails(lambda: generate(*argv, "--output_dir", out), capsys)
     number = 3 if where == "out" else 1
     assert message.startswith(f"DF324 {out}: cannot be written ([Errno 28] No space")
-    assert message.endswith(f"; {number} of 3 images are complete; make room on the disk, and start again")
+    assert f"; make room on the disk: {number} of 3 images are finished in {out}. Run the same command" in message
     room = [99]
     generate(*argv, "--output_dir", out)
     assert content(out) == content(tmp_path / "whole")
@@ -381,7 +381,7 @@ def test_a_part_that_cannot_be_written(trained, inputs, tmp_path, capsys, monkey
     with monkeypatch.context() as patch:
         patch.setattr("defectfill.runs.manifest.os.fsync", full_disk)
         message = fails(lambda: generate(*argv, "--output_dir", out), capsys)
-    assert message.startswith(f"DF324 {out}: ") and "start again" in message
+    assert message.startswith(f"DF324 {out}: ") and "make room" in message
     generate(*argv, "--output_dir", out)
     assert content(out) == content(tmp_path / "whole")
 
@@ -415,7 +415,7 @@ def test_an_output_folder_that_vanishes_in_generation(trained, inputs, tmp_path,
 
     monkeypatch.setattr(generate_defectfill, "write_image", write_and_vanish)
     message = fails(lambda: generate(*inputs, "--lora", trained, *FAST, "--output_dir", out), capsys)
-    assert message.startswith(f"DF324 {out}: ") and "0 of 3 images" in message
+    assert message.startswith(f"DF324 {out}: ") and "nothing was generated yet" in message
 
 
 def passed_over(capsys, argv: list) -> list[str]:
@@ -607,6 +607,6 @@ def test_a_full_disk_of_the_second_process_is_told_by_the_first(trained, inputs,
     argv, out = [*inputs, "--lora", trained, *FAST, "--output_dir", tmp_path / "out"], tmp_path / "out"
     done = launch(tmp_path / "script.py", *argv, check=False)
     assert done.returncode and done.stderr.count("DF324") == 1
-    assert f"DF324 {out}: cannot be written" in done.stderr and "; 2 of 3 images are complete" in done.stderr
+    assert f"DF324 {out}: cannot be written" in done.stderr and ": 2 of 3 images are finished" in done.stderr
     launch(ROOT / "generate_defectfill.py", *argv)
     assert len(read_lines(out / "manifest.jsonl")) == 3

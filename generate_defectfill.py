@@ -13,7 +13,6 @@ Masks are 1 inside the defect.
 
 import dataclasses
 import datetime
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,6 +41,7 @@ from defectfill.runs.manifest import (
     KINDS,
     MANIFEST,
     PLAN,
+    PlanLine,
     check_output_dir,
     merge_parts,
     open_part,
@@ -53,7 +53,7 @@ from defectfill.runs.plan import PlannedImage, Recipe, batch_plan, check_plan, m
 from defectfill.runs.processes import check_launch
 from defectfill.runs.report import contact_row, stack, thumbnail, write_report
 from defectfill.runs.requests import GenerationCommand
-from defectfill.runs.speed import SPEED, Speed, summarise
+from defectfill.runs.speed import SPEED, Speed, SpeedFile, summarise
 from defectfill.sampling import compile_unet, composite, fit, inpaint, load_pipeline, reconstruct
 from defectfill.seam import changed_mask, feather_alpha, grid_mask, seam_step, vae_error
 from defectfill.selection import (
@@ -82,6 +82,7 @@ from defectfill_dataset import (
     upright_exif,
 )
 from defectfill_dataset.commands import exit_on_input_error
+from defectfill_dataset.text import Schema, read_json
 
 
 SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image
@@ -539,8 +540,8 @@ def start_run(run: PreparedGeneration) -> list[str]:
     folder, lines = run.command.output_dir, [planned.line for planned in run.plan]
     clear_leftovers(folder, *(folder / kind for kind in KINDS))
     if (folder / "settings.json").exists():
-        check_identity(json.loads((folder / "settings.json").read_text()), run.settings)
-    check_plan(lines, read_lines(folder / PLAN))
+        check_identity(read_json(folder / "settings.json", Schema, "DF310"), run.settings)
+    check_plan(lines, read_lines(folder / PLAN, PlanLine))
     write_json(folder / "settings.json", run.settings)
     write_lines(folder / PLAN, lines)
     for kind in KINDS:
@@ -556,8 +557,8 @@ def finish_run(folder: Path, problems: dict[str, Problem], speeds: Sequence[Spee
     if lines:
         write_table(folder / "manifest.parquet", lines)
         with atomic_write(folder / "summary.html") as temporary:
-            speed = json.loads((folder / SPEED).read_text())
-            write_report(temporary, read_lines(folder / PLAN), lines, problems.values(), speed)
+            speed = read_json(folder / SPEED, SpeedFile, "DF310")
+            write_report(temporary, read_lines(folder / PLAN, PlanLine), lines, problems.values(), speed)
         rows = [
             Image.open(folder / "contact" / f"{line['name']}.png", formats=("PNG",)) for line in lines[:SHEET_IMAGES]
         ]

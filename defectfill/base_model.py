@@ -26,7 +26,7 @@ from .base_files import (
     base_digest,
     check_pointers,
     check_weight_files,
-    read_json,
+    read_config,
     tokenizer_files,
 )
 
@@ -102,7 +102,7 @@ def read_base(
     files = find_configs(name, folder if is_local else None, revision, cache_dir)
     if is_local:
         check_pointers(folder, [*files.values(), *tokenizer_files(folder)])
-    unet, vae, text_encoder, scheduler, _ = (read_json(file) for file in files.values())
+    unet, vae, text_encoder, scheduler, _ = (read_config(file) for file in files.values())
     sha = None if is_local else files["unet/config.json"].parents[1].name
     base = BaseModel(name, sha, unet, vae, text_encoder, scheduler, variant)
     check_kind(base)

@@ -9,11 +9,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field, model_validator
 
 from defectfill_dataset import InputError, Problem
+from defectfill_dataset.text import MEND, Schema, numbered_lines, parse_json, read_text
 
 from .files import atomic_write
 from .source_images import SourceImage
@@ -21,6 +24,46 @@ from .source_images import SourceImage
 
 PLAN, MANIFEST, PARTS = "plan.jsonl", "manifest.jsonl", "manifest-part-*.jsonl"
 KINDS = ("images", "masks", "mask_changed", "contact")  # folders of PNG files
+MOST_RUN_BYTES = 2**32  # of a plan or manifest: a million images
+
+
+class PlanLine(Schema):
+    """What is used of a line of the plan."""
+
+    name: str
+    object: str | None = None
+    defect: str | None = None
+
+
+Measure = Annotated[float, Field(ge=-1e12, le=1e12)] | None
+
+
+class CropLine(Schema):
+    """What is used of a crop in a line of the manifest; a measure is of each candidate."""
+
+    chosen: int
+    attempts: int = 1
+    refused: dict[str, int] = {}
+    scores: list[Measure] | None = None
+    changes: list[Measure] | None = None
+    deviations: list[Measure] | None = None
+    reference_distances: list[Measure] | None = None
+
+    @model_validator(mode="after")
+    def check_chosen(self) -> "CropLine":
+        for measure in (self.scores, self.changes, self.deviations, self.reference_distances):
+            if measure and not 0 <= self.chosen < len(measure):
+                raise ValueError(f"candidate {self.chosen} of {len(measure)} is none")
+        return self
+
+
+class ManifestLine(PlanLine):
+    """What is used of a line of the manifest; versions before 0.1.0 knew no seam."""
+
+    windows: list[CropLine]
+    seam_step: Measure = None
+    good_seam_step: Measure = None
+    reference_seam_step: Measure = None
 
 
 def check_output_dir(folder: Path, source_images: Iterable[SourceImage]) -> None:
@@ -36,22 +79,21 @@ def check_output_dir(folder: Path, source_images: Iterable[SourceImage]) -> None
         raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
 
 
-def read_lines(file: Path) -> list[dict]:
+def read_lines(file: Path, schema: type[PlanLine]) -> list[dict]:
     """The lines of a JSON-lines file, none if it is absent; a last line that a kill cut off does not count.
 
     Raises:
-        InputError: a line is not an object with a name (DF310).
+        InputError: the file cannot be read, or a line is not of the schema (DF310).
     """
+    if not file.exists():
+        return []
     lines = []
-    complete = file.read_text().rpartition("\n")[0] if file.exists() else ""
-    for number, text in enumerate(complete.splitlines(), 1):
+    complete = read_text(file, "DF310", MEND, MOST_RUN_BYTES).rpartition("\n")[0]
+    for number, text in numbered_lines(complete):
         try:
-            line = json.loads(text)
-            line["name"]
-        except (ValueError, TypeError, KeyError) as error:
-            what = f"cannot be read ({error!r})"
-            raise InputError(Problem("DF310", f"{file}, line {number}", what, "remove it")) from error
-        lines.append(line)
+            lines.append(parse_json(text, schema))
+        except ValueError as error:
+            raise InputError(Problem("DF310", f"{file}, line {number}", str(error), "remove it")) from error
     return lines
 
 
@@ -82,8 +124,8 @@ def merge_parts(folder: Path) -> list[dict]:
     Only images whose files all exist have a line.
     """
     parts = sorted(folder.glob(PARTS))
-    found = {line["name"]: line for file in (folder / MANIFEST, *parts) for line in read_lines(file)}
-    planned = [line["name"] for line in read_lines(folder / PLAN)]
+    found = {line["name"]: line for file in (folder / MANIFEST, *parts) for line in read_lines(file, ManifestLine)}
+    planned = [line["name"] for line in read_lines(folder / PLAN, PlanLine)]
     lines = [found[name] for name in planned if name in found and is_complete(folder, name)]
     write_lines(folder / MANIFEST, lines)
     for part in parts:
@@ -97,7 +139,16 @@ def is_complete(folder: Path, name: str) -> bool:
 
 
 def write_table(file: Path, lines: list[dict]) -> None:
-    """Writes the lines as Parquet, a column for each key of any line."""
+    """Writes the lines as Parquet, a column for each key of any line.
+
+    Raises:
+        InputError: the lines have values of different types for one key (DF310).
+    """
     columns = dict.fromkeys(name for line in lines for name in line)
+    try:
+        table = pa.Table.from_pylist([{k: line.get(k) for k in columns} for line in lines])
+    except (pa.ArrowException, OverflowError) as error:
+        what = f"its lines do not make a table: {error}"
+        raise InputError(Problem("DF310", file.with_name(MANIFEST), what, MEND)) from error
     with atomic_write(file) as temporary:
-        pq.write_table(pa.Table.from_pylist([{k: line.get(k) for k in columns} for line in lines]), temporary)
+        pq.write_table(table, temporary)

@@ -8,6 +8,7 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
+from ..text import holds_text
 from .files import PEEKED, Place, all_files
 from .lookup import NamedImages, check_tags, xml_roots
 from .marks import (
@@ -25,7 +26,6 @@ from .marks import (
     turned_box,
 )  # fmt: skip
 from .rows import Reading, relative, split_of
-from .text import holds_text
 
 
 REMARKS = ("tag", "attribute")

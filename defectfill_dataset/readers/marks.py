@@ -15,8 +15,8 @@ from pycocotools import mask as coco_mask
 from ..errors import InputError, Problem
 from ..images import UNREADABLE, upright_size
 from ..masks import MaskShapes
+from ..text import read_json
 from .rows import GOOD, Reading, Row, relative, tidy
-from .text import read_json
 
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)  # content not of its format

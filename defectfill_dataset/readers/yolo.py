@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ..errors import InputError, Problem
 from ..images import upright_size
+from ..text import read_text, read_yaml, unreadable
 from .files import PEEKED, Place, all_files, all_images, child, entries, spelt
 from .labelme import GOOD_FOLDERS
 from .marks import ANNOTATION_ERRORS, Mark, add_marks, blame_annotation, box, number, polygon
 from .rows import Reading, relative, split_of
-from .text import read_text, read_yaml, unreadable
 
 
 CLASS_FILES = ("classes.txt", "obj.names", "predefined_classes.txt")

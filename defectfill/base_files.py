@@ -26,6 +26,7 @@ CONFIGS = (
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 SHARD = re.compile(r"[\w.\-]+\.safetensors")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+ADAPTER_CONFIG = "adapter_config.json"  # of peft
 AGAIN = "download it again"
 
 # Bounds far above Stable Diffusion's own, so that no configuration builds models for ever.
@@ -111,6 +112,25 @@ def check_weight_files(folder: Path, variant: str | None) -> None:
     if missing:
         raise InputError(Problem("DF182", folder, f"{', '.join(missing)} is missing", "download it again"))
     check_pointers(folder, named)
+
+
+def check_plain(folder: Path) -> None:
+    """Checks that the folders of the models hold files that end, and no adapter of peft, as whose base transformers
+    would load another model than the folder's.
+
+    Raises:
+        InputError: a pipe or device (DF176), or an adapter (DF182).
+    """
+    for part in (config.partition("/")[0] for config in CONFIGS):
+        for file in sorted((folder / part).glob("*")):
+            if file.exists() and not file.is_file() and not file.is_dir():
+                raise InputError(Problem("DF176", file, "is not a regular file", AGAIN))
+            if file.name == ADAPTER_CONFIG:
+                raise adapter_error(str(file))
+
+
+def adapter_error(where: str) -> InputError:
+    return InputError(Problem("DF182", where, "is an adapter in a base model", "remove it, or use another base"))
 
 
 def check_pointers(folder: Path, files: Iterable[Path]) -> None:

@@ -47,7 +47,9 @@ class SchedulerState(Schema):
 
     last_epoch: int
     base_lrs: list[float]
+    step_count: int = Field(alias="_step_count")
     last_lr: list[float] = Field(alias="_last_lr")
+    lr_lambdas: list[dict | None]
 
 
 Scalar = Annotated[str, Field(pattern=r"^[^|]+\|[^|]+$")]  # parameter|key, as `_optimizer_state` writes it
@@ -300,7 +302,9 @@ def restore(
     wrong += [
         name for name, p in parameters.items() if name not in saved.weights or saved.weights[name].shape != p.shape
     ]
-    if wrong or len(state["lr_scheduler"]["base_lrs"]) != len(optimizer.param_groups):
+    scheduler = {key: state["lr_scheduler"][key] for key in lr_scheduler.state_dict() if key in state["lr_scheduler"]}
+    groups = {len(scheduler[key]) for key in ("base_lrs", "_last_lr", "lr_lambdas")}
+    if wrong or groups != {len(optimizer.param_groups)}:
         what = f"is of other parameters than those that are trained: {', '.join(wrong[:1]) or 'of their groups'}"
         raise InputError(Problem("DF310", "--resume_from_checkpoint", what, "choose another checkpoint"))
     for name, parameter in parameters.items():
@@ -310,7 +314,7 @@ def restore(
     for (name, key), value in states.items():
         on_device = torch.is_tensor(value) and (key != "step" or fused)  # plain AdamW counts its steps on the CPU
         optimizer.state[parameters[name]][key] = value.to(parameters[name].device) if on_device else value
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    lr_scheduler.load_state_dict(scheduler)
     for group, lr in zip(optimizer.param_groups, lr_scheduler.get_last_lr()):
         group["lr"] = lr
     if scaler and state["scaler"]:

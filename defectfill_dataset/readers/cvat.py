@@ -18,6 +18,7 @@ from .marks import (
     add_marks,
     annotated_size,
     blame_annotation,
+    check_runs,
     ellipse,
     number,
     placed_rle,
@@ -89,7 +90,8 @@ def _mask_rle(shape: Element, size: tuple[int, int]) -> str:
     counts = [number(count) for count in shape.attrib["rle"].split(",")]
     if any(value != int(value) for value in (left, top, width, height, *counts)):
         raise ValueError("its RLE counts or its position are not whole numbers")
-    if min(width, height, *counts) < 0 or width > size[0] or height > size[1] or sum(counts) != width * height:
-        raise ValueError(f"its RLE does not fill {width:g}x{height:g} pixels of the image")
+    if min(width, height) < 0 or width > size[0] or height > size[1]:
+        raise ValueError(f"its mask of {width:g}x{height:g} is not in the image of {size[0]}x{size[1]}")
+    check_runs(counts, (int(width), int(height)))
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, np.array(counts, dtype=int))
     return placed_rle(flat.reshape(int(height), int(width)), int(left), int(top), size)

@@ -38,6 +38,8 @@ def in_labels(file: Path) -> bool:
 
 def looks_like_labels(file: Path) -> bool:
     """Whether the first line that is not empty begins as a label does."""
+    if not file.is_file():  # a pipe would be waited for
+        return False
     with file.open("rb") as stream:
         start = stream.read(4096).decode("latin-1").replace("\0", "")
     return any(LABEL_LINE.match(line) for line in start.splitlines() if line.strip())

@@ -445,10 +445,10 @@ def mutate_json(rng: random.Random, content: bytes) -> bytes:
             holder[key] = [holder[key]]
         elif action == "text":
             holder[key] = str(holder[key])
-        elif action == "huge":
+        elif action == "huge" and len(json.dumps(holder[key])) < 500:
             holder[key] = [holder[key]] * 2000
         elif action == "copy":
-            holder[key] = copy.deepcopy(rng.choice(found)[0])
+            holder[key] = copy.deepcopy(rng.choice(found)[0] if len(json.dumps(value)) < 10_000 else None)
     lines[at] = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode(errors="replace")
     return b"\n".join(lines) + b"\n"
 

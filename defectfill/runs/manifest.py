@@ -58,7 +58,7 @@ class CropLine(Schema):
 
 
 class ManifestLine(PlanLine):
-    """What is used of a line of the manifest; versions before 0.1.0 knew no seam."""
+    """What is used of a line of the manifest; runs of earlier versions measured no seam."""
 
     windows: list[CropLine]
     seam_step: Measure = None

@@ -91,7 +91,7 @@ def _mask_rle(shape: Element, size: tuple[int, int]) -> str:
     if any(value != int(value) for value in (left, top, width, height, *counts)):
         raise ValueError("its RLE counts or its position are not whole numbers")
     if min(width, height) < 0 or width > size[0] or height > size[1]:
-        raise ValueError(f"its mask of {width:g}x{height:g} is not in the image of {size[0]}x{size[1]}")
+        raise ValueError(f"its RLE does not fill {width:g}x{height:g} pixels of the image")
     check_runs(counts, (int(width), int(height)))
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, np.array(counts, dtype=int))
     return placed_rle(flat.reshape(int(height), int(width)), int(left), int(top), size)

@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from readings import masks_of, told
 from runs import generate, options
 from safetensors.torch import load_file, save_file
+from skimage import draw
 from toy_model import toy_pipeline
 
 import train_defectfill
@@ -24,6 +25,7 @@ from defectfill.runs.checkpoint import find_checkpoint
 from defectfill.runs.flags import parse_generation_args
 from defectfill.runs.record import LossLog
 from defectfill_dataset import InputError
+from defectfill_dataset.masks import polygon_mask
 from defectfill_dataset.readers import read_object
 from defectfill_dataset.readers.marks import coco_rle, polygon, uncompressed
 from defectfill_dataset.text import Schema, parse_json, read_bytes, read_csv, read_json, read_text, read_xml, read_yaml
@@ -433,6 +435,31 @@ def test_polygons_and_shapes_are_bounded(tmp_path):
     write_json(file, content)
     (problem,) = read_object(root, "nut").problems
     assert "it has 20,000 shapes; at most 10,000 are read" in problem.what
+
+
+@pytest.mark.parametrize("grid", [0, 1, 2, 4])
+def test_a_polygon_is_filled_in_bands_as_at_once(grid):
+    """Corners anywhere, and on whole, half and quarter pixels, where they meet the centres."""
+    rng = np.random.default_rng(grid)
+    for number in rng.integers(3, 200, 50):
+        width, height = (int(side) for side in rng.integers(5, 120, 2))
+        corners = rng.random((number, 2)) * (width, height)
+        corners = np.round(corners * grid) / grid if grid else corners
+        expected = np.zeros((height, width), dtype=bool)
+        expected[draw.polygon(corners[:, 1] - 0.5, corners[:, 0] - 0.5, expected.shape)] = True
+        found = polygon_mask([tuple(corner) for corner in corners], (width, height))
+        assert np.array_equal(found & expected, expected)
+        area = abs(np.sum(corners[:, 0] * np.roll(corners[:, 1], -1) - corners[:, 1] * np.roll(corners[:, 0], -1))) / 2
+        if 2 * area >= np.hypot(*(np.roll(corners, -1, axis=0) - corners).T).sum():  # else its outline is drawn too
+            assert np.array_equal(found, expected)
+
+
+def test_ten_thousand_corners_take_seconds():
+    around = np.linspace(0, 2 * np.pi, 10_000, endpoint=False)
+    corners = np.stack([1024 + 1000 * np.cos(around), 1024 + 1000 * np.sin(around)], axis=1)
+    began = time.monotonic()
+    assert polygon_mask(corners, (2048, 2048)).sum() == pytest.approx(np.pi * 1e6, rel=1e-3)
+    assert time.monotonic() - began < 20  # all at once it would be minutes
 
 
 def test_a_large_right_polygon_is_read(tmp_path):

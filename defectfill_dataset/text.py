@@ -7,6 +7,7 @@ parsed to a bounded depth; and checked by a schema where one is given. What is w
 import codecs
 import csv
 import io
+import itertools
 import reprlib
 import stat
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from .errors import InputError, Problem
 
 
 MOST_BYTES = 2**28  # of a text file: COCO files of 100,000 images are smaller
-MOST_YAML_BYTES = 2**20  # its parser needs seconds for more
+MOST_YAML_BYTES, MOST_YAML_DEPTH = 2**18, 50  # its parser needs seconds for more
 MARKS = {  # the longer first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -171,8 +172,12 @@ def read_yaml(file: Path) -> Any:
     Raises:
         InputError: it cannot be read (DF166).
     """
+    text = read_text(file, most=MOST_YAML_BYTES)
+    depths = itertools.accumulate((c in "[{") - (c in "]}") for c in text if c in "[]{}")
+    if max(depths, default=0) > MOST_YAML_DEPTH:
+        raise unreadable(file, f"is nested more than {MOST_YAML_DEPTH} deep")
     try:
-        return yaml.load(read_text(file, most=MOST_YAML_BYTES), Loader)  # noqa: S506 (makes nothing but strings)
+        return yaml.load(text, Loader)  # noqa: S506 (makes nothing but strings)
     except (yaml.YAMLError, RecursionError) as error:
         raise unreadable(file, f"is not YAML: {' '.join(str(error).split())}") from error
 

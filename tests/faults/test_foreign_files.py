@@ -114,10 +114,11 @@ def test_yaml_does_not_grow(tmp_path):
     root = make_yolo(tmp_path / "nut")
     (root / "data.yaml").write_text("\n".join([*lines, "names: *a11"]))
     assert told(root)[0].startswith("DF166") and "an alias (*a0) is not read" in told(root)[0]
+    began = time.monotonic()
     (root / "data.yaml").write_text("names: " + "[" * 50_000)
-    assert told(root)[0].startswith("DF166")
+    assert "is nested more than 50 deep" in told(root)[0] and time.monotonic() - began < 5
     (root / "data.yaml").write_text("names: [" + "x, " * 2**20 + "]")
-    assert "at most 1,048,576 are read" in told(root)[0]
+    assert "at most 262,144 are read" in told(root)[0]
 
 
 @pytest.mark.parametrize("name", ["labels/x.txt", "x.json", "x.xml", "data.yaml", "metadata.csv", "metadata.jsonl"])

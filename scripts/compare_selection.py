@@ -9,7 +9,6 @@ could be real, 1 for a flawed one, 0 for a smear or nothing. The next run makes 
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from defectfill.seam import feather_alpha
 from defectfill.selection import choose_candidate, measure, ssim_score
 from defectfill_dataset import derive_seed, load_defect_pairs, pool_mask, tensor_image
 from defectfill_dataset.samples import make_crops
+from defectfill_dataset.text import read_json
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
 
 
@@ -193,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"Label the sheets of {args.output_dir} in {labels_file}, then run this again.")
         return
     tensors = load_file(args.output_dir / CANDIDATES_FILE)
-    record = json.loads((args.output_dir / "candidates.json").read_text())
+    record = read_json(args.output_dir / "candidates.json")
     labels = read_labels(labels_file, record["order"])
     segmenter = UNet2DModel.from_pretrained(args.segmenter)
     masks = tensors["masks"].repeat_interleave(CANDIDATES, dim=0)

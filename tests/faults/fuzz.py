@@ -64,7 +64,7 @@ from defectfill_dataset.text import Schema, read_json  # noqa: E402
 from defectfill_dataset.writers.exports import read_generated  # noqa: E402
 
 
-LIMIT = 10.0  # seconds that reading one file may take; most take milliseconds
+LIMITS = {signal.ITIMER_PROF: 5.0, signal.ITIMER_REAL: 60.0}  # seconds of the CPU, and of the clock, for one file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -483,8 +483,9 @@ def attempt(target: Target, folder: Path) -> str | None:
     def stop(*_: object) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
+    for timer, seconds in LIMITS.items():
+        signal.setitimer(timer, seconds)
     try:
         target.read(folder)
     except InputError as error:
@@ -494,8 +495,10 @@ def attempt(target: Target, folder: Path) -> str | None:
     except Exception:
         return "".join(traceback.format_exc().splitlines(keepends=True)[-6:])
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer in LIMITS:
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return None
 
 

@@ -49,7 +49,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--vae_scale_factor", type=int, default=8, metavar="N", help="Pixels per cell of the base model's latent grid."
     )
     add("--output_dir", type=Path, metavar="DIR", help="Folder for report.json and a contact sheet of each object.")
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    if not 1 <= args.vae_scale_factor <= args.resolution <= 8192:
+        shown = f"--vae_scale_factor {args.vae_scale_factor}, --resolution {args.resolution}"
+        parser.error(f"{shown}: must be at least 1 and at most 8192, the first no more than the other")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:

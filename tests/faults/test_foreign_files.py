@@ -29,6 +29,7 @@ from defectfill_dataset.masks import polygon_mask
 from defectfill_dataset.readers import read_object
 from defectfill_dataset.readers.marks import coco_rle, polygon, uncompressed
 from defectfill_dataset.text import Schema, parse_json, read_bytes, read_csv, read_json, read_text, read_xml, read_yaml
+from defectfill_scripts import check_data, preview_masks
 
 
 pytestmark = pytest.mark.timeout(60)  # a pipe that is opened waits for ever
@@ -311,6 +312,20 @@ def test_flags_of_generation_are_bounded(capsys, flag):
         argv = ["--lora", "x", "--image", "x", "--mask", "x", "--output_dir", "out"]
         parse_generation_args("", [*argv, flag, str(10**12)])
     assert f"{flag} 1000000000000: must be at least 1 and at most" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (check_data, ("nut", "--resolution", 10**12)),
+        (check_data, ("nut", "--vae_scale_factor", 0)),
+        (preview_masks, ("--image", "x", "--mask", "x", "--output", "x.png", "--number", 10**12)),
+    ],
+)
+def test_flags_of_scripts_are_bounded(capsys, script, flags):
+    with pytest.raises(SystemExit):
+        script.parse_args([*map(str, flags)])
+    assert "must be at least 1 and at most" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ import yaml
 from .errors import InputError, Problem
 
 
-MOST_BYTES = 2**28  # of a text file: COCO files of 100,000 images are smaller
+MOST_BYTES = 2**28  # of a text file: tens of thousands of images in COCO, as densely marked as its own
+MOST_RUN_BYTES = 2**32  # of what a run writes, a line for each of a million images or steps
 MOST_YAML_BYTES, MOST_YAML_DEPTH = 2**18, 50  # its parser needs seconds for more
 MARKS = {  # the longer first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF8: "utf-8-sig",

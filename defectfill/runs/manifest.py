@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from defectfill_dataset import InputError, Problem
-from defectfill_dataset.text import MEND, Schema, numbered_lines, parse_json, read_text
+from defectfill_dataset.text import MEND, MOST_RUN_BYTES, Schema, numbered_lines, parse_json, read_text
 
 from .files import atomic_write
 from .source_images import SourceImage
@@ -24,7 +24,6 @@ from .source_images import SourceImage
 
 PLAN, MANIFEST, PARTS = "plan.jsonl", "manifest.jsonl", "manifest-part-*.jsonl"
 KINDS = ("images", "masks", "mask_changed", "contact")  # folders of PNG files
-MOST_RUN_BYTES = 2**32  # of a plan or manifest: a million images
 
 
 class PlanLine(Schema):

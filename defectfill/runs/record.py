@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import ConfigDict
 
 from defectfill_dataset import InputError, Problem, PromptPair, RunError
-from defectfill_dataset.text import MEND, Schema, parse_json, read_bytes
+from defectfill_dataset.text import MEND, MOST_RUN_BYTES, Schema, parse_json, read_bytes
 
 from ..base_model import BaseModel
 from .checkpoint import last_checkpoint
@@ -100,7 +100,7 @@ class LossLog:
     def __init__(self, path: Path, start: int):
         self.path, self.lines, self.warned = path, [], False
         try:
-            content = read_bytes(path, most=2**32) if path.exists() else b""
+            content = read_bytes(path, MOST_RUN_BYTES) if path.exists() else b""
         except OSError as error:
             raise InputError(Problem("DF310", path, f"cannot be read: {error}", MEND)) from error
         for number, text in enumerate(content.splitlines(), 1):

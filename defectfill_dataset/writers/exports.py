@@ -24,7 +24,7 @@ from ..masks import MaskFiles, components
 from ..readers import NAME, ONE_TYPE, RESERVED, Row, file_inside, image_files
 from ..readers.marks import MALFORMED, said
 from ..seeds import derive_seed
-from ..text import Schema, numbered_lines, parse_json, read_text
+from ..text import MOST_RUN_BYTES, Schema, numbered_lines, parse_json, read_text
 from .datasets import WRITERS, png_bytes, read_examples
 from .polygons import exact_polygon, joined_polygon
 
@@ -72,7 +72,7 @@ def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list
         return [], [Problem("DF196", folder, "holds no manifest.jsonl", fix)]
     items, problems = list[ExportImage](), list[Problem]()
     try:
-        lines = [*numbered_lines(read_text(manifest, "DF196", "generate it again", most=2**32))]
+        lines = [*numbered_lines(read_text(manifest, "DF196", "generate it again", MOST_RUN_BYTES))]
     except InputError as error:
         return [], [*error.problems]
     for number, text in lines:

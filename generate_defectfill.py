@@ -81,7 +81,7 @@ from defectfill_dataset import (
     tensor_image,
     upright_exif,
 )
-from defectfill_dataset.commands import exit_on_input_error
+from defectfill_dataset.commands import exit_on_input_error, say
 from defectfill_dataset.text import Schema, read_json
 
 
@@ -563,9 +563,8 @@ def finish_run(folder: Path, problems: dict[str, Problem], speeds: Sequence[Spee
             Image.open(folder / "contact" / f"{line['name']}.png", formats=("PNG",)) for line in lines[:SHEET_IMAGES]
         ]
         save_image(stack(rows), folder / "contact_sheet.png")
-    print(
-        f"{len(lines)} images in {folder}: images/, masks/, mask_changed/, {MANIFEST}, contact_sheet.png, summary.html"
-    )
+    written = f"images/, masks/, mask_changed/, {MANIFEST}, contact_sheet.png, summary.html"
+    say(f"{len(lines)} images in {folder}: {written}")
     if problems:
         raise SystemExit("Not generated:\n" + "\n".join(map(str, problems.values())))
 

@@ -77,6 +77,7 @@ from defectfill_dataset import (
     check_pairs,
     choose_crop_rule,
     data_digest,
+    defect_types,
     derive_seed,
     heat_overlay,
     image_tensor,
@@ -92,7 +93,7 @@ from defectfill_dataset import (
     tokenize_prompts,
     upsample_mask,
 )
-from defectfill_dataset.commands import exit_on_input_error
+from defectfill_dataset.commands import exit_on_input_error, start_logging
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -786,7 +787,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
         what = "needs a GPU, and none is available"
         raise InputError(Problem("DF189", "--mixed_precision fp16", what, "use bf16 or no"))
     every_type = read_data(args, accelerator)
-    data = select_defects(every_type, args.defect or single_types(every_type))
+    data = select_defects(every_type, args.defect or single_types(defect_types(every_type)))
     base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir, args.variant)
     check_resolution(base, args.resolution)
     check_images(args, data, base)
@@ -863,11 +864,7 @@ def main(args: argparse.Namespace) -> None:
         # The other processes wait while the first measures, validates, saves and pushes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2, seconds=args.push_timeout))],
     )
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.INFO if accelerator.is_local_main_process else logging.ERROR,
-    )
+    start_logging(logging.INFO if accelerator.is_local_main_process else logging.ERROR)
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32

@@ -9,7 +9,7 @@ Shapes: H, W image pixels; h, w cells of the latent grid; L prompt tokens.
 
 from .builder import (
     DefectPairs,
-    data_digest,
+    defect_types,
     file_digest,
     load_defect_pairs,
     load_prepared,
@@ -17,7 +17,7 @@ from .builder import (
     select_defects,
     single_types,
 )
-from .checks import check_pairs
+from .checks import check_pairs, data_digest
 from .crops import Box, CropRule, choose_crop_rule, crop_boxes, crop_mask
 from .errors import InputError, Problem, RunError
 from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image, upright_exif
@@ -99,6 +99,7 @@ __all__ = [
     "reference_shapes",
     "sampling_schedule",
     "select_defects",
+    "defect_types",
     "single_types",
     "tensor_image",
     "pool_mask",

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
@@ -38,13 +39,14 @@ FEATURES = datasets.Features(
 
 @dataclasses.dataclass
 class DefectPairsConfig(datasets.BuilderConfig):
-    """Config of one object; its name is the object's folder name.
+    """Config of one object; its name, or `object` if that is given, is the object's folder name.
 
     Args:
         split: a rule of `split_rows` or the path of a split file.
         layout: a name in `LAYOUTS`, or auto for the one the folder shows.
         mask_classes: what the values of class-coded masks mean, as `MaskClasses.parse` takes it.
         skipped: names of images that are left out.
+        object: where the cache of `datasets` has another name for it: a folder's, with more before and behind it.
         fingerprint: digest of the splits, their files and shapes, so that the cache of `datasets` notices any change.
     """
 
@@ -52,6 +54,7 @@ class DefectPairsConfig(datasets.BuilderConfig):
     layout: str = "auto"
     mask_classes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    object: str = ""
     fingerprint: str = ""
 
 
@@ -69,7 +72,8 @@ class DefectPairs(datasets.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         root = self.config.data_dir  # no `Path`: `datasets` makes that, here, one without names that hold "::"
-        reading = read_object(root, self.config.name, self.config.layout, MaskClasses.parse(self.config.mask_classes))
+        name = self.config.object or self.config.name
+        reading = read_object(root, name, self.config.layout, MaskClasses.parse(self.config.mask_classes))
         reading = without(reading, self.config.skipped, root)
         if reading.problems:
             raise InputError(*reading.problems)
@@ -91,7 +95,7 @@ class DefectPairs(datasets.GeneratorBasedBuilder):
                 {
                     "image": str(row.image),
                     "mask": mask,
-                    "object": self.config.name,
+                    "object": self.config.object or self.config.name,
                     "defect": row.defect,
                     "source_file": name,
                 },
@@ -167,7 +171,8 @@ def load_defect_pairs(
         logger.warning("%s", note)
     builder = DefectPairs(
         dataset_name="defect_pairs",
-        config_name=name,
+        config_name=name if name.isascii() and len(name) <= 32 else hashlib.sha256(name.encode()).hexdigest()[:16],
+        object=name,
         data_dir=str(root),
         split=split if split in SPLIT_RULES else str(Path(split).resolve()),
         layout=layout,
@@ -199,17 +204,6 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def data_digest(dataset: Dataset) -> str:
-    """sha256 over the names and the encoded bytes of a split's images and masks: says which data a run saw."""
-    digest = hashlib.sha256()
-    columns = {name: datasets.Image(decode=False) for name in ("image", "mask")}
-    for row in dataset.cast_column("image", columns["image"]).cast_column("mask", columns["mask"]):
-        digest.update(f"{row['object']}/{row['defect']}/{row['source_file']}\n".encode())
-        for file in (row["image"], row["mask"]):
-            digest.update(hashlib.sha256(file["bytes"] or Path(file["path"]).read_bytes()).digest() if file else b"-")
-    return digest.hexdigest()
-
-
 def load_prepared(name: str, config: str | None, object_name: str | None, cache_dir: str | None = None) -> DatasetDict:
     """The splits of one object in a prepared copy of `DefectPairs`: a folder `load_dataset` reads, or a Hub id.
 
@@ -224,9 +218,24 @@ def load_prepared(name: str, config: str | None, object_name: str | None, cache_
     if missing:
         what = f"its split 'train' lacks {', '.join(sorted(missing))}"
         raise InputError(Problem("DF161", f"--dataset_name {name}", what))
+    if data["train"].info.builder_name != "imagefolder":  # which reads files of its own folder only
+        _check_rows_hold_images(data, name)
     wanted = _choose_object(name, data["train"].unique("object"), object_name)
     check_names([wanted], name)
     return DatasetDict({split: _rows_where(rows, "object", [wanted]) for split, rows in data.items()})
+
+
+def _check_rows_hold_images(data: DatasetDict, name: str) -> None:
+    """Raises InputError (DF201): a row that has a path and no content would be read from this machine's disk."""
+    fix = "write the images into it, as scripts/prepare_data.py does"
+    for split, rows in data.items():
+        for column in ("image", "mask"):
+            cells = rows.cast_column(column, datasets.Image(decode=False)).data[column]
+            empty = pc.and_(pc.is_null(pc.struct_field(cells, "bytes")), pc.is_valid(pc.struct_field(cells, "path")))
+            if (row := pc.index(empty, True).as_py()) >= 0:
+                path = cells[row]["path"].as_py()
+                what = f"row {row} of its split '{split}' names the {column} {path!r} on this machine"
+                raise InputError(Problem("DF201", f"--dataset_name {name}", what, fix))
 
 
 def _choose_object(source: str | Path, objects: Iterable[str], wanted: str | None) -> str:
@@ -243,13 +252,13 @@ def _rows_where(dataset: Dataset, column: str, values: Collection[str]) -> Datas
     return dataset.select([i for i, value in enumerate(dataset[column]) if value in values])
 
 
-def single_types(data: DatasetDict) -> list[str]:
+def single_types(known: Iterable[str]) -> list[str]:
     """The defect types to learn when none are named: all but `combined`, a word for several that names no appearance.
 
     Raises:
         InputError: there is only `combined` (DF163).
     """
-    known = sorted({defect for split in ("train", "test") if split in data for defect in data[split].unique("defect")})
+    known = sorted(set(known))
     single = [defect for defect in known if defect.casefold() != COMBINED]
     what = "is not learnt, because the word names no appearance"
     if known and not single:
@@ -260,14 +269,18 @@ def single_types(data: DatasetDict) -> list[str]:
     return single
 
 
+def defect_types(data: DatasetDict) -> set[str]:
+    """The defect types of the splits train and test."""
+    return {defect for split in ("train", "test") if split in data for defect in data[split].unique("defect")}
+
+
 def select_defects(data: DatasetDict, defects: Sequence[str] | None) -> DatasetDict:
     """The dataset with only these defect types in train and test (all for None).
 
     Raises:
         InputError: a type that is not there (DF162).
     """
-    splits = [split for split in ("train", "test") if split in data]
-    known = {defect for split in splits for defect in data[split].unique("defect")}
+    splits, known = [split for split in ("train", "test") if split in data], defect_types(data)
     if unknown := [defect for defect in defects or () if defect not in known]:
         raise InputError(
             *(Problem("DF162", f"--defect {d}", f"no such defect type.{did_you_mean(d, known)}") for d in unknown)

@@ -1,8 +1,8 @@
 """Checks of the pixels of image and mask pairs, all problems at once, before any model is loaded."""
 
 import dataclasses
+import hashlib
 import io
-import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .errors import InputError, Problem
 from .images import ORIENTATION, UNREADABLE, file_warnings, load_image, open_image
 from .mask_values import binarise
 from .masks import Mask, MaskFiles, MaskUnion, pool_mask
-from .readers import IMAGE_EXTENSIONS, Reading, Row, relative
+from .readers import IMAGE_EXTENSIONS, Reading, Row, is_outside, relative
 from .readers.files import is_hidden
 
 
@@ -73,10 +73,22 @@ def inspect_row(
     name = relative(row.image, root)
     render, render_others = (mask.render if mask else None for mask in (row.mask, others))
     seen = inspect_image(name, row.defect, row.image, render, resolution, grid, with_zoom, render_others)
-    if os.path.realpath(row.image).startswith(os.path.realpath(root) + os.sep):
+    if not is_outside(row.image, root):
         return seen
     link = Problem("DF114", name, "is a link to a file outside the dataset")
     return dataclasses.replace(seen, warnings=(*seen.warnings, link))
+
+
+def outside_links(rows: Iterable[Row], root: str | Path) -> list[Problem]:
+    """A problem (DF200) for each image and mask that lies elsewhere, for what is published from the folder `root`."""
+    root = Path(root).expanduser().resolve()
+    files = dict.fromkeys(file for row in rows for file in (row.image, *(row.mask.paths if row.mask else ())))
+    fix = "put the file there, or publish it with --follow_links"
+    return [
+        Problem("DF200", relative(file, root), f"is a link to a file outside {root}", fix)
+        for file in files
+        if is_outside(file, root)
+    ]
 
 
 def other_types(rows: Sequence[Row]) -> list[Mask | None]:
@@ -241,6 +253,16 @@ def _inspect_example(row: dict, resolution: int, grid: int) -> ImageReport:
 
 def _file(encoded: dict) -> Path | io.BytesIO:
     return Path(encoded["path"]) if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
+
+
+def data_digest(dataset: Dataset) -> str:
+    """sha256 over the names and the encoded bytes of a split's images and masks: says which data a run saw."""
+    digest = hashlib.sha256()
+    for row in _encoded(dataset):
+        digest.update(f"{row['object']}/{row['defect']}/{row['source_file']}\n".encode())
+        for file in (row["image"], row["mask"]):
+            digest.update(hashlib.sha256(file["bytes"] or Path(file["path"]).read_bytes()).digest() if file else b"-")
+    return digest.hexdigest()
 
 
 def _read_mask(encoded: dict) -> np.ndarray:

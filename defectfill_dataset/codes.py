@@ -47,6 +47,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF166": "A table or annotation file cannot be read, or names an image that does not exist.",
         "DF167": "An image's annotation cannot be used.",
         "DF169": "`--mask_classes` cannot be understood.",
+        "DF201": "A row of a prepared dataset names a file on this machine instead of holding the image.",
     },
     "Prompts": {
         "DF171": "The tokens of the phrase cannot be found in its prompt.",
@@ -81,6 +82,8 @@ CODES: dict[str, dict[str, str]] = {
         "DF197": "A manifest names a file that does not exist.",
         "DF198": "Two images to export have the same name.",
         "DF199": "The export cannot be made from these images.",
+        "DF200": "A link to a file outside the dataset would be published.",
+        "DF202": "The name of a file to write would be longer than file systems allow.",
         "DF310": "A checkpoint or a run's file is damaged.",
         "DF320": "The run was started with other inputs or options.",
         "DF321": "The checkpoint is already at the last step.",

@@ -1,15 +1,16 @@
 """What commands share: flags of a dataset's folder, help, and how a command ends on wrong input."""
 
 import argparse
+import logging
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-from .errors import InputError, RunError
+from .errors import InputError, RunError, one_line
 from .readers import LAYOUTS
 from .readers.discovery import OLD_NAMES
 
@@ -54,7 +55,7 @@ class Parser(argparse.ArgumentParser):
     """Reports wrong flags as `tell` does."""
 
     def error(self, message: str) -> NoReturn:
-        tell(f"{self.format_usage()}{self.prog}: error: {message}")
+        tell(f"{self.format_usage()}{self.prog}: error: {one_line(message)}")
         sys.exit(2)
 
 
@@ -63,6 +64,8 @@ def exit_on_input_error(main: Callable[[], None]) -> None:
 
     The exit status is 2 for wrong input, 1 for a run that could not go on.
     """
+    if logging.lastResort:  # what prints warnings where nothing else is set up
+        logging.lastResort.setFormatter(LineFormatter())
     try:
         main()
     except InputError as error:
@@ -78,13 +81,32 @@ def exit_on_input_error(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
+class LineFormatter(logging.Formatter):
+    """Each message as `one_line`; a traceback keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
+
+
+def start_logging(level: int) -> None:
+    """Logs to stderr with the time, a line for each message."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=level)
+
+
+def say(*lines: object, stream: TextIO | None = None) -> None:
+    """Prints each argument as `one_line`: the only way in which names of files, defects and the like are printed."""
+    print(*(one_line(str(line)) for line in lines), sep="\n", end="\n" if lines else "", file=stream)
+
+
 def tell(message: str) -> None:
     """Prints on stderr; under a launcher once that has ended, so that its traceback is not the last thing shown."""
     if os.environ.get("LOCAL_RANK", "0") != "0":  # every process sees the same problem: say it once
         return
-    end = end_of_launcher()
+    end, lines = end_of_launcher(), message.split("\n")
     if end is None:
-        print(message, file=sys.stderr)
+        say(*lines, stream=sys.stderr)
         return
     watcher = subprocess.Popen(
         [sys.executable, "-ISc", WATCHER, str(end)],
@@ -92,7 +114,7 @@ def tell(message: str) -> None:
     )  # fmt: skip
     assert watcher.stdin
     with watcher.stdin:
-        watcher.stdin.write(f"{message}\n")
+        watcher.stdin.write("".join(f"{one_line(line)}\n" for line in lines))
 
 
 def end_of_launcher() -> int | None:

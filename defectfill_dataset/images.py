@@ -29,7 +29,6 @@ TIFF_OWN = {  # the tags of a TIFF file that are not EXIF: where its pixels are,
     *(254, 255, 256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 282, 283, 284, 296, 317, 320, 322, 323),
     *(324, 325, 338, 339, 347, 530, 531, 532, 34675),
 }
-CODING = (b"JFIF\0", b"ICC_PROFILE\0", b"Adobe")  # how those segments of a JPEG begin that its pixels need
 
 
 def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
@@ -133,28 +132,6 @@ def upright_size(file: Path) -> tuple[int, int]:
     with open_image(file) as image:
         turned = image.format != "TIFF" and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else (image.width, image.height)
-
-
-def has_metadata(image: ImageFile.ImageFile) -> bool:
-    """Whether an opened image file carries metadata beyond a colour profile: EXIF, XMP, text, comments, previews.
-
-    XMP that names a licence and nothing else, as in MVTec AD's files, may stay, and a comment beside it.
-    """
-    behind = not ends(image)  # before the rest is read
-    exif = "exif" in image.info or image.getexif().keys() - (TIFF_OWN if image.format == "TIFF" else set())
-    segments = [(name, data) for name, data in getattr(image, "applist", ()) if not data.startswith(CODING)]
-    info = [(name, image.info[name]) for name in ("xmp", "comment") if image.info.get(name)]
-    told = [*segments, *getattr(image, "text", {}).items(), *info]  # text is of a PNG
-    texts = [data for name, data in told if name.lower() not in ("com", "comment")]
-    licence = texts and all(names_licence(data) for data in texts)
-    return bool(behind or exif or getattr(image, "private_chunks", None) or (told and not licence))
-
-
-def names_licence(xmp: str | bytes) -> bool:
-    """Whether an XMP packet names a licence, and nothing else."""
-    names = set(re.findall(r"[<\s/](\w+:\w+)", xmp if isinstance(xmp, str) else xmp.decode(errors="replace")))
-    told = {name for name in names if name.partition(":")[0] not in ("rdf", "x", "xml", "xmlns")}
-    return bool(told) and all(name == "dc:rights" or name.startswith(("cc:", "xmpRights:")) for name in told)
 
 
 def upright_exif(file: Path) -> bytes:

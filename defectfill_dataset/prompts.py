@@ -8,6 +8,9 @@ import torch
 from .errors import InputError, Problem
 
 
+MOST_TOKENS = 77  # that the text encoders of Stable Diffusion 1 and 2 read
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """A prompt and the phrase that stands for [V*] in it: the text is `before + phrase + after`."""

@@ -11,10 +11,12 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .builder import single_types
 from .checks import ImageReport, dataset_warnings, ignored_files, inspect_row, other_types, skippable, without
 from .errors import InputError, Problem
 from .mask_values import NO_CLASSES, MaskClasses
 from .masks import Mask, MaskShapes
+from .prompts import MOST_TOKENS, build_prompts, to_words, tokenize_prompts
 from .readers import GOOD, Row, read_object, relative
 from .splits import split_rows
 
@@ -64,6 +66,33 @@ class ObjectReport:
             "held_out": len(self.images("test")),
             "defects": self.figures(),
         }
+
+
+def check_prompts(report: ObjectReport, tokenizer=None) -> None:
+    """Adds to the report why training with its default flags would refuse the names of the object or its defect types.
+
+    Args:
+        tokenizer: the base's; without it, prompts that may be too long are a warning.
+    """
+    rows = [row for split in ("train", "test") for row in report.splits.get(split, ())]
+    if not rows or any(problem.code == "DF162" for problem in report.problems):  # which is of names, too
+        return
+    try:
+        single = single_types({row.defect for row in rows})
+        defects = sorted({row.defect for row in report.splits["train"]} & set(single))
+        if not defects:
+            raise InputError(Problem("DF163", "", "no defect images to train on", "check --defect and --split"))
+        prompts = build_prompts(defects, to_words(report.name))
+        if tokenizer:
+            tokenize_prompts(tokenizer, prompts.values())
+    except InputError as error:
+        report.problems += error.problems
+        return
+    texts = [] if tokenizer else [prompt.text for pair in prompts.values() for prompt in (pair.defect, pair.object)]
+    for text in texts:
+        if len(text.encode()) > MOST_TOKENS - 2:  # each byte is a token at worst, and two are at the ends
+            fix = "give the base with --pretrained_model_name_or_path to count its tokens"
+            report.notes.append(Problem("DF174", f"'{text}'", "may be too long for the text encoder", fix))
 
 
 def _inspect_all(rows: Sequence[Row], root: Path, name: str, resolution: int, grid: int) -> list[ImageReport]:

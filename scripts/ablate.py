@@ -29,6 +29,7 @@ from defectfill.runs.files import exclusive_lock, write_json
 from defectfill.sampling import ddim, inpaint
 from defectfill.seam import feather_alpha
 from defectfill_dataset import derive_seed, pool_mask, tensor_image
+from defectfill_dataset.commands import say
 from defectfill_dataset.text import numbered_lines, parse_json, read_json, read_text
 from defectfill_scripts import make_demo_data
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
@@ -260,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
         results = read_results(results_file)
         (args.output_dir / "table.md").write_text(table(results))
         samples(args, results).save(args.output_dir / "samples.png")
-        print(table(results))
+        say(*table(results).splitlines())
 
 
 def command() -> None:

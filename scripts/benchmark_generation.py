@@ -30,7 +30,7 @@ from defectfill.runs.files import atomic_write
 from defectfill.sampling import SCHEDULERS, inpaint, load_pipeline
 from defectfill.selection import rmse_score
 from defectfill_dataset import derive_seed, pool_mask, upsample_mask
-from defectfill_dataset.commands import exit_on_input_error
+from defectfill_dataset.commands import exit_on_input_error, say
 from defectfill_scripts.train_segmenter import drawn_pairs
 
 
@@ -211,7 +211,7 @@ def main(args: argparse.Namespace) -> None:
     text = measure(args, load(args.base, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     with atomic_write(args.output) as temporary:
         temporary.write_text(text)
-    print(text)
+    say(*text.splitlines())
 
 
 def command() -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 from defectfill.runs.files import write_json
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.checks import skippable
-from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error
+from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error, say
 from defectfill_dataset.errors import did_you_mean, folded, one_line
-from defectfill_dataset.report import ObjectReport, check_object
+from defectfill_dataset.report import ObjectReport, check_object, check_prompts
 from defectfill_dataset.sheets import contact_sheet
 
 
@@ -44,6 +44,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         metavar="RULE|FILE",
         help="Defects that training uses: auto, first_third, all, or a split.json.",
     )
+    add(
+        "--pretrained_model_name_or_path",
+        metavar="BASE",
+        help="Base model to train, to check the length of the prompts that the names give by its tokenizer.",
+    )
     add("--resolution", type=int, default=512, metavar="PX", help="Resolution to train at.")
     add(
         "--vae_scale_factor", type=int, default=8, metavar="N", help="Pixels per cell of the base model's latent grid."
@@ -61,13 +66,14 @@ def main(args: argparse.Namespace) -> None:
     if args.object and args.object not in objects:
         what = f"not in {args.data_dir}.{did_you_mean(args.object, objects)}"
         raise InputError(Problem("DF162", f"--object {args.object}", what))
-    reports = []
+    reports, tokenizer = [], read_tokenizer(args.pretrained_model_name_or_path)
     for name, root in objects.items():
         if args.object not in (None, name):
             continue
         grid = args.resolution // args.vae_scale_factor
         report = check_object(root, name, args.resolution, grid, args.layout, args.split,
                               MaskClasses.parse(args.mask_classes), args.skip_problems)  # fmt: skip
+        check_prompts(report, tokenizer)
         reports.append(report)
         if args.output_dir:
             args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -76,8 +82,8 @@ def main(args: argparse.Namespace) -> None:
     if args.output_dir:
         content = {"resolution": args.resolution, "objects": [report.as_json() for report in reports]}
         write_json(args.output_dir / "report.json", content)
-    print(LEGEND)
-    print(
+    say(*LEGEND.splitlines())
+    say(
         f"Contact sheets and report.json: {args.output_dir}"
         if args.output_dir
         else "Add --output_dir DIR for a contact sheet of each object."
@@ -86,10 +92,19 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(2)
 
 
+def read_tokenizer(base: str | None):
+    """The tokenizer of a base model, None if none is given."""
+    if base is None:
+        return None
+    from defectfill.base_model import load_tokenizer, read_base  # slow, and of no use for images
+
+    return load_tokenizer(read_base(base, None, None, None), None)
+
+
 def print_report(report: ObjectReport) -> None:
     """Split, problems and notes, then a table of the defect types."""
     numbers = (len(report.images(split)) for split in ("train", "test", "good"))
-    print(f"\n{report.name}: " + ", ".join(map("{} {}".format, numbers, ("references", "held out", "good"))))
+    say("", f"{report.name}: " + ", ".join(map("{} {}".format, numbers, ("references", "held out", "good"))))
     warnings = (
         "Warnings; these alone would not stop training:"
         if report.problems
@@ -100,7 +115,7 @@ def print_report(report: ObjectReport) -> None:
         ("Left out:" if report.skipped else "", report.skipped),
         (warnings if report.notes else "", report.notes),
     ):
-        print("\n".join([what] * bool(what) + folded(found)), end="\n" * bool(what))
+        say(*[what] * bool(what), *folded(found))
     if report.problems and all(map(skippable, report.problems)):
         print("With --skip_problems, these images are left out and the others are used.")
     rows = [("defect type", "images", *COLUMNS.values())]
@@ -110,7 +125,7 @@ def print_report(report: ObjectReport) -> None:
         rows.append((one_line(defect), str(figures["images"]), *spreads))
     widths = [max(map(width, column)) for column in zip(*rows)]
     for row in rows:
-        print("  " + "   ".join(cell + " " * (n - width(cell)) for cell, n in zip(row, widths)).rstrip())
+        say("  " + "   ".join(cell + " " * (n - width(cell)) for cell, n in zip(row, widths)).rstrip())
 
 
 def width(text: str) -> int:

@@ -20,6 +20,7 @@ from defectfill.lora import load_lora, read_lora
 from defectfill.runs.files import atomic_write
 from defectfill.sampling import SCHEDULERS, inpaint
 from defectfill_dataset import derive_seed, pool_mask
+from defectfill_dataset.commands import say
 from defectfill_scripts.ablate import defect_features, figures_of
 from defectfill_scripts.train_segmenter import drawn_pairs
 
@@ -125,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
     lines = [line for i, path in enumerate(args.lora) for line in measure(args, path, derive_seed(args.seed, i))]
     with atomic_write(args.output) as temporary:
         temporary.write_text(table(lines))
-    print(table(lines))
+    say(*table(lines).splitlines())
 
 
 def command() -> None:

@@ -27,8 +27,9 @@ from defectfill.sampling import ddim, inpaint, reconstruct
 from defectfill.seam import feather_alpha
 from defectfill.selection import choose_candidate, measure, ssim_score
 from defectfill_dataset import derive_seed, load_defect_pairs, pool_mask, tensor_image
+from defectfill_dataset.commands import say
 from defectfill_dataset.samples import make_crops
-from defectfill_dataset.text import read_json
+from defectfill_dataset.text import read_json, read_text
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
 
 
@@ -160,7 +161,7 @@ def table(images: list[dict], labels: torch.Tensor, ious: torch.Tensor) -> str:
 
 def read_labels(file: Path, order: list[int]) -> torch.Tensor:
     """(P, N) labels from a file with a line for each cell of the sheets."""
-    words = file.read_text().split()
+    words = read_text(file).split()
     if len(words) != len(order) or set(words) - {"0", "1", "2"}:
         raise SystemExit(f"{file}: write {len(order)} lines of 0, 1 or 2; found {len(words)} words")
     labels = torch.empty(len(order), dtype=torch.long)
@@ -190,7 +191,7 @@ def main(args: argparse.Namespace) -> None:
         generate_all(args)
     labels_file = args.output_dir / "labels.txt"
     if not labels_file.exists():
-        print(f"Label the sheets of {args.output_dir} in {labels_file}, then run this again.")
+        say(f"Label the sheets of {args.output_dir} in {labels_file}, then run this again.")
         return
     tensors = load_file(args.output_dir / CANDIDATES_FILE)
     record = read_json(args.output_dir / "candidates.json")
@@ -200,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
     ious = iou(segment(segmenter, tensors["pictures"].flatten(0, 1)), masks).unflatten(0, (-1, CANDIDATES))
     text = table(record["images"], labels, ious)
     (args.output_dir / "table.md").write_text(text)
-    print(text)
+    say(*text.splitlines())
 
 
 def command() -> None:

@@ -7,6 +7,7 @@ Everything is checked first; the exit status is 2 if anything cannot be used.
 
 import argparse
 import itertools
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -16,11 +17,11 @@ import defectfill.quiet  # noqa: F401
 
 from tqdm.auto import tqdm
 
-from defectfill.runs.cards import write_dataset_card
+from defectfill.runs.cards import treatment_in_words, write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill_dataset import InputError, Problem
-from defectfill_dataset.checks import inspect_row
-from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
+from defectfill_dataset.checks import inspect_row, outside_links
+from defectfill_dataset.commands import HelpFormatter, exit_on_input_error, say
 from defectfill_dataset.writers.datasets import WRITERS
 from defectfill_dataset.writers.exports import (
     EXPORTERS,
@@ -31,6 +32,9 @@ from defectfill_dataset.writers.exports import (
     read_items,
     split_items,
 )
+
+
+LONGEST_END = "_mask.png"  # of the names of an export's files
 
 
 def check_options(args: argparse.Namespace) -> list[Problem]:
@@ -52,7 +56,7 @@ def checked_items(args: argparse.Namespace) -> list[ExportImage]:
     for folder in args.generated:
         found, wrong = read_generated(folder, several=len(args.generated) > 1)
         items += found
-        problems += wrong
+        problems += wrong + ([] if args.follow_links else outside_links([item.row for item in found], folder))
     if args.good and args.good.is_dir():
         objects = sorted({str(item.row.object) for item in items})
         if len(objects) > 1:
@@ -64,8 +68,9 @@ def checked_items(args: argparse.Namespace) -> list[ExportImage]:
             fix = "give a folder of good images"
             problems.append(Problem("DF199", f"--good {args.good}", "no images in it", fix))
         items += good
+        problems += [] if args.follow_links else outside_links([item.row for item in good], args.good)
     problems += [problem for item in items for problem in inspect_row(item.row, item.root).problems]
-    if problems := problems + same_names(items):
+    if problems := problems + same_names(items) + long_names(items):
         raise InputError(*problems)
     return items
 
@@ -81,6 +86,15 @@ def same_names(items: list[ExportImage]) -> list[Problem]:
     return [
         Problem("DF198", f"{a}, {b}", f"both hold an image to be called '{name}'", "rename one")
         for (a, b), name in pairs.items()
+    ]
+
+
+def long_names(items: list[ExportImage]) -> list[Problem]:
+    """A problem (DF202) for each image whose files' names would be longer than file systems take."""
+    return [
+        Problem("DF202", item.row.image, f"its mask would be called {item.name}{LONGEST_END}", "shorten its name")
+        for item in items
+        if len(os.fsencode(item.name + LONGEST_END)) > 255
     ]
 
 
@@ -104,9 +118,9 @@ def checked_splits(items: list[ExportImage], args: argparse.Namespace) -> dict[s
     return {split: found for split, found in splits.items() if found}
 
 
-def shown(split: str, items: list[ExportImage], stripped: list[str]) -> Iterator[dict]:
+def shown(split: str, items: list[ExportImage], treated: dict[tuple[str, str], str]) -> Iterator[dict]:
     """`read_items` with a bar."""
-    yield from tqdm(read_items(items, stripped), desc=split, total=len(items))
+    yield from tqdm(read_items(items, treated), desc=split, total=len(items))
 
 
 def write(splits: dict[str, list[ExportImage]], args: argparse.Namespace) -> None:
@@ -117,14 +131,16 @@ def write(splits: dict[str, list[ExportImage]], args: argparse.Namespace) -> Non
     )
     defects = sorted({item.row.defect for item in itertools.chain(*splits.values()) if item.row.mask})
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=args.output_dir) as temporary:
-        folder, stripped = Path(temporary), list[str]()
-        examples = {split: shown(split, items, stripped) for split, items in splits.items()}
+        folder, treated = Path(temporary), dict[tuple[str, str], str]()
+        examples = {split: shown(split, items, treated) for split, items in splits.items()}
         last = EXPORTERS[args.format](folder, examples, defects)
+        images = Counter(treated.values())
         if args.format in WRITERS:
-            write_dataset_card(folder, counts, args.format, "by_good_image", None, None, len(stripped), None)
+            write_dataset_card(folder, counts, args.format, "by_good_image", None, None, images, None)
         publish_dir(folder, args.output_dir, last)
+    say(treatment_in_words(images))
     for (_, defect, split), number in sorted(counts.items(), key=lambda entry: entry[0][::-1]):
-        print(f"{split} {defect}: {number}")
+        say(f"{split} {defect}: {number}")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -139,6 +155,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Folder to write to: empty, or holding this same export.",
     )
     add("--format", choices=list(EXPORTERS), required=True, help="Format to write.")
+    add("--follow_links", action="store_true", help="Publish what links to files outside their folders lead to.")
     add("--good", type=Path, metavar="DIR", help="Folder of good images to add; mvtec and anomalib need it.")
     add(
         "--test_share",

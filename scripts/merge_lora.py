@@ -22,7 +22,7 @@ from defectfill.runs.flags import add_base_flags
 from defectfill.sampling import inpaint, load_pipeline
 from defectfill.single_file import save_single_file
 from defectfill_dataset import InputError, Problem
-from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
+from defectfill_dataset.commands import HelpFormatter, exit_on_input_error, say
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
         written = StableDiffusionInpaintPipeline.from_pretrained(Path(folder) / "pipeline", dtype=dtype)
         compare_weights(written, pipe, args.output_dir)
         (Path(folder) / "pipeline").rename(args.output_dir)
-    print(f"{args.output_dir}: base and LoRA merged; in fp32, pixels in [0, 1] differ by at most {difference:.0e}")
+    say(f"{args.output_dir}: base and LoRA merged; in fp32, pixels in [0, 1] differ by at most {difference:.0e}")
     if args.single_file:
         with atomic_write(args.single_file) as temporary:
             save_single_file(pipe, temporary, open_clip=pipe.text_encoder.config.hidden_size == 1024)
@@ -118,9 +118,9 @@ def main(args: argparse.Namespace) -> None:
                 str(temporary), config=str(args.output_dir), local_files_only=True, dtype=dtype
             )
             compare_weights(written, pipe, args.single_file)
-        print(f"{args.single_file}: the same weights in one file")
+        say(f"{args.single_file}: the same weights in one file")
     for defect, prompt in lora.record.get("prompts", {}).items():
-        print(f"Prompt for {defect}: {prompt}")
+        say(f"Prompt for {defect}: {prompt}")
 
 
 def command() -> None:

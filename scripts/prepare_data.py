@@ -18,12 +18,13 @@ import defectfill.quiet  # noqa: F401
 
 from tqdm.auto import tqdm
 
-from defectfill.runs.cards import write_dataset_card
+from defectfill.runs.cards import treatment_in_words, write_dataset_card
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill.runs.flags import add_hub_flags
 from defectfill.runs.hub import PUBLISHED_DATA, check_hub, push
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
-from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error
+from defectfill_dataset.checks import outside_links
+from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error, say
 from defectfill_dataset.readers import Row
 from defectfill_dataset.report import check_object
 from defectfill_dataset.writers.datasets import WRITERS, read_examples
@@ -55,9 +56,11 @@ def checked_splits(args: argparse.Namespace) -> Splits:
                               args.skip_problems)  # fmt: skip
         problems += [dataclasses.replace(p, where=f"{name}: {p.where}") for p in report.problems]
         for problem in report.skipped:
-            print(f"left out: {problem}")
+            say(f"left out: {problem}")
         for split, of_object in report.splits.items():
             splits[split] += [(name, root, row) for row in of_object]
+    if not args.follow_links:
+        problems += outside_links((row for rows in splits.values() for _, _, row in rows), args.data_dir)
     if problems:
         raise InputError(*problems)
     return {split: rows for split, rows in splits.items() if rows}
@@ -67,20 +70,15 @@ def write(splits: Splits, args: argparse.Namespace, repo_id: str | None) -> None
     """Writes the dataset and its card to the output folder, whole or not at all."""
     clear_leftovers(args.output_dir)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=args.output_dir) as folder:
-        stripped: list[str] = []
+        treated: dict[tuple[str, str], str] = {}
         for split, rows in splits.items():
-            WRITERS[args.format](Path(folder), split, tqdm(read_examples(rows, stripped), desc=split, total=len(rows)))
+            WRITERS[args.format](Path(folder), split, tqdm(read_examples(rows, treated), desc=split, total=len(rows)))
         counts = Counter((name, row.defect, split) for split, rows in splits.items() for name, _, row in rows)
-        write_dataset_card(
-            Path(folder), counts, args.format, args.split, args.license, args.source, len(stripped), repo_id
-        )
+        images = Counter(treated.values())
+        write_dataset_card(Path(folder), counts, args.format, args.split, args.license, args.source, images, repo_id)
         publish_dir(Path(folder), args.output_dir, last="README.md")
-    if stripped:
-        print(
-            f"{len(stripped)} of {counts.total()} images held metadata (EXIF, XMP, text, comments): "
-            "written as PNG, upright, without them"
-        )
-    print(f"{args.output_dir}: " + ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))
+    say(treatment_in_words(images))
+    say(f"{args.output_dir}: " + ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -109,6 +107,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Licence of the images, by its identifier on the Hub (cc-by-nc-sa-4.0); required for a push.",
     )
     add("--source", metavar="TEXT|URL", help="Source of the images, for the card.")
+    add("--follow_links", action="store_true", help="Publish what links to files outside the dataset lead to.")
     add_hub_flags(add, "the dataset", "--hub_dataset_id")
     return parser.parse_args(input_args)
 
@@ -125,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
                 push(args.output_dir, repo_id, args.push_timeout, PUBLISHED_DATA[args.format], "dataset")
             except RuntimeError as error:
                 sys.exit(str(error))
-            print(f"Pushed to {repo_id}")
+            say(f"Pushed to {repo_id}")
 
 
 def command() -> None:

@@ -25,7 +25,7 @@ from defectfill.runs.plan import MOST_IMAGES
 from defectfill.runs.report import stack
 from defectfill.runs.source_images import repeat_seed
 from defectfill_dataset import Problem, binarise, find_foreground, load_image, load_mask_rows, principal_axis
-from defectfill_dataset.commands import HelpFormatter, exit_on_input_error
+from defectfill_dataset.commands import HelpFormatter, exit_on_input_error, say
 from defectfill_dataset.masks import bounds
 from defectfill_dataset.synthesis.foreground import cover_defect
 from defectfill_dataset.synthesis.locations import CLEARANCE, locate, map_object
@@ -120,10 +120,10 @@ def main(args: argparse.Namespace) -> None:
     if drawn:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         save_image(stack([grid_of(rows) for rows in (above, pictures) if rows]), args.output)
-        print(f"drawn: {figures_of(drawn)}")
-        print(f"on the object: {100 * np.mean(shares):.2f} % of a mask's pixels, {100 * min(shares):.2f} % at least")
-        print(f"distance to the border: {quartiles(clearances, '.1f')} % of the object's size")
-    print(*lines, sep="\n", end="\n" if lines else "")
+        say(f"drawn: {figures_of(drawn)}")
+        say(f"on the object: {100 * np.mean(shares):.2f} % of a mask's pixels, {100 * min(shares):.2f} % at least")
+        say(f"distance to the border: {quartiles(clearances, '.1f')} % of the object's size")
+    say(*lines)
     if without:
         raise SystemExit(f"Without a mask, {len(without)} of {number}:\n" + "\n".join(map(str, without)))
 

@@ -1,7 +1,6 @@
 """Model and dataset cards: the README.md of a LoRA and of a dataset."""
 
 import hashlib
-import html
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from defectfill_dataset import file_digest
+from defectfill_dataset.errors import one_line
 
 from .files import atomic_write, visible_files
 
@@ -17,16 +17,16 @@ CARD = """---
 {{ card_data }}
 ---
 
-# DefectFill LoRA: {{ escaped(object_words) }}
+# DefectFill LoRA: {{ text(object_words) }}
 
-A LoRA of `{{ base_name }}` (UNet and text encoder) that inpaints defects into images of a good
-{{ escaped(object_words) }}, inside a mask.
+A LoRA of {{ code(base_name) }} (UNet and text encoder).
+It inpaints defects into images of a good {{ text(object_words) }}, inside a mask.
 Trained with [DefectFill](https://arxiv.org/abs/2503.13985) on {{ images }} image and mask pairs.
 
 | defect | prompt |
 |---|---|
 {% for defect, prompt in prompts.items() -%}
-| {{ escaped(defect) }} | `{{ prompt }}` |
+| {{ text(defect) }} | {{ code(prompt) }} |
 {% endfor %}
 ## Use
 
@@ -36,12 +36,12 @@ from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 from diffusers.utils import load_image
 
 pipe = StableDiffusionInpaintPipeline.from_pretrained(
-    "{{ base_name }}",{% if revision %} revision="{{ revision }}",{% endif %} dtype=torch.float16
+    {{ python(base_name) }},{% if revision %} revision={{ python(revision) }},{% endif %} dtype=torch.float16
 ).to("cuda")
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-pipe.load_lora_weights("{{ repo_id }}")
+pipe.load_lora_weights({{ python(repo_id) }})
 image = pipe(
-    "{{ prompts.values() | first }}",
+    {{ python(prompts.values() | first) }},
     image=load_image("good.png"),
     mask_image=load_image("mask.png"),  # white where the defect goes
     height={{ resolution }},
@@ -65,7 +65,7 @@ strength 1 for UNet and text encoder, on an inpainting checkpoint of the base.
 ## Training
 
 {{ steps }} steps of batch {{ batch_size }} at {{ resolution }} px; rank {{ rank }}
-{%- if conv_rank %} ({{ conv_rank }} for convolutions){% endif %}, alpha {{ alpha }}, layers: {{ lora_targets }}.
+{%- if conv_rank %} ({{ conv_rank }} for convolutions){% endif %}, alpha {{ alpha }}, layers: {{ text(lora_targets) }}.
 Seed {{ seed }}.
 The training images' licence applies to what is derived from them (MVTec AD is CC BY-NC-SA 4.0: no commercial use).
 """
@@ -74,33 +74,29 @@ DATASET_CARD = """---
 {{ card_data }}
 ---
 
-# Defect images with masks: {{ escaped(objects | join(", ")) }}
+# Defect images with masks: {{ text(objects | join(", ")) }}
 
 - Source: {{ source }}
-- Licence: {{ "`%s`" % license if license else "not stated; ask before you pass it on" }}
+- Licence: {{ code(license) if license else "not stated; ask before you pass it on" }}
 
 | object | defect | train | test | good |
 |---|---|---|---|---|
 {% for (object, defect), found in rows.items() -%}
-| {{ escaped(object) }} | {{ escaped(defect) }} | {{ found.train }} | {{ found.test }} | {{ found.good }} |
+| {{ text(object) }} | {{ text(defect) }} | {{ found.train }} | {{ found.test }} | {{ found.good }} |
 {% endfor %}
 `train` holds the defects to learn from, `test` those held out, `good` images without a defect.
 The split: {{ split }}.
 
 Each row has `image`, `mask`, `object`, `defect` and `source_file` (the image's name at its source).
 A mask is a PNG of its image's size, upright: 255 inside the defect, 0 outside; good images have none.
-{% if stripped %}
-{{ stripped }} image{{ "s" if stripped != 1 }} held metadata (EXIF, XMP, text or comments): written as PNG, upright,
-without them. All others are the source's files, byte for byte.
-{% else %}
-Images are the source's files, byte for byte.
-{% endif %}
+{{ treatment }}.
+
 ```python
 from datasets import load_dataset
 
-data = load_dataset("{{ repo_id }}")
+data = load_dataset({{ python(repo_id) }})
 {%- if own_good %}
-good = load_dataset("{{ repo_id }}", "good")  # images without a mask are a configuration of their own
+good = load_dataset({{ python(repo_id) }}, "good")  # images without a mask are a configuration of their own
 {%- endif %}
 ```
 """
@@ -113,9 +109,27 @@ SPLITS_IN_WORDS = {
 }
 
 
-def escaped(text: str) -> str:
-    """The text on one line, as Markdown shows it: no HTML, link, code or table cell of its own."""
-    return re.sub(r"([\\`*_\[\]()|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+def markdown_text(text: str) -> str:
+    """The text on one line, as Markdown shows it, in a table too: no HTML, link, code or cell of its own."""
+
+    def plain(found: re.Match) -> str:
+        return f"\\{found[1]}" if found[1] else f"&#{ord(found[0])};"
+
+    return re.sub(r"([`*_\[\]()~!#$:.@{}])|[&<>|\\]", plain, one_line(" ".join(text.split())))
+
+
+def markdown_code(text: str) -> str:
+    """The text as code in a line or a table of Markdown; as `markdown_text` where no such code can hold it."""
+    plain = text.isprintable() and text.strip() == text != "" and not re.search(r"[`|\\]", text)
+    return f"`{text}`" if plain else markdown_text(text)
+
+
+def python_string(text: str) -> str:
+    """The text as a literal of Python, on one line."""
+    return '"' + one_line(text.replace("\\", r"\\").replace('"', r"\"")) + '"'
+
+
+IN_CARDS = {"text": markdown_text, "code": markdown_code, "python": python_string}
 
 
 def write_model_card(folder: Path, record: dict, images: int, batch_size: int, repo_id: str | None) -> None:
@@ -131,7 +145,7 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
     card = ModelCard.from_template(
         data,
         template_str=CARD,
-        escaped=escaped,
+        **IN_CARDS,
         object_words=record["object"],
         base_name="path/to/the/base" if local else record["base"],
         repo_id=repo_id or "path/to/this/folder",
@@ -150,7 +164,7 @@ def write_dataset_card(
     split: str,
     license: str | None,
     source: str | None,
-    stripped: int,
+    images: Counter,
     repo_id: str | None,
 ) -> None:
     """Writes README.md: what the dataset is, where it is from, its licence, and how to load it.
@@ -159,7 +173,7 @@ def write_dataset_card(
         counts: number of images of each (object, defect, split).
         file_format: "parquet" or "imagefolder".
         split: a rule of `split_rows`, or a split file.
-        stripped: number of images that were written without their metadata.
+        images: number of images of each treatment, as `image_bytes` names them.
     """
     paths = {
         name: f"data/{name}-*" if file_format == "parquet" else f"{name}/**"
@@ -191,18 +205,29 @@ def write_dataset_card(
     card = DatasetCard.from_template(
         data,
         template_str=DATASET_CARD,
-        escaped=escaped,
+        **IN_CARDS,
         objects=sorted({name for name, _ in rows}),
         rows=rows,
         source=_source_in_words(source),
         license=license,
         split=SPLITS_IN_WORDS.get(split, "a split file's"),
-        stripped=stripped,
+        treatment=treatment_in_words(images),
         own_good=own_good,
         repo_id=repo_id or "path/to/this/folder",
     )
     with atomic_write(folder / "README.md") as temporary:
         temporary.write_text(str(card), encoding="utf-8")
+
+
+def treatment_in_words(images: Counter) -> str:
+    """What was done so that published images hold their pixels and nothing else."""
+    done = {
+        "kept": "the source's files, byte for byte",
+        "trimmed": "without what their files held beside the coded pixels (metadata, colour profile, further images)",
+        "rewritten": "written anew as upright PNG of the same pixels",
+    }
+    found = "; ".join(f"{images[how]} {words}" for how, words in done.items() if images[how])
+    return f"Of {images.total()} images, {found}"
 
 
 def _content_digest(folder: Path) -> str:
@@ -214,7 +239,7 @@ def _content_digest(folder: Path) -> str:
 
 def _source_in_words(source: str | None) -> str:
     is_link = source and re.fullmatch(r"https?://[^\s<>]+", source)
-    return f"<{source}>" if is_link else escaped(source or "not stated")
+    return f"<{source}>" if is_link else markdown_text(source or "not stated")
 
 
 def size_category(number: int) -> str:

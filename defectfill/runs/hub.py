@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from defectfill_dataset import InputError, Problem
+from defectfill_dataset.errors import one_line
 
 from ..lora import LORA_FILE
 
@@ -88,6 +89,6 @@ def push(
         command = ["hf", "upload", repo_id, str(folder), ".", "--repo-type", repo_type]
         command += [word for name in files for word in ("--include", name)]
         raise RuntimeError(
-            f"Push to {repo_id} failed: {failure[0]}. All is safe in {folder}; push it with:\n"
+            f"Push to {repo_id} failed: {one_line(str(failure[0]))}. All is safe in {folder}; push it with:\n"
             f"    {shlex.join(command)}"
         ) from failure[0]

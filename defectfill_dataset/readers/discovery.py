@@ -56,6 +56,7 @@ DEPTH = 3  # folders between the given one and its objects, as unpacking archive
 
 NAME = re.compile(r"\w[\w \-.+,()&]{0,99}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
+MOST_BYTES = 200  # of a name, as UTF-8: file systems take 255, with what comes before and behind it
 
 
 def layout_of(folder: Path, layout: str = "auto", below: bool = False) -> str | None:
@@ -143,11 +144,17 @@ def _is_of_folders(place: Place) -> bool:
         return False
 
 
+def can_name(name: str) -> bool:
+    """Whether a name can be that of a folder and a file everywhere."""
+    return bool(NAME.fullmatch(name)) and not RESERVED.fullmatch(name) and len(name.encode()) <= MOST_BYTES
+
+
 def check_names(names: Iterable[str], source: str | Path) -> None:
-    """Raises InputError (DF162) if a name cannot be that of a folder, a file and a model card everywhere."""
-    wrong = [name for name in names if not NAME.fullmatch(name) or RESERVED.fullmatch(name)]
+    """Raises InputError (DF162) if an object's name is not what `can_name` takes."""
+    wrong = [name for name in names if not can_name(name)]
     if wrong:
-        told = "may hold letters, digits, spaces and _-.+,()&, a letter or digit first, 100 at most, and be no CON"
+        told = "may hold letters, digits, spaces and _-.+,()&, a letter or digit first, 100 at most (200 bytes of "
+        told += "UTF-8), and be no CON"
         reasons = (f"an object cannot be called '{name}': it {told}" for name in wrong)
         raise InputError(*(Problem("DF162", source, reason, "rename it") for reason in reasons))
 

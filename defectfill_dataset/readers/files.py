@@ -74,6 +74,11 @@ def folders_in(folder: Path) -> list[Path]:
     return [folder / name for name in _names(folder, only_folders=True)]
 
 
+def is_outside(file: Path, root: str | Path) -> bool:
+    """Whether a file, all links followed, lies outside a folder."""
+    return not os.path.realpath(file).startswith(os.path.realpath(root) + os.sep)
+
+
 def walk(folder: Path, names: re.Pattern | None = None) -> Iterator[Path]:
     """A folder and all folders below it (only those of these names), links to folders followed, each once."""
     seen: set[str] = set()

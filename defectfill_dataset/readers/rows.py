@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import Problem
 from ..masks import Mask, MaskUnion
+from ..prompts import to_words
 
 
 ONE_TYPE = "defect"  # the defect type where the format names none
@@ -113,6 +114,10 @@ def unite(reading: Reading, root: Path) -> Reading:
                 reading.blame(
                     "DF115", row.image, root, "its name or path is not UTF-8", "rename it", relative(file, root)
                 )
+    for name in dict.fromkeys(chosen.values()):
+        if not to_words(name) or not is_unicode(name):
+            what = f"a defect type is called '{name}', which gives no words for a prompt"
+            reading.problems.append(Problem("DF162", root, what, "rename it"))
     good = {image for image, defect in together if defect == GOOD}
     listed_twice = {image for image, defect in together if defect != GOOD} & good
     counts = collections.Counter((row.image, row.defect) for row in reading.rows)

@@ -15,23 +15,29 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from ..builder import FEATURES
-from ..images import has_metadata, load_image, open_image
+from ..images import ORIENTATION, load_image, open_image
 from ..masks import Mask
+from ..minimal import minimal
 from ..readers import Row, relative
 
 
 SHARD_BYTES, GROUP_BYTES = 500 << 20, 32 << 20  # of a Parquet file, and of what is held in memory
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
+PNG_MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16", "I;16B")
 
 
-def image_bytes(file: Path) -> tuple[bytes, bool]:
-    """An image file's content, and whether it `has_metadata` and is a bare upright PNG of the same pixels instead."""
+def image_bytes(file: Path) -> tuple[bytes, str]:
+    """An image file's pixels, upright, in a file that holds nothing else, and what was done for that.
+
+    Returns:
+        its content, and "kept" byte for byte, "trimmed" with the pixels coded as they were, or "rewritten" as PNG.
+    """
     with open_image(file) as image:
-        if not has_metadata(image):
-            return file.read_bytes(), False
-        bare = ImageOps.exif_transpose(image) if image.mode in PNG_MODES else load_image(image)
-    bare.info.clear()
-    return png_bytes(bare), True
+        content = file.read_bytes()
+        if image.getexif().get(ORIENTATION, 1) == 1 and (bare := minimal(content)):
+            return bare, "kept" if bare == content else "trimmed"
+        pixels = ImageOps.exif_transpose(image) if image.mode in PNG_MODES else load_image(image)
+    pixels.info.clear()
+    return png_bytes(pixels), "rewritten"
 
 
 def mask_bytes(mask: Mask) -> bytes:
@@ -45,14 +51,13 @@ def png_bytes(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def read_examples(rows: Iterable[tuple[str, Path, Row]], stripped: list[str]) -> Iterator[dict]:
-    """The example of each (object, its folder, row); the names of images that became bare PNGs go to `stripped`."""
+def read_examples(rows: Iterable[tuple[str, Path, Row]], treated: dict[tuple[str, str], str]) -> Iterator[dict]:
+    """The example of each (object, its folder, row); `treated` gets what `image_bytes` did with each image."""
     for name, root, row in rows:
         source = relative(row.image, root)
-        content, changed = image_bytes(row.image)
-        if changed:
-            stripped.append(source)
-        path = row.image.with_suffix(".png").name if changed else row.image.name
+        content, treated[name, source] = image_bytes(row.image)
+        rewritten = treated[name, source] == "rewritten"
+        path = row.image.with_suffix(".png").name if rewritten else row.image.name
         yield {
             "image": {"bytes": content, "path": path},
             "mask": {"bytes": mask_bytes(row.mask), "path": f"{row.image.stem}.png"} if row.mask else None,

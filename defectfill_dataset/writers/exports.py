@@ -18,10 +18,10 @@ from pycocotools import mask as coco_mask
 
 from ..builder import file_digest
 from ..errors import InputError, Problem
-from ..images import ORIENTATION, load_image, open_image
+from ..images import load_image, open_image
 from ..mask_values import binarise
 from ..masks import MaskFiles, components
-from ..readers import NAME, ONE_TYPE, RESERVED, Row, file_inside, image_files
+from ..readers import ONE_TYPE, Row, can_name, file_inside, image_files
 from ..readers.marks import MALFORMED, said
 from ..seeds import derive_seed
 from ..text import MOST_RUN_BYTES, Schema, numbered_lines, parse_json, read_text
@@ -94,7 +94,7 @@ def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list
         problems += [
             Problem("DF196", place, f"the {kind} '{name}' cannot name a folder of defects", "rename it there")
             for kind, name in names.items()
-            if name == "good" or not NAME.fullmatch(name) or RESERVED.fullmatch(name)
+            if name == "good" or not can_name(name)
         ]
         if image and mask:
             stem = f"{folder.name}_{image.stem}" if several else image.stem
@@ -135,10 +135,10 @@ def split_items(items: Iterable[ExportImage], share: float, normal_only: bool) -
     }
 
 
-def read_items(items: list[ExportImage], stripped: list[str]) -> Iterator[dict]:
-    """The example of each item; the names of images that became bare PNGs go to `stripped`."""
+def read_items(items: list[ExportImage], treated: dict[tuple[str, str], str]) -> Iterator[dict]:
+    """The example of each item; `treated` gets what `image_bytes` did with each image."""
     rows = ((item.row.object or "", item.root, item.row) for item in items)
-    for item, example in zip(items, read_examples(rows, stripped)):
+    for item, example in zip(items, read_examples(rows, treated)):
         yield {**example, "name": item.name}
 
 
@@ -151,10 +151,10 @@ def _put(file: Path, content: bytes) -> None:
 
 
 def _picture(example: dict, always_png: bool = False) -> tuple[str, bytes]:
-    """The suffix and content of an example's image; a PNG if so wanted, or where a TIFF is turned: few look."""
+    """The suffix and content of an example's image, a PNG if so wanted."""
     content, suffix = example["image"]["bytes"], Path(example["image"]["path"]).suffix.lower()
     with open_image(io.BytesIO(content)) as image:
-        if image.getexif().get(ORIENTATION, 1) == 1 and (image.format == "PNG" or not always_png):
+        if image.format == "PNG" or not always_png:
             return suffix, content
         return ".png", png_bytes(load_image(image))
 

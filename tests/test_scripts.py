@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline
-from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
 from drawn import write_image
 from PIL import Image
 from runs import fork, in_clean_process, read_lines, reset_accelerate, wait_for
 from safetensors.torch import load_file
-from toy_model import toy_pipeline
 
 from defectfill.random_base import random_sd2_pipeline
 from defectfill.sampling import ddim, inpaint
@@ -30,7 +28,6 @@ from defectfill_scripts import (
     make_tiny_base,
     train_segmenter,
 )
-from defectfill_scripts import benchmark_generation as benchmark
 
 
 TINY_BASE = ROOT / "scripts/tiny_base"
@@ -295,69 +292,6 @@ def test_samplers_are_compared_on_the_same_parts(base, segmenter, trained, tmp_p
     assert [int(cells[0]) for cells in rows.values()] == [100, 40, 40, 40, 20, 30, 30, 20]
     changes = [float(cells[-1]) for cells in rows.values()]
     assert changes[0] == 0 and rows["DDIM, 50 steps"][3] == "" and all(0 < x < 1 for x in changes[1:])
-
-
-@pytest.fixture
-def toy_pairs():
-    images, _ = train_segmenter.drawn_pairs([("nut", None)], 3, 32, 0)
-    grids = torch.zeros(3, 1, 8, 8)
-    grids[:, :, 2:6, 3:7] = 1
-    return benchmark.Pairs(images, grids, [[1, 2], [3, 4], [5, 6]])
-
-
-def quiet_pipeline():
-    pipe = toy_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.mark.slow
-def test_ways_that_only_save_work_paint_the_same(toy_pairs):
-    pipe = quiet_pipeline()
-    _, *same, fast, half = benchmark.make_variants(6, 4, candidates=2, batch_size=4).values()
-    alone, in_pairs, together = (benchmark.inpaint_pairs(pipe, toy_pairs, variant) for variant in same)
-    assert alone.shape == (3, 2, 3, 32, 32)
-    assert torch.allclose(alone, in_pairs, atol=2e-4) and torch.allclose(alone, together, atol=2e-4)
-    one_by_one, at_once = (torch.tensor(benchmark.score(alone, toy_pairs, number)) for number in (1, 2))
-    assert one_by_one.shape == (3, 2) and torch.allclose(one_by_one, at_once, atol=1e-6) and one_by_one.min() > 0
-    assert not torch.allclose(alone, benchmark.inpaint_pairs(pipe, toy_pairs, half), atol=1e-2)
-    assert (fast.scheduler, fast.steps, half.steps) == ("unipc", 4, 4)
-
-
-@pytest.mark.slow
-def test_the_stock_way_differs_in_the_sampled_latents_and_the_background_alone(toy_pairs, monkeypatch):
-    pipe = quiet_pipeline()
-    stock, once, *_ = benchmark.make_variants(6, 4, candidates=2, batch_size=4).values()
-    whole = toy_pairs._replace(grids=torch.ones_like(toy_pairs.grids))  # no background to replace
-    assert not torch.allclose(
-        benchmark.inpaint_pairs(pipe, toy_pairs, stock), benchmark.inpaint_pairs(pipe, toy_pairs, once), atol=1e-2
-    )
-    monkeypatch.setattr(pipeline_stable_diffusion_inpaint, "retrieve_latents", lambda x, **_: x.latent_dist.mode())
-    assert torch.allclose(
-        benchmark.inpaint_pairs(pipe, whole, stock), benchmark.inpaint_pairs(pipe, whole, once), atol=2e-4
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["base", "sd2_size"])
-def test_generation_is_measured_in_every_way(base, tmp_path, monkeypatch, model):
-    monkeypatch.setattr(benchmark, "random_sd2_pipeline", lambda device, dtype: toy_pipeline().to(device, dtype))
-    command = f"""--images 2 --num_candidates 2 --batch_size 4 --rounds 2 --num_inference_steps 4 --fast_steps 2
-        --resolution 32 --output {tmp_path}/speed.md"""
-    which = ["--base", str(base)] if model == "base" else ["--sd2_size"]
-    benchmark.main(benchmark.parse_args([*command.split(), *which]))
-    _, _, *lines, _, note = (tmp_path / "speed.md").read_text().splitlines()
-    rows = {cells[1]: cells[2:-1] for cells in ([c.strip() for c in line.split("|")] for line in lines)}
-    assert list(rows) == list(benchmark.make_variants(4, 2, 2, 4)) and len(rows) == 6
-    assert [int(cells[0]) for cells in rows.values()] == [8, 8, 8, 8, 4, 3]
-    assert [*rows.values()][0][2] == "1.00 (1.00 to 1.00)" and all(float(cells[1]) > 0 for cells in rows.values())
-    assert "2 images of 2 candidates, 32 px, 2 rounds" in note and note.count("%") == 2
-
-
-def test_a_batch_smaller_than_a_pictures_candidates_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        benchmark.parse_args("--base x --output y --num_candidates 8 --batch_size 4".split())
-    assert "--batch_size 4: must be at least --num_candidates 8" in capsys.readouterr().err
 
 
 def test_the_large_pipeline_has_stable_diffusions_sizes():

@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from huggingface_hub import file_exists, hf_hub_download
+from huggingface_hub import file_exists
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -33,6 +33,7 @@ from .base_files import (
     shard_names,
     tokenizer_files,
 )
+from .patience import download
 
 
 SD2_MIRROR = "sd2-community/stable-diffusion-2-inpainting"
@@ -126,14 +127,17 @@ def check_hub_files(base: BaseModel, cache_dir: str | None) -> None:
     Raises:
         InputError: there is (DF182), or an index cannot be read (DF176).
     """
+    options: dict = {"revision": base.revision, "cache_dir": cache_dir}
     ends = [f".safetensors.index{f'.{variant}' if variant else ''}.json" for variant in {None, base.variant}]
     for file in [
         *(f"{part}/{stem}{end}" for part, stem in WEIGHTS.items() for end in ends),
         f"text_encoder/{ADAPTER_CONFIG}",
     ]:
         try:
-            found = Path(hf_hub_download(base.name, file, revision=base.revision, cache_dir=cache_dir))
-        except UNREADABLE:  # it is not there, or cannot be reached, by the libraries neither
+            found = download(base.name, file, **options)
+        except UNREADABLE as error:  # it is not there, or cannot be reached, by the libraries neither
+            if isinstance(error, TimeoutError):  # the Hub is silent: one wait is enough
+                options["local_files_only"] = True
             continue
         if found.name == ADAPTER_CONFIG:
             raise adapter_error(f"{base.name}/{file}")
@@ -149,8 +153,7 @@ def find_configs(name: str, folder: Path | None, revision: str | None, cache_dir
     files = {}
     for part in CONFIGS:
         try:
-            download = {"revision": revision, "cache_dir": cache_dir}
-            files[part] = folder / part if folder else Path(hf_hub_download(name, part, **download))
+            files[part] = folder / part if folder else download(name, part, revision=revision, cache_dir=cache_dir)
             files[part].stat()
         except UNREADABLE as error:
             moved = [

@@ -145,6 +145,15 @@ def check_schema(value: object, schema: type[Schema]) -> None:
         raise ValueError(f"cannot be used: '{place}' is {reprlib.repr(first['input'])}: {what}{more}") from error
 
 
+def is_of(value: object, schema: type[Schema]) -> bool:
+    """Whether the value is of the schema."""
+    try:
+        check_schema(value, schema)
+    except ValueError:
+        return False
+    return True
+
+
 def read_json(file: Path, schema: type[Schema] | None = None, code: str = "DF166", fix: str = MEND) -> Any:
     """The file's JSON value.
 

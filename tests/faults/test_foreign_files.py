@@ -349,7 +349,7 @@ def test_flags_of_training_are_bounded(tmp_path, flags, words):
 def test_a_generation_run_of_files_that_never_end(trained, inputs, tmp_path, special, name):
     put(special, tmp_path / "out" / name)
     argv = ["--lora", trained, *inputs, "--output_dir", tmp_path / "out", "--selection", "none"]
-    with pytest.raises(InputError, match=f"DF310 .*{name}.*not a regular file"):
+    with pytest.raises(InputError, match=f"DF192 .*{name} of something else"):
         generate(*argv)
 
 

@@ -13,7 +13,6 @@ Masks are 1 inside the defect.
 
 import dataclasses
 import datetime
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +48,7 @@ from defectfill.runs.manifest import (
     SETTINGS,
     SHEET,
     TABLE,
+    PlanLine,
     check_output_dir,
     check_own,
     merge_parts,
@@ -65,7 +65,7 @@ from defectfill.runs.processes import check_launch, locked_start
 from defectfill.runs.report import contact_row, stack, thumbnail, write_report
 from defectfill.runs.requests import GenerationCommand
 from defectfill.runs.signals import end_with_launcher, exit_on_signal
-from defectfill.runs.speed import SPEED, Speed, summarise
+from defectfill.runs.speed import SPEED, Speed, SpeedFile, summarise
 from defectfill.sampling import compile_unet, composite, fit, inpaint, load_pipeline, reconstruct
 from defectfill.seam import changed_mask, feather_alpha, grid_mask, seam_step, vae_error
 from defectfill.selection import (
@@ -95,6 +95,7 @@ from defectfill_dataset import (
 )
 from defectfill_dataset.commands import exit_on_input_error, say
 from defectfill_dataset.errors import one_line
+from defectfill_dataset.text import Schema, read_json
 
 
 SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image
@@ -627,8 +628,8 @@ def start_run(run: PreparedGeneration) -> list[str]:
     check_own(folder)
     clear_leftovers(folder, *(folder / kind for kind in KINDS))
     if (folder / SETTINGS).exists():
-        check_identity(json.loads((folder / SETTINGS).read_text()), run.settings)
-    check_plan(lines, read_lines(folder / PLAN))
+        check_identity(read_json(folder / SETTINGS, Schema, "DF310"), run.settings)
+    check_plan(lines, read_lines(folder / PLAN, PlanLine))
     write_json(folder / SETTINGS, run.settings)
     write_lines(folder / PLAN, lines)
     for kind in KINDS:
@@ -646,8 +647,8 @@ def finish_run(folder: Path, problems: dict[str, Problem], speeds: Sequence[Spee
     if lines:
         write_table(folder / TABLE, lines)
         with atomic_write(folder / REPORT) as temporary:
-            speed = json.loads((folder / SPEED).read_text())
-            write_report(temporary, read_lines(folder / PLAN), lines, problems.values(), speed)
+            speed = read_json(folder / SPEED, SpeedFile, "DF310")
+            write_report(temporary, read_lines(folder / PLAN, PlanLine), lines, problems.values(), speed)
         rows = [
             Image.open(folder / "contact" / f"{line['name']}.png", formats=("PNG",)) for line in lines[:SHEET_IMAGES]
         ]

@@ -3,11 +3,16 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from defectfill_dataset import InputError, Problem, file_digest
+from defectfill_dataset.text import Schema, parse_json, read_bytes, read_json
 
 
 CONFIGS = (
@@ -19,7 +24,42 @@ CONFIGS = (
 )
 # The names that diffusers and transformers give to weights.
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+SHARD = re.compile(r"[\w.\-]+\.safetensors")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+ADAPTER_CONFIG = "adapter_config.json"  # of peft
+AGAIN = "download it again"
+
+# Bounds far above Stable Diffusion's own, so that no configuration builds models for ever.
+Channels = Annotated[int, Field(gt=0, le=2**20)]
+Layers = Annotated[int, Field(ge=0, le=64)]
+Layout = Annotated[list[str], Field(max_length=16)]
+
+
+class ConfigFile(Schema):
+    """What is bounded in a configuration of any model, before the libraries check its types."""
+
+    block_out_channels: Annotated[list[Channels], Field(min_length=1, max_length=16)] | None = None
+    down_block_types: Layout | None = None
+    up_block_types: Layout | None = None
+    layers_per_block: Layers | list[Layers] | None = None
+    transformer_layers_per_block: Layers | list[Layers | list[Layers]] | None = None
+    reverse_transformer_layers_per_block: Layers | list[Layers | list[Layers]] | None = None
+    in_channels: Channels | None = None
+    out_channels: Channels | None = None
+    latent_channels: Channels | None = None
+    cross_attention_dim: Channels | list[Channels] | None = None
+    num_hidden_layers: Layers | None = None
+    hidden_size: Channels | None = None
+    intermediate_size: Channels | None = None
+    vocab_size: Channels | None = None
+    max_position_embeddings: Channels | None = None
+    num_train_timesteps: Annotated[int, Field(gt=0, le=100_000)] | None = None
+
+
+class WeightIndex(Schema):
+    """An index of weights in several files: the file of each tensor."""
+
+    weight_map: dict[str, str]
 
 
 def weight_files(folder: Path, model: str, variant: str | None) -> list[Path]:
@@ -39,12 +79,15 @@ def shard_names(index: Path) -> list[str]:
     """The files that an index of weights names.
 
     Raises:
-        InputError: it names none (DF176).
+        InputError: it cannot be read (DF176), or names anything but safetensors files of its own folder (DF182): the
+            libraries would unpickle those.
     """
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise InputError(Problem("DF176", index, "has no weight_map of file names", "download it again"))
-    return list(names.values())
+    names = sorted(set(read_json(index, WeightIndex, "DF176", AGAIN)["weight_map"].values()))
+    for name in names:
+        if not SHARD.fullmatch(name):
+            what = f"names '{name}', which is no safetensors file beside it; pickled weights are not loaded"
+            raise InputError(Problem("DF182", index, what, "use a base with safetensors weights"))
+    return names
 
 
 def check_weight_files(folder: Path, variant: str | None) -> None:
@@ -71,6 +114,25 @@ def check_weight_files(folder: Path, variant: str | None) -> None:
     check_pointers(folder, named)
 
 
+def check_plain(folder: Path) -> None:
+    """Checks that the folders of the models hold files that end, and no adapter of peft, as whose base transformers
+    would load another model than the folder's.
+
+    Raises:
+        InputError: a pipe or device (DF176), or an adapter (DF182).
+    """
+    for part in (config.partition("/")[0] for config in CONFIGS):
+        for file in sorted((folder / part).glob("*")):
+            if file.exists() and not file.is_file() and not file.is_dir():
+                raise InputError(Problem("DF176", file, "is not a regular file", AGAIN))
+            if file.name == ADAPTER_CONFIG:
+                raise adapter_error(str(file))
+
+
+def adapter_error(where: str) -> InputError:
+    return InputError(Problem("DF182", where, "is an adapter in a base model", "remove it, or use another base"))
+
+
 def check_pointers(folder: Path, files: Iterable[Path]) -> None:
     """Raises InputError (DF178) if some of the folder's files are git-lfs pointers in place of the content."""
     pointers = [file for file in files if file.is_file() and first_bytes(file) == LFS_POINTER]
@@ -87,19 +149,13 @@ def first_bytes(file: Path) -> bytes:
         return stream.read(len(LFS_POINTER))
 
 
-def read_json(file: Path) -> dict:
+def read_config(file: Path) -> dict:
     """The JSON object of a configuration file.
 
     Raises:
-        InputError: it cannot be read, is not JSON, or not an object (DF176).
+        InputError: it cannot be read, is not JSON, not an object, or out of bounds (DF176).
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(Problem("DF176", file, f"cannot be read as JSON: {error}", "download it again")) from error
-    if not isinstance(content, dict):
-        raise InputError(Problem("DF176", file, f"holds a {type(content).__name__}, not an object"))
-    return content
+    return read_json(file, ConfigFile, "DF176", AGAIN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,9 +186,9 @@ def cached_digest(file: Path) -> str:
     entry = cache_folder() / hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
     stamp = [name, *file_stamp(file)]
     try:
-        check, _, line = entry.read_text(encoding="ascii").partition(" ")
-        if check == hashlib.sha256(line.encode()).hexdigest():
-            *kept, digest = json.loads(line)
+        check, _, line = read_bytes(entry, most=2**16).partition(b" ")
+        if check.decode() == hashlib.sha256(line).hexdigest():
+            *kept, digest = parse_json(line)
             if kept == stamp:
                 return digest
     except (OSError, ValueError):

@@ -21,12 +21,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from defectfill_dataset import InputError, Problem
 
 from .base_files import (
+    ADAPTER_CONFIG,
     CONFIGS,
     WEIGHTS,
+    adapter_error,
     base_digest,
+    check_plain,
     check_pointers,
     check_weight_files,
-    read_json,
+    read_config,
+    shard_names,
     tokenizer_files,
 )
 from .patience import download
@@ -91,7 +95,8 @@ def read_base(
     Raises:
         InputError: not found (DF180), a single file (DF177), git-lfs pointers (DF178), a broken configuration
             (DF176), not an inpainting model (DF181), parts that do not fit, as in SDXL (DF175), no safetensors
-            weights of the variant (DF182), or a prediction type the equations do not cover (DF183).
+            weights of the variant, or anything else in their place (DF182), or a prediction type the equations do not
+            cover (DF183).
     """
     folder = Path(name).expanduser()
     is_local = folder.is_dir()
@@ -102,16 +107,41 @@ def read_base(
         raise single_file_error(folder)
     files = find_configs(name, folder if is_local else None, revision, cache_dir)
     if is_local:
+        check_plain(folder)
         check_pointers(folder, [*files.values(), *tokenizer_files(folder)])
-    unet, vae, text_encoder, scheduler, _ = (read_json(file) for file in files.values())
+    unet, vae, text_encoder, scheduler, _ = (read_config(file) for file in files.values())
     sha = None if is_local else files["unet/config.json"].parents[1].name
     base = BaseModel(name, sha, unet, vae, text_encoder, scheduler, variant)
     check_kind(base)
     check_parts(base)
     if is_local:
         check_weight_files(folder, variant)
-        base = dataclasses.replace(base, digest=base_digest(folder, variant))
+        return dataclasses.replace(base, digest=base_digest(folder, variant))
+    check_hub_files(base, cache_dir)
     return base
+
+
+def check_hub_files(base: BaseModel, cache_dir: str | None) -> None:
+    """Checks on the Hub, as `base_files` in a folder, that no index names pickled weights and there is no adapter.
+
+    Raises:
+        InputError: there is (DF182), or an index cannot be read (DF176).
+    """
+    options: dict = {"revision": base.revision, "cache_dir": cache_dir}
+    ends = [f".safetensors.index{f'.{variant}' if variant else ''}.json" for variant in {None, base.variant}]
+    for file in [
+        *(f"{part}/{stem}{end}" for part, stem in WEIGHTS.items() for end in ends),
+        f"text_encoder/{ADAPTER_CONFIG}",
+    ]:
+        try:
+            found = download(base.name, file, **options)
+        except UNREADABLE as error:  # it is not there, or cannot be reached, by the libraries neither
+            if isinstance(error, TimeoutError):  # the Hub is silent: one wait is enough
+                options["local_files_only"] = True
+            continue
+        if found.name == ADAPTER_CONFIG:
+            raise adapter_error(f"{base.name}/{file}")
+        shard_names(found)
 
 
 def find_configs(name: str, folder: Path | None, revision: str | None, cache_dir: str | None) -> dict[str, Path]:
@@ -258,7 +288,8 @@ def load_tokenizer(base: BaseModel, cache_dir: str | None) -> CLIPTokenizer:
         raise InputError(Problem("DF176", f"{base.name}/tokenizer", what, "download it again")) from error
     config = CLIPTextConfig.from_dict(base.text_encoder)
     known, longest = len(tokenizer), tokenizer.model_max_length
-    if not BYTES <= known <= config.vocab_size or longest > config.max_position_embeddings:
+    short = isinstance(longest, int) and 0 < longest <= config.max_position_embeddings
+    if not BYTES <= known <= config.vocab_size or not short:
         what = (
             f"its tokenizer has {known} tokens and prompts of {longest}, its text encoder takes {config.vocab_size} "
             f"and {config.max_position_embeddings}"

@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from accelerate import init_empty_weights
@@ -20,11 +21,13 @@ from diffusers.training_utils import cast_training_params
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from defectfill_dataset import InputError, Problem, file_digest
+from defectfill_dataset.text import Schema, check_schema, parse_json, read_json
 
 from .base_model import BaseModel
 from .patience import download
@@ -75,6 +78,61 @@ def portable_name(name: str) -> str | None:
 def portable_layer(name: str) -> str:
     """The portable name of a layer, from its dotted one: `unet.` or `text_encoder.` and its place in the model."""
     return str(portable_name(f"{name}.alpha")).removesuffix(".alpha")
+
+
+Finite = Annotated[float, Field(ge=-1e12, le=1e12)]
+Texts = Annotated[dict[str, str], Field(max_length=10_000)]
+# Of a layer, or the end of it. peft takes more for a regular expression, and some of those run for ever.
+LayerName = Annotated[str, Field(pattern=r"^\^?[A-Za-z0-9_.\-]{1,200}\$?$")]
+LayerNames = Annotated[list[LayerName], Field(max_length=10_000)]
+
+
+class Appearance(Schema):
+    """The `colour_stats.reference_statistics` of a defect type."""
+
+    mean: Annotated[list[Finite], Field(min_length=3, max_length=3)]
+    covariance: Annotated[
+        list[Annotated[list[Finite], Field(min_length=3, max_length=3)]], Field(min_length=3, max_length=3)
+    ]
+    strangest: Annotated[float, Field(ge=0, le=1e12)] | None = None
+    seam_step: Finite | None = None
+
+
+class Zoom(Schema):
+    """The crops it was trained on."""
+
+    context: Annotated[float, Field(ge=1, le=1e6)] = 3.0
+    min_area: Annotated[float, Field(ge=0, lt=1)] = 0.01
+
+
+class Record(Schema):
+    """What is used of a training run's record in its LoRA's header."""
+
+    base: str | None = None
+    base_sha256: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    resolution: Annotated[int, Field(gt=0, le=8192)] | None = None
+    object: str | None = None
+    prompts: Texts = {}
+    defect_prompts: Texts = {}
+    zoom: Zoom | None = None
+    appearance: dict[str, Appearance | None] = {}
+    tensors: int | None = None
+
+
+class PeftConfig(Schema):
+    """A configuration of peft: what is used of it, and what peft would read as regular expressions."""
+
+    lora_alpha: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    alpha_pattern: (
+        Annotated[dict[LayerName, Annotated[float, Field(gt=0, le=1e9)]], Field(max_length=10_000)] | None
+    ) = None
+    rank_pattern: Annotated[dict[LayerName, int], Field(max_length=10_000)] | None = None
+    use_rslora: bool | None = None
+    target_modules: LayerNames | None = None
+    exclude_modules: LayerNames | None = None
+    layers_pattern: LayerName | LayerNames | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,13 +290,9 @@ def read_lora(source: str | Path, alpha: float | None = None) -> LoraFile:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        record = json.loads(header.get("defectfill", "{}"))
-        config = json.loads(header.get("lora_adapter_metadata", "{}"))
-        beside = path.with_name("adapter_config.json")  # of peft
-        if path.name == "adapter_model.safetensors" and beside.exists():
-            config = {f"{model}.{k}": v for k, v in json.loads(beside.read_text()).items() for model in CONFIG_PREFIX}
     except (SafetensorError, ValueError) as error:
         raise InputError(Problem("DF401", path, f"not a whole safetensors file: {error}")) from error
+    record, configs = read_header(path, header)
     unknown = [name for name in tensors if portable_name(name) is None]
     if unknown or not tensors:
         what = f"{len(unknown)} tensors are not a plain LoRA's, {unknown[0]} first" if unknown else "holds no tensor"
@@ -251,7 +305,33 @@ def read_lora(source: str | Path, alpha: float | None = None) -> LoraFile:
         what = f"{len(tensors)} of {record['tensors']} tensors; the file was truncated or changed"
         raise InputError(Problem("DF404", path, what))
     portable = {str(portable_name(name)): tensor for name, tensor in tensors.items()}
-    return LoraFile(path, portable | read_alphas(path, portable, config, alpha), record, file_digest(path))
+    for name, tensor in portable.items():
+        if not tensor.is_floating_point() or (tensor.numel() != 1 if name.endswith(".alpha") else tensor.dim() < 2):
+            raise InputError(Problem("DF402", path, f"{name} is {tuple(tensor.shape)} of {tensor.dtype}"))
+    return LoraFile(path, portable | read_alphas(path, portable, configs, alpha), record, file_digest(path))
+
+
+def read_header(path: Path, header: dict[str, str]) -> tuple[dict, dict[str, dict]]:
+    """The training run's record in a file's header, and peft's configuration of each model, there or in its own file.
+
+    Raises:
+        InputError: one of them is not of its form, or has patterns where names of layers belong (DF402).
+    """
+    beside = path.with_name("adapter_config.json")  # of peft
+    try:
+        record = parse_json(header.get("defectfill", "{}"), Record)
+        config = parse_json(header.get("lora_adapter_metadata", "{}"), Schema)
+        configs = {
+            model: {k.removeprefix(f"{model}."): v for k, v in config.items() if k.startswith(f"{model}.")}
+            for model in CONFIG_PREFIX
+        }
+        for of_model in configs.values():
+            check_schema(of_model, PeftConfig)
+    except ValueError as error:
+        raise InputError(Problem("DF402", path, f"its metadata {error}")) from error
+    if path.name == "adapter_model.safetensors" and beside.exists():
+        configs = dict.fromkeys(CONFIG_PREFIX, read_json(beside, PeftConfig, "DF402"))
+    return record, configs
 
 
 # Of a peft configuration's keys in a header, by a layer's portable prefix.
@@ -259,7 +339,7 @@ CONFIG_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 
 
 def read_alphas(
-    path: Path, tensors: dict[str, torch.Tensor], config: dict, given: float | None
+    path: Path, tensors: dict[str, torch.Tensor], configs: dict[str, dict], given: float | None
 ) -> dict[str, torch.Tensor]:
     """The alpha of each layer that has none among its tensors: of peft's configuration, or the one given.
 
@@ -272,14 +352,20 @@ def read_alphas(
         if missing:
             raise InputError(Problem("DF404", path, f"{missing.pop()} is missing; the file was truncated or changed"))
     alphas, of_given = {}, False
+    patterns = {
+        model: [
+            (re.sub(r"\W", "_", f"_{end.strip('^$')}"), alpha)
+            for end, alpha in (of_model.get("alpha_pattern") or {}).items()
+        ]
+        for model, of_model in configs.items()
+    }
     for layer in sorted(layer for layer in layers if f"{layer}.alpha" not in tensors):
         model = next(model for model, prefix in CONFIG_PREFIX.items() if layer.startswith(prefix))
-        patterns = config.get(f"{model}.alpha_pattern") or {}
-        of_layer = [alpha for end, alpha in patterns.items() if layer.endswith(re.sub(r"\W", "_", f"_{end}"))]
-        alpha = [*of_layer, config.get(f"{model}.lora_alpha")][0]
+        of_layer = [alpha for end, alpha in patterns[model] if layer.endswith(end)]
+        alpha = [*of_layer, configs[model].get("lora_alpha")][0]
         if alpha is None:
             alpha, of_given = given, True
-        elif config.get(f"{model}.use_rslora"):
+        elif configs[model].get("use_rslora"):
             alpha *= len(tensors[f"{layer}.lora_down.weight"]) ** 0.5
         if alpha is None:
             fix = "give --lora_alpha as in its training; the strength of a layer is alpha / rank"

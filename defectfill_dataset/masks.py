@@ -12,9 +12,13 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 from skimage import draw
+from skimage.measure import points_in_poly
 
 from .images import UNREADABLE, open_image
 from .mask_values import NO_CLASSES, MaskClasses, binarise, nonzero
+
+
+BAND = 16  # rows of a polygon that are filled at once
 
 
 def polygon_mask(corners: Sequence[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
@@ -26,7 +30,18 @@ def polygon_mask(corners: Sequence[tuple[float, float]], size: tuple[int, int]) 
     """
     mask = np.zeros(size[::-1], dtype=bool)
     points = np.array(corners)
-    mask[draw.polygon(points[:, 1] - 0.5, points[:, 0] - 0.5, mask.shape)] = True
+    centred = points - 0.5
+    left, top = np.floor(centred.min(axis=0)).astype(int).clip(0)
+    right, bottom = np.minimum(np.ceil(centred.max(axis=0)).astype(int) + 1, size)
+    for first in range(top, bottom, BAND):
+        rows, columns = np.arange(first, min(first + BAND, bottom)), np.arange(left, right)
+        # Of corners that lie on one side of the rows, as do those before and after them, no edge meets the rows.
+        side = (centred[:, 1] > rows[-1]).astype(int) - (centred[:, 1] < rows[0])
+        meets = (side == 0) | (side != np.roll(side, 1)) | (side != np.roll(side, -1))
+        pixels = np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2)
+        if meets.any() and len(pixels):
+            inside = points_in_poly(pixels, centred[meets])
+            mask[first : first + len(rows), left:right] = inside.reshape(len(rows), -1)
     after = np.roll(points, -1, axis=0)
     area = abs((points[:, 0] * after[:, 1] - points[:, 1] * after[:, 0]).sum()) / 2
     if 2 * area < np.hypot(*(after - points).T).sum():  # a crack must not be lost between the centres

@@ -1,6 +1,5 @@
 """Which defect images train and which are held out: decided by a rule or a file, and always written down."""
 
-import json
 import math
 from pathlib import Path
 
@@ -8,9 +7,18 @@ from datasets import DatasetDict
 
 from .errors import InputError, Problem
 from .readers import Row, relative
+from .text import Schema, read_json
 
 
 SPLIT_RULES = ("auto", "first_third", "all")
+
+
+class SplitFile(Schema):
+    """The images of each part, by their names relative to the object's folder."""
+
+    train: list[str]
+    test: list[str]
+    skipped: list[str] = []
 
 
 def split_rows(rows: list[Row], root: str | Path, rule: str) -> dict[str, list[Row]]:
@@ -62,12 +70,12 @@ def _first_third(defects: list[Row]) -> set[Path]:
 def _rows_of_file(defects: list[Row], root: str | Path, file: Path) -> tuple[set[Row], set[Row]]:
     """The rows of train and of test."""
     try:
-        split = json.loads(file.read_text())
-        train, test, skipped = set(split["train"]), set(split["test"]), set(split.get("skipped", []))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        rules = ", ".join(SPLIT_RULES)
-        what = f'neither a rule ({rules}) nor a readable split file {{"train": [...], "test": [...]}}: {error!r}'
+        split = read_json(file, SplitFile)
+    except InputError as error:
+        rules, (problem,) = ", ".join(SPLIT_RULES), error.problems
+        what = f'neither a rule ({rules}) nor a split file {{"train": [...], "test": [...]}}: {problem.what}'
         raise InputError(Problem("DF165", f"--split {file}", what)) from error
+    train, test, skipped = (set(split.get(part, ())) for part in ("train", "test", "skipped"))
     names = {relative(row.image, root) for row in defects}
     wrong = [f"names '{n}', which is not in {root}" for n in sorted((train | test) - names)]
     wrong += [f"'{n}' is in both train and test" for n in sorted(train & test)]

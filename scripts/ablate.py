@@ -30,6 +30,7 @@ from defectfill.sampling import ddim, inpaint
 from defectfill.seam import feather_alpha
 from defectfill_dataset import derive_seed, pool_mask, tensor_image
 from defectfill_dataset.commands import say
+from defectfill_dataset.text import numbered_lines, parse_json, read_json, read_text
 from defectfill_scripts import make_demo_data
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
 
@@ -112,7 +113,7 @@ def run_folder(args: argparse.Namespace, line: dict) -> Path:
 def train(args: argparse.Namespace, part: str, defect: str, options: list[str], seed: int, folder: Path) -> dict:
     """Trains a LoRA into `folder`; returns its measures on the references."""
     record = folder / "run_record.json"
-    if not record.exists() or "after" not in json.loads(record.read_text()):
+    if not record.exists() or "after" not in read_json(record):
         words = f"""--pretrained_model_name_or_path {args.base} --train_data_dir {args.output_dir}/data/{part}
             --defect {defect} --resolution {args.resolution} --max_train_steps {args.steps} --validation_steps 0
             --train_batch_size {args.train_batch_size} --learning_rate {args.learning_rate}
@@ -120,7 +121,7 @@ def train(args: argparse.Namespace, part: str, defect: str, options: list[str], 
             --checkpointing_steps 1000000 --checkpoints_total_limit 1 --resume_from_checkpoint latest
             --report_to none --output_dir {folder}"""
         train_defectfill.main(train_defectfill.parse_args([*words.split(), *options]))
-    after = json.loads(record.read_text())["after"]
+    after = read_json(record)["after"]
     return {"attention_iou": after["attention_iou"], "x0_error": after["x0_error"]["defect"]["800"]}
 
 
@@ -145,11 +146,15 @@ def inpaint_parts(
     return torch.stack(feathered), torch.stack(exact)
 
 
+def read_results(file: Path) -> list[dict]:
+    return [parse_json(line) for _, line in numbered_lines(read_text(file))]
+
+
 def run_all(args: argparse.Namespace, results_file: Path) -> None:
     """Runs what is not yet in the results, a seed after the other, so that a stop leaves whole rounds."""
     segmenter = UNet2DModel.from_pretrained(args.segmenter)
-    lines = results_file.read_text().splitlines() if results_file.exists() else []
-    done = {tuple(json.loads(line)[k] for k in ("variant", "seed", "part", "defect")) for line in lines}
+    lines = read_results(results_file) if results_file.exists() else []
+    done = {tuple(line[k] for k in ("variant", "seed", "part", "defect")) for line in lines}
     for seed in range(args.seeds):
         for part, defect in (case.split(":") for case in args.cases):
             todo = [v for v in (REAL, NO_LORA, *args.variants) if (v, seed, part, defect) not in done]
@@ -253,7 +258,7 @@ def main(args: argparse.Namespace) -> None:
             make_demo_data.main(["--output_dir", f"{args.output_dir}/data", "--good", "4", "--size", "256"])
         results_file = args.output_dir / "results.jsonl"
         run_all(args, results_file)
-        results = [json.loads(line) for line in results_file.read_text().splitlines()]
+        results = read_results(results_file)
         (args.output_dir / "table.md").write_text(table(results))
         samples(args, results).save(args.output_dir / "samples.png")
         say(*table(results).splitlines())

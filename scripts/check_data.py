@@ -9,7 +9,6 @@ everything can be used, 2 if not.
 """
 
 import argparse
-import json
 import sys
 import unicodedata
 from pathlib import Path
@@ -22,6 +21,7 @@ from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_o
 from defectfill_dataset.errors import did_you_mean, folded, one_line
 from defectfill_dataset.report import ObjectReport, check_object, check_prompts
 from defectfill_dataset.sheets import contact_sheet
+from defectfill_dataset.text import read_json
 
 
 AGAIN = "make room on the disk and run the same command again, or leave out --output_dir"
@@ -58,7 +58,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--vae_scale_factor", type=int, default=8, metavar="N", help="Pixels per cell of the base model's latent grid."
     )
     add("--output_dir", type=Path, metavar="DIR", help="Folder for report.json and a contact sheet of each object.")
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    if not 1 <= args.vae_scale_factor <= args.resolution <= 8192:
+        shown = f"--vae_scale_factor {args.vae_scale_factor}, --resolution {args.resolution}"
+        parser.error(f"{shown}: must be at least 1 and at most 8192, the first no more than the other")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -108,8 +112,8 @@ def check_own(folder: Path | None, objects: list[str]) -> None:
     names = [REPORT, *(f"{name}.png" for name in objects)]
     found = [name for name in names if folder and (folder / name).exists()]
     try:
-        report = json.loads((folder / REPORT).read_text()) if folder and found else None
-    except (OSError, ValueError):
+        report = read_json(folder / REPORT) if folder and found else None
+    except InputError:
         report = None
     if found and not (isinstance(report, dict) and {"resolution", "objects"} <= report.keys()):
         what = f"holds {', '.join(found[:4])} of something else"

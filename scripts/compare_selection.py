@@ -9,7 +9,6 @@ could be real, 1 for a flawed one, 0 for a smear or nothing. The next run makes 
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from defectfill.selection import choose_candidate, measure, ssim_score
 from defectfill_dataset import derive_seed, load_defect_pairs, pool_mask, tensor_image
 from defectfill_dataset.commands import say
 from defectfill_dataset.samples import make_crops
+from defectfill_dataset.text import read_json, read_text
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
 
 
@@ -161,7 +161,7 @@ def table(images: list[dict], labels: torch.Tensor, ious: torch.Tensor) -> str:
 
 def read_labels(file: Path, order: list[int]) -> torch.Tensor:
     """(P, N) labels from a file with a line for each cell of the sheets."""
-    words = file.read_text().split()
+    words = read_text(file).split()
     if len(words) != len(order) or set(words) - {"0", "1", "2"}:
         raise SystemExit(f"{file}: write {len(order)} lines of 0, 1 or 2; found {len(words)} words")
     labels = torch.empty(len(order), dtype=torch.long)
@@ -194,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
         say(f"Label the sheets of {args.output_dir} in {labels_file}, then run this again.")
         return
     tensors = load_file(args.output_dir / CANDIDATES_FILE)
-    record = json.loads((args.output_dir / "candidates.json").read_text())
+    record = read_json(args.output_dir / "candidates.json")
     labels = read_labels(labels_file, record["order"])
     segmenter = UNet2DModel.from_pretrained(args.segmenter)
     masks = tensors["masks"].repeat_interleave(CANDIDATES, dim=0)

@@ -64,6 +64,7 @@ from defectfill_dataset import (
 from defectfill_dataset.commands import exit_on_input_error
 from defectfill_dataset.masks import bounds
 from defectfill_dataset.readers import image_files
+from defectfill_dataset.text import Schema, read_json
 from defectfill_scripts.make_demo_data import (
     PARTS,
     blob,
@@ -675,7 +676,7 @@ def main(args: argparse.Namespace) -> None:
     options = {k: v for k, v in told.items() if k not in WITHOUT_EFFECT}
     with exclusive_lock(work_dir):
         if (work_dir / "options.json").exists():
-            checkpoints.check_identity(json.loads((work_dir / "options.json").read_text()), options)
+            checkpoints.check_identity(read_json(work_dir / "options.json", Schema, "DF310"), options)
         write_json(work_dir / "options.json", options)
         began = time.time()
         cells = args.resolution // pipe.vae_scale_factor
@@ -723,7 +724,7 @@ def load_scenes(file: Path, make: Callable[[], Scenes]) -> Scenes:
         save_file({"pixels": torch.from_numpy(scenes.pixels), "masks": scenes.masks}, file)
         write_json(captions, {"captions": scenes.captions, "group": scenes.group})
     tensors = load_file(file)
-    return Scenes(tensors["pixels"].numpy(), tensors["masks"], **json.loads(captions.read_text()))
+    return Scenes(tensors["pixels"].numpy(), tensors["masks"], **read_json(captions))
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from defectfill.runs.files import save_image
 from defectfill.runs.flags import add_input_flags, check_input_flags
 from defectfill.runs.inputs import read_source, read_source_images
+from defectfill.runs.plan import MOST_IMAGES
 from defectfill.runs.report import stack
 from defectfill.runs.source_images import repeat_seed
 from defectfill_dataset import Problem, binarise, find_foreground, load_image, load_mask_rows, principal_axis
@@ -88,8 +89,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if len(args.defect or ()) > 1:
         parser.error(f"--defect {' '.join(args.defect)}: one at a time")
     for flag in ("number", "shown"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+        if getattr(args, flag) is not None and not 1 <= getattr(args, flag) <= MOST_IMAGES:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1 and at most {MOST_IMAGES:,}")
     return args
 
 

@@ -9,6 +9,7 @@ from fake_hub import TOKEN
 from runs import generate
 from toy_model import RESOLUTION, toy_pipeline
 
+from defectfill.base_model import read_base
 from defectfill.lora import LORA_FILE, read_lora
 from defectfill_dataset import InputError
 from defectfill_scripts import prepare_data
@@ -54,6 +55,24 @@ def test_lora_and_base_come_from_the_hub(hub, base, train, data, tmp_path):
     assert (tmp_path / "gen/images/i.png").exists()
     with pytest.raises(InputError, match="DF400 --lora ann/nothing"):
         read_lora("ann/nothing")
+
+
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        ("unet/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {"a": "p.bin"}}', "names 'p.bin'"),
+        ("text_encoder/model.safetensors.index.fp16.json", '{"weight_map": {"a": "p.bin"}}', "names 'p.bin'"),
+        ("text_encoder/adapter_config.json", "{}", "is an adapter in a base model"),
+    ],
+)
+def test_a_base_on_the_hub_is_checked_as_one_in_a_folder(hub, base, tmp_path, file, content, words):
+    files = {f.relative_to(base).as_posix(): f.read_bytes() for f in base.rglob("*") if f.is_file()}
+    hub.repos["sd/inpainting"] = {"private": False, "files": files}
+    variant = "fp16" if "fp16" in file else None
+    assert read_base("sd/inpainting", cache_dir=str(tmp_path / "a"), variant=variant).revision
+    files[file] = content.encode()
+    with pytest.raises(InputError, match=f"DF182 .*{words}"):
+        read_base("sd/inpainting", cache_dir=str(tmp_path / "b"), variant=variant)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from runs import check
 
 from defectfill_dataset import InputError, binarise, find_objects, load_defect_pairs
 from defectfill_dataset.readers import files, read_object
-from defectfill_dataset.readers.text import read_text
+from defectfill_dataset.text import read_text
 
 
 LINE = "0 0.5 0.25 0.25 0.25\n"

@@ -165,7 +165,8 @@ def test_adamws_step_count_comes_back_where_adamw_keeps_it(two_checkpoints, fuse
     tensors = read_lora(two_checkpoints / "checkpoint-2").tensors
     weights = {k: v for k, v in tensors.items() if not k.endswith(".alpha")}
     parameters = {k: torch.nn.Parameter(torch.empty_like(v, device="meta")) for k, v in weights.items()}
-    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters.values()], lr=1.0)
+    groups = [{"params": [p for k, p in parameters.items() if k.startswith(f"lora_{x}")]} for x in ("unet", "te")]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
     optimizer.param_groups[0]["fused"] = fused
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     checkpoints.restore(checkpoints.load(two_checkpoints / "checkpoint-2"), parameters, optimizer, scheduler, None)

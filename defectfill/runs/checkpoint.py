@@ -1,20 +1,21 @@
 """Checkpoints: complete or absent, verified before use, safetensors and JSON only."""
 
 import hashlib
-import json
 import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from defectfill_dataset import InputError, Problem, RunError
+from defectfill_dataset.text import Schema, read_json
 
 from ..lora import LORA_FILE, portable_name, read_lora
 from .disks import refuge_in
@@ -26,6 +27,43 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+
+
+class FileEntry(Schema):
+    """A file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+class ManifestFile(Schema):
+    """The files of a checkpoint, by name."""
+
+    step: int
+    files: dict[str, FileEntry]
+
+
+class SchedulerState(Schema):
+    """What is used of a learning rate scheduler's state."""
+
+    last_epoch: int
+    base_lrs: list[float]
+    step_count: int = Field(alias="_step_count")
+    last_lr: list[float] = Field(alias="_last_lr")
+    lr_lambdas: list[dict | None]
+
+
+Scalar = Annotated[str, Field(pattern=r"^[^|]+\|[^|]+$")]  # parameter|key, as `_optimizer_state` writes it
+
+
+class StateFile(Schema):
+    """What a checkpoint holds beside tensors."""
+
+    step: int = Field(ge=0, lt=2**31)
+    identity: dict[str, Any]
+    optimizer: dict[Scalar, float | bool | str | None]
+    lr_scheduler: SchedulerState
+    scaler: dict[str, float] | None = None
 
 
 def save_checkpoint(
@@ -155,19 +193,21 @@ def archive_newer_checkpoints(output_dir: Path, step: int) -> None:
 def verify_checkpoint(checkpoint: Path) -> str | None:
     """Returns why a checkpoint cannot be used, or None if every file matches its manifest."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = read_json(checkpoint / MANIFEST, ManifestFile)
         for name, entry in manifest["files"].items():
             if Path(name).name != name:
                 return f"its manifest names '{name}'"
             file = checkpoint / name
-            if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+            if not file.is_file() or file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
                 return f"{name} is not what was written"
         if f"checkpoint-{manifest['step']}" != checkpoint.name:
             return f"its manifest is of step {manifest['step']}"
         missing = {OPTIMIZER_FILE, STATE_FILE} - manifest["files"].keys()
         return f"no {', '.join(sorted(missing))}" if missing else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest or a file cannot be read: {error!r}"
+    except InputError as error:
+        return f"its manifest {error.problems[0].what}"
+    except OSError as error:
+        return f"a file cannot be read: {error}"
 
 
 def find_checkpoint(output_dir: Path, which: str) -> Path | None:
@@ -257,10 +297,10 @@ RECORDS = ("split.json", "run_record.json", "losses.jsonl", "validation")
 def is_run(output_dir: Path) -> bool:
     """Whether a run of ours has started in the folder: its record says so, which is written first."""
     try:
-        record = json.loads((output_dir / "run_record.json").read_text())
-    except (OSError, ValueError):
+        record = read_json(output_dir / "run_record.json", Schema)
+    except InputError:
         return False
-    return isinstance(record, dict) and {"options", "data_sha256", "versions"} <= record.keys()
+    return {"options", "data_sha256", "versions"} <= record.keys()
 
 
 def in_the_way(output_dir: Path) -> list[str]:
@@ -303,7 +343,7 @@ def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_s
         if which:
             logger.info("No checkpoint to resume from: starting a new run")
         return None
-    state = json.loads((checkpoint / STATE_FILE).read_text())
+    state = read_json(checkpoint / STATE_FILE, StateFile, "DF310")
     check_identity(state["identity"], identity)
     if state["step"] > max_train_steps:
         what = f"the checkpoint is already at step {state['step']}"
@@ -321,9 +361,16 @@ class Saved(NamedTuple):
 
 
 def load(checkpoint: Path, weights: dict[str, torch.Tensor] | None = None) -> Saved:
-    """Reads a checkpoint's files; `weights` where it is not a LoRA that is trained."""
-    state = json.loads((checkpoint / STATE_FILE).read_text())
-    moments = {name: tensor.clone() for name, tensor in load_file(checkpoint / OPTIMIZER_FILE).items()}
+    """Reads a checkpoint's files; `weights` where it is not a LoRA that is trained.
+
+    Raises:
+        InputError: one of them cannot be read (DF310).
+    """
+    state = read_json(checkpoint / STATE_FILE, StateFile, "DF310")
+    try:
+        moments = {name: tensor.clone() for name, tensor in load_file(checkpoint / OPTIMIZER_FILE).items()}
+    except SafetensorError as error:
+        raise InputError(Problem("DF310", checkpoint / OPTIMIZER_FILE, str(error), "choose another")) from error
     # Cloned, or the file would stay mapped, and in use.
     return Saved(state, read_lora(checkpoint).tensors if weights is None else weights, moments)
 
@@ -336,18 +383,31 @@ def restore(
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler | None,
 ) -> dict:
-    """Puts weights, moments, learning rates and loss scale back; returns the caller's state."""
+    """Puts weights, moments, learning rates and loss scale back; returns the caller's state.
+
+    Raises:
+        InputError: the checkpoint is of other parameters (DF310).
+    """
     state = saved.state
+    states = {tuple(name.split("|")): value for name, value in {**saved.moments, **state["optimizer"]}.items()}
+    states = {(portable_name(name) or name, key): value for (name, key), value in states.items()}  # peft's, if older
+    wrong = [name for name, _ in states if name not in parameters]
+    wrong += [
+        name for name, p in parameters.items() if name not in saved.weights or saved.weights[name].shape != p.shape
+    ]
+    scheduler = {key: state["lr_scheduler"][key] for key in lr_scheduler.state_dict() if key in state["lr_scheduler"]}
+    groups = {len(scheduler[key]) for key in ("base_lrs", "_last_lr", "lr_lambdas")}
+    if wrong or groups != {len(optimizer.param_groups)}:
+        what = f"is of other parameters than those that are trained: {', '.join(wrong[:1]) or 'of their groups'}"
+        raise InputError(Problem("DF310", "--resume_from_checkpoint", what, "choose another checkpoint"))
     for name, parameter in parameters.items():
         parameter.copy_(saved.weights[name])
     optimizer.state.clear()
     fused = bool(optimizer.param_groups[0].get("fused"))
-    for full_name, value in {**saved.moments, **state["optimizer"]}.items():
-        name, key = full_name.split("|")
-        name = portable_name(name) or name  # older checkpoints have peft's names
+    for (name, key), value in states.items():
         on_device = torch.is_tensor(value) and (key != "step" or fused)  # plain AdamW counts its steps on the CPU
         optimizer.state[parameters[name]][key] = value.to(parameters[name].device) if on_device else value
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    lr_scheduler.load_state_dict(scheduler)
     for group, lr in zip(optimizer.param_groups, lr_scheduler.get_last_lr()):
         group["lr"] = lr
     if scaler and state["scaler"]:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,12 @@ import torch
 from accelerate.tracking import get_available_trackers
 from diffusers.optimization import SchedulerType
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available
+from pydantic import ConfigDict
 
 from defectfill_dataset import InputError, Problem
 from defectfill_dataset.commands import HelpFormatter, Parser, add_reading_flags, seed
 from defectfill_dataset.synthesis.shapes import SHAPES
+from defectfill_dataset.text import Schema, numbered_lines, parse_json, read_text
 
 from ..base_model import SD2_MIRROR
 from ..lora import LORA_TARGETS
@@ -23,7 +24,11 @@ from ..sampling import COMPILED, SCHEDULERS
 from ..seam import COMPOSITES
 from ..selection import LPIPS_FILES, SELECTIONS
 from .disks import default_fallback
+from .plan import MOST_IMAGES
 from .requests import GenerationCommand, GenerationRequest
+
+
+MOST_SAMPLING_STEPS = 1000  # the training steps of Stable Diffusion 1 and 2: samplers take no more
 
 
 def add_base_flags(
@@ -319,8 +324,15 @@ def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
         parser.error(f"--coverage {args.coverage}: must be above 0 and at most 1")
     if not 0 <= args.max_rotation <= 180:
         parser.error(f"--max_rotation {args.max_rotation}: must be from 0 to 180")
-    if args.masks_per_image < 1:
-        parser.error(f"--masks_per_image {args.masks_per_image}: must be at least 1")
+    if not 1 <= args.masks_per_image <= 1000:
+        parser.error(f"--masks_per_image {args.masks_per_image}: must be at least 1 and at most 1,000")
+
+
+# The most of each that is planned, far above what any run can need.
+MOST = {
+    "num_images": MOST_IMAGES, "num_candidates": 1000, "num_inference_steps": MOST_SAMPLING_STEPS,
+    "batch_size": 10_000, "max_attempts": 1000,
+}  # fmt: skip
 
 
 def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -328,9 +340,9 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     check_input_flags(parser, args)
     if not args.lora:
         parser.error("give --lora: what train_defectfill.py made")
-    for flag in ("num_images", "num_candidates", "num_inference_steps", "batch_size", "max_attempts"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    for flag, most in MOST.items():
+        if getattr(args, flag) is not None and not 1 <= getattr(args, flag) <= most:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1 and at most {most:,}")
     if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
         parser.error(f"--lora_alpha {args.lora_alpha}: must be a finite number above 0")
     if not 0 <= args.prompt_noise < math.inf:
@@ -368,6 +380,13 @@ def check_lora_scale(parser: argparse.ArgumentParser, scale: list[float], must_b
                      "--torch_compile, or give one number")  # fmt: skip
 
 
+class CaseLine(Schema):
+    """A line of `--cases`: flags with their values, which argparse reads."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, bool | int | float | str | list[int | float | str] | None]
+
+
 class LineParser(argparse.ArgumentParser):
     """Raises ValueError where its parent would end the program."""
 
@@ -386,15 +405,16 @@ def read_requests(file: Path, args: argparse.Namespace) -> list[GenerationReques
     parser = LineParser(add_help=False, allow_abbrev=False)
     add_request_flags(parser)
     requests, problems = [], []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
+    for number, text in numbered_lines(read_text(file, "DF416")):
         try:
-            requests.append(read_request(parser, json.loads(text), args))
-        except (ValueError, AttributeError) as error:
+            requests.append(read_request(parser, parse_json(text, CaseLine), args))
+        except ValueError as error:
             problems.append(Problem("DF416", f"{file}, line {number}", str(error)))
     if not requests and not problems:
         problems.append(Problem("DF416", file, "is empty", "give one JSON object per line"))
+    if (number := sum(request.num_images or 1 for request in requests)) > MOST_IMAGES:
+        what = f"asks for {number:,} images; one run makes at most {MOST_IMAGES:,}"
+        problems.append(Problem("DF416", file, what, "make several files of it"))
     if problems:
         raise InputError(*problems)
     return requests
@@ -404,11 +424,14 @@ def read_request(parser: LineParser, line: dict, args: argparse.Namespace) -> Ge
     """The request of one line; `null` resets a flag to its default.
 
     Raises:
-        ValueError, AttributeError: the line is not an object, or a flag cannot work.
+        ValueError: a flag is unknown, or cannot work.
     """
     flags, words = dict(vars(args)), []
+    known = {field.name for field in dataclasses.fields(GenerationRequest)}
     for flag, value in line.items():
         flag = "roi" if flag == "zone" else flag
+        if flag not in known:
+            raise ValueError(f"no flag of a line: --{flag}")
         if value is None:
             flags[flag] = parser.get_default(flag)
         elif isinstance(value, list):
@@ -604,6 +627,15 @@ def noise_level_problems(args: argparse.Namespace) -> list[Problem]:
     return problems
 
 
+# The most of each that a training plans, far above what any can need; and what is planned before it starts.
+MOST_OF_TRAINING = {
+    "max_train_steps": 10_000_000, "train_batch_size": 10_000, "gradient_accumulation_steps": 10_000,
+    "resolution": 8192, "rank": 8192, "conv_rank": 8192, "num_random_boxes": 10_000, "num_validation_images": 10_000,
+    "validation_inference_steps": MOST_SAMPLING_STEPS, "cache_latents": 10_000, "dataloader_num_workers": 1000,
+}  # fmt: skip
+MOST_SAMPLES = 100_000_000
+
+
 def check_training_args(args: argparse.Namespace) -> None:
     """Raises InputError (DF187-DF189) for values and combinations that cannot work."""
     at_least = {
@@ -621,6 +653,15 @@ def check_training_args(args: argparse.Namespace) -> None:
         for name in names.split()
         if getattr(args, name) is not None and not bound <= getattr(args, name) < math.inf
     ]
+    problems += [
+        Problem("DF187", f"--{name} {getattr(args, name)}", f"must be at most {most:,}")
+        for name, most in MOST_OF_TRAINING.items()
+        if getattr(args, name) is not None and getattr(args, name) > most
+    ]
+    samples = args.max_train_steps * args.gradient_accumulation_steps * args.train_batch_size
+    if not problems and samples > MOST_SAMPLES:
+        what = f"{samples:,} samples in a process; at most {MOST_SAMPLES:,} are planned"
+        problems.append(Problem("DF187", f"--max_train_steps {args.max_train_steps}", what))
     below = {"zoom_min_area": 1, "lora_dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
     problems += [
         Problem("DF187", f"--{name} {getattr(args, name)}", f"must be below {bound}")

@@ -11,12 +11,24 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field, model_validator
 
 from defectfill_dataset import InputError, Problem, file_digest
 from defectfill_dataset.errors import folded, one_line
+from defectfill_dataset.text import (
+    MEND,
+    MOST_RUN_BYTES,
+    Schema,
+    is_of,
+    numbered_lines,
+    parse_json,
+    read_json,
+    read_text,
+)
 
 from .files import atomic_write
 from .source_images import SourceImage
@@ -30,6 +42,58 @@ FILES, SEAL = "files", "line_sha256"  # keys of a line
 AGAIN = "it will be generated again"
 KINDS = ("images", "masks", "mask_changed", "contact")  # folders of PNG files
 TABLE, REPORT, SHEET = "manifest.parquet", "summary.html", "contact_sheet.png"
+
+
+class PlanLine(Schema):
+    """What is used of a line of the plan."""
+
+    name: str
+    object: str | None = None
+    defect: str | None = None
+
+
+Measure = Annotated[float, Field(ge=-1e12, le=1e12)] | None
+
+
+class CropLine(Schema):
+    """What is used of a crop in a line of the manifest; a measure is of each candidate."""
+
+    chosen: int
+    attempts: int = 1
+    refused: dict[str, int] = {}
+    scores: list[Measure] | None = None
+    changes: list[Measure] | None = None
+    deviations: list[Measure] | None = None
+    reference_distances: list[Measure] | None = None
+
+    @model_validator(mode="after")
+    def check_chosen(self) -> "CropLine":
+        for measure in (self.scores, self.changes, self.deviations, self.reference_distances):
+            if measure and not 0 <= self.chosen < len(measure):
+                raise ValueError(f"candidate {self.chosen} of {len(measure)} is none")
+        return self
+
+
+class FileDigest(Schema):
+    """A file of an image, as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+class SealedLine(Schema):
+    """What is used of a line to verify its image."""
+
+    files: dict[str, FileDigest] = {}
+
+
+class ManifestLine(PlanLine):
+    """What is used of a line of the manifest; runs of earlier versions measured no seam."""
+
+    windows: list[CropLine]
+    seam_step: Measure = None
+    good_seam_step: Measure = None
+    reference_seam_step: Measure = None
 
 
 def check_output_dir(folder: Path, source_images: Iterable[SourceImage]) -> None:
@@ -48,10 +112,10 @@ def check_own(folder: Path) -> None:
     The settings tell one of ours; they are written first.
     """
     try:
-        settings = json.loads((folder / SETTINGS).read_text())
-        if isinstance(settings, dict) and {"base", "resolution", "num_candidates"} <= settings.keys():
+        settings = read_json(folder / SETTINGS, Schema)
+        if {"base", "resolution", "num_candidates"} <= settings.keys():
             return
-    except (OSError, ValueError):
+    except InputError:
         pass
     found = [kind for kind in KINDS if (folder / kind).is_dir() and any((folder / kind).iterdir())]
     found += [name for name in (SETTINGS, PLAN, MANIFEST, TABLE, REPORT, SHEET, SPEED) if (folder / name).exists()]
@@ -61,22 +125,21 @@ def check_own(folder: Path) -> None:
         raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
 
 
-def read_lines(file: Path) -> list[dict]:
+def read_lines(file: Path, schema: type[PlanLine]) -> list[dict]:
     """The lines of a JSON-lines file, none if it is absent; a last line that a kill cut off does not count.
 
     Raises:
-        InputError: a line is not an object with a name (DF310).
+        InputError: the file cannot be read, or a line is not of the schema (DF310).
     """
+    if not file.exists():
+        return []
     lines = []
-    complete = file.read_text().rpartition("\n")[0] if file.exists() else ""
-    for number, text in enumerate(complete.splitlines(), 1):
+    complete = read_text(file, "DF310", MEND, MOST_RUN_BYTES).rpartition("\n")[0]
+    for number, text in numbered_lines(complete):
         try:
-            line = json.loads(text)
-            line["name"]
-        except (ValueError, TypeError, KeyError) as error:
-            what = f"cannot be read ({error!r})"
-            raise InputError(Problem("DF310", f"{file}, line {number}", what, "remove it")) from error
-        lines.append(line)
+            lines.append(parse_json(text, schema))
+        except ValueError as error:
+            raise InputError(Problem("DF310", f"{file}, line {number}", str(error), "remove it")) from error
     return lines
 
 
@@ -113,9 +176,9 @@ def merge_parts(folder: Path, verify: bool = False) -> list[dict]:
     found: dict[str, tuple[dict, int]] = {}
     for file in (file for file in (folder / MANIFEST, *parts) if file.exists()):
         written = 0 if verify else file.stat().st_mtime_ns
-        found |= {line["name"]: (line, written) for line in read_lines(file)}
+        found |= {line["name"]: (line, written) for line in read_lines(file, ManifestLine)}
     lines, problems = [], []
-    for name in (line["name"] for line in read_lines(folder / PLAN) if line["name"] in found):
+    for name in (line["name"] for line in read_lines(folder / PLAN, PlanLine) if line["name"] in found):
         problem = damage(folder, name, *found[name])
         problems.append(problem) if problem else lines.append(found[name][0])
     for text in folded(problems):
@@ -160,7 +223,7 @@ def damage(folder: Path, name: str, line: dict, written: int) -> Problem | None:
         line: of the image; one of an earlier version has no digests: its files must exist, and hold something.
         written: when the line was, in ns; only files that changed since then are read.
     """
-    if {FILES, SEAL} & line.keys() and line.get(SEAL) != line_digest(line):
+    if {FILES, SEAL} & line.keys() and (line.get(SEAL) != line_digest(line) or not is_of(line, SealedLine)):
         return Problem("DF330", f"{MANIFEST}, {name}", "its line is not what was written", AGAIN)
     for kind in KINDS:
         where, entry = f"{kind}/{name}.png", line.get(FILES, {}).get(kind)
@@ -183,7 +246,16 @@ def warn_of_unverified(lines: Iterable[dict]) -> None:
 
 
 def write_table(file: Path, lines: list[dict]) -> None:
-    """Writes the lines as Parquet, a column for each key of any line."""
+    """Writes the lines as Parquet, a column for each key of any line.
+
+    Raises:
+        InputError: the lines have values of different types for one key (DF310).
+    """
     columns = dict.fromkeys(name for line in lines for name in line)
+    try:
+        table = pa.Table.from_pylist([{k: line.get(k) for k in columns} for line in lines])
+    except (pa.ArrowException, OverflowError) as error:
+        what = f"its lines do not make a table: {error}"
+        raise InputError(Problem("DF310", file.with_name(MANIFEST), what, MEND)) from error
     with atomic_write(file) as temporary:
-        pq.write_table(pa.Table.from_pylist([{k: line.get(k) for k in columns} for line in lines]), temporary)
+        pq.write_table(table, temporary)

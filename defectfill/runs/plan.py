@@ -19,6 +19,9 @@ from .requests import GenerationRequest
 from .source_images import SourceImage, repeat_seed
 
 
+MOST_IMAGES = 1_000_000  # of a run: its plan is kept in memory
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How to make a defect of one type with one LoRA; many images share it.
@@ -55,7 +58,7 @@ class Recipe:
     @property
     def reference_statistics(self) -> dict:
         """What the LoRA's record says of how the training defects look."""
-        return self.lora.record.get("appearance", {}).get(self.settings["defect"], {})
+        return self.lora.record.get("appearance", {}).get(self.settings["defect"]) or {}
 
 
 class RequestInputs(NamedTuple):
@@ -164,7 +167,7 @@ def choose_crops(request: GenerationRequest, lora: LoraFile) -> CropRule | None:
             what = "no crops are used here"
             raise InputError(Problem("DF413", "--zoom_context, --zoom_min_area", what, "add --zoom on"))
         return None
-    return CropRule(**(trained or {}) | given)
+    return CropRule(**{name: value for name, value in (trained or {}).items() if name in CropRule._fields} | given)
 
 
 def make_recipe(
@@ -207,8 +210,12 @@ def make_plan(inputs: Sequence[RequestInputs]) -> list[PlannedImage]:
     """The images of all requests: for each recipe `--num_images` on the source images in turn.
 
     Raises:
-        InputError: the same image is asked for twice (DF415).
+        InputError: the same image is asked for twice (DF415), or more images than one run makes (DF187).
     """
+    number = sum((r.num_images or len(source_images)) * len(recipes) for r, source_images, recipes in inputs)
+    if number > MOST_IMAGES:
+        what = f"one run makes at most {MOST_IMAGES:,}"
+        raise InputError(Problem("DF187", f"{number:,} images", what, "divide it, each with a seed of its own"))
     wanted: list[tuple[SourceImage, Recipe, int]] = []
     for request, source_images, recipes in inputs:
         for recipe in recipes:

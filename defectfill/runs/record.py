@@ -10,8 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from datasets import DatasetDict
+from pydantic import ConfigDict
 
-from defectfill_dataset import Problem, PromptPair, RunError
+from defectfill_dataset import InputError, Problem, PromptPair, RunError
+from defectfill_dataset.text import MEND, MOST_RUN_BYTES, Schema, parse_json, read_bytes
 
 from ..base_model import BaseModel
 from .checkpoint import last_checkpoint
@@ -73,6 +75,14 @@ def run_record(options: dict, identity: dict, data: DatasetDict) -> dict:
     }
 
 
+class LossLine(Schema):
+    """A step's losses and learning rates; null where one was not finite, NaN in old versions."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None]
+    step: int
+
+
 class LossLog:
     """A JSON line for every step, each step once however often the run was killed, in the file at once.
 
@@ -80,14 +90,22 @@ class LossLog:
 
     Args:
         start: the step the run begins at; lines of later steps, left by a killed run, are dropped.
+
+    Raises:
+        InputError: the path is of something else than a file of losses (DF310).
     """
 
     def __init__(self, path: Path, start: int):
         self.path, self.lines, self.warned = path, [], False
-        for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            content = read_bytes(path, MOST_RUN_BYTES) if path.exists() else b""
+        except OSError as error:
+            raise InputError(Problem("DF310", path, f"cannot be read: {error}", MEND)) from error
+        for number, text in enumerate(content.splitlines(), 1):
             try:
-                line = json.loads(text)
-            except ValueError:  # cut off by a kill; what follows is of steps after it
+                line = parse_json(text, LossLine)
+            except ValueError as error:  # cut off by a kill; what follows is of steps after it
+                logger.warning(f"{path.name}: the lines from {number} on are left out ({error})")
                 break
             if line["step"] <= start:
                 self.lines.append(finite(line))

@@ -40,7 +40,7 @@ svg {{ max-width: 100%; height: auto }} .all {{ fill: #bbb }} .kept {{ fill: #c2
 COUNTS: dict[str, Callable[[list[dict], list[dict]], int]] = {
     "planned": lambda planned, made: len(planned),
     "made": lambda planned, made: len(made),
-    "retried": lambda planned, made: sum(any(w["attempts"] > 1 for w in line["windows"]) for line in made),
+    "retried": lambda planned, made: sum(any(w.get("attempts", 1) > 1 for w in line["windows"]) for line in made),
     "not generated": lambda planned, made: len(planned) - len(made),
     "rejected: broken": lambda planned, made: count_rejected(made, "broken"),
     "rejected: no defect": lambda planned, made: count_rejected(made, "no defect"),
@@ -58,7 +58,7 @@ MEASURES = {
 
 def count_rejected(lines: list[dict], rejection: str) -> int:
     """How many candidates the quality filter rejected for this reason."""
-    return sum(crop["refused"][rejection] for line in lines for crop in line["windows"])
+    return sum(crop.get("refused", {}).get(rejection, 0) for line in lines for crop in line["windows"])
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
@@ -124,7 +124,7 @@ def embedded(file: Path) -> str:
 def seam_line(lines: list[dict]) -> str:
     """A paragraph of one defect type's seam strength, beside that of its good images and its references."""
     of_images, of_good, of_references = (
-        [line[key] for line in lines if line[key] is not None]
+        [line[key] for line in lines if line.get(key) is not None]
         for key in ("seam_step", "good_seam_step", "reference_seam_step")
     )
     if not of_images:
@@ -141,8 +141,8 @@ def section(name: str, lines: list[dict], folder: Path) -> str:
     crops = [crop for line in lines for crop in line["windows"]]
     histograms = ""
     for key, what in MEASURES.items():
-        values = [x for crop in crops for x in crop.get(key, ()) if x is not None]
-        kept = [crop[key][crop["chosen"]] for crop in crops if key in crop]
+        values = [x for crop in crops for x in crop.get(key) or () if x is not None]
+        kept = [crop[key][crop["chosen"]] for crop in crops if crop.get(key)]
         if values:
             histograms += histogram(what, values, [x for x in kept if x is not None])
     legend = "<p>Grey: all candidates of the last attempt; red: those kept.</p>" if histograms else ""
@@ -159,15 +159,15 @@ def group_by_type(lines: Iterable[dict]) -> dict[tuple[str, str], list[dict]]:
     """Lines of the plan or the manifest by object and defect type."""
     kinds: dict[tuple[str, str], list[dict]] = {}
     for line in lines:
-        kinds.setdefault((line["object"] or "", line["defect"] or "defect"), []).append(line)
+        kinds.setdefault((line.get("object") or "", line.get("defect") or "defect"), []).append(line)
     return kinds
 
 
 def speed_line(speed: dict) -> str:
     """A paragraph of the last start's speed, as `speed.json` holds it."""
-    if not speed["images"]:
+    if not speed["images"] or speed["seconds_per_image"] is None:
         return ""
-    peak = speed["peak_memory_bytes"]
+    peak = speed.get("peak_memory_bytes")
     memory = f", peak memory {peak / 2**30:.1f} GiB" if peak else ""
     return (
         f"<p>The last start generated {speed['images']} images on {html.escape(speed['device'])}, processes: "

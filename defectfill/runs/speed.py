@@ -7,9 +7,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from pydantic import Field
+
+from defectfill_dataset.text import Schema
 
 
 SPEED = "speed.json"
+
+
+class SpeedFile(Schema):
+    """What the report shows of `speed.json`."""
+
+    device: str
+    processes: int
+    images: int
+    seconds_per_image: float | None
+    peak_memory_bytes: int | None = Field(None, ge=0, lt=2**63)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

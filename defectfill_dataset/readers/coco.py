@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..text import holds_text
 from .files import PEEKED, Place, all_files, all_images, file_inside, folders_in, spelt
 from .marks import (
     ANNOTATION_ERRORS,
@@ -26,7 +27,6 @@ from .marks import (
     turned,
 )  # fmt: skip
 from .rows import Reading, relative, split_of
-from .text import holds_text
 
 
 def is_coco(place: Place) -> bool:

@@ -8,6 +8,7 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
+from ..text import holds_text
 from .files import PEEKED, Place, all_files
 from .lookup import NamedImages, check_tags, xml_roots
 from .marks import (
@@ -17,6 +18,7 @@ from .marks import (
     add_marks,
     annotated_size,
     blame_annotation,
+    check_runs,
     ellipse,
     number,
     placed_rle,
@@ -25,7 +27,6 @@ from .marks import (
     turned_box,
 )  # fmt: skip
 from .rows import Reading, relative, split_of
-from .text import holds_text
 
 
 REMARKS = ("tag", "attribute")
@@ -89,7 +90,8 @@ def _mask_rle(shape: Element, size: tuple[int, int]) -> str:
     counts = [number(count) for count in shape.attrib["rle"].split(",")]
     if any(value != int(value) for value in (left, top, width, height, *counts)):
         raise ValueError("its RLE counts or its position are not whole numbers")
-    if min(width, height, *counts) < 0 or width > size[0] or height > size[1] or sum(counts) != width * height:
+    if min(width, height) < 0 or width > size[0] or height > size[1]:
         raise ValueError(f"its RLE does not fill {width:g}x{height:g} pixels of the image")
+    check_runs(counts, (int(width), int(height)))
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, np.array(counts, dtype=int))
     return placed_rle(flat.reshape(int(height), int(width)), int(left), int(top), size)

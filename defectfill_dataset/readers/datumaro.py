@@ -6,6 +6,7 @@ Source: github.com/open-edge-platform/datumaro, docs/source/docs/data-formats/fo
 from pathlib import Path
 
 from ..errors import InputError
+from ..text import holds_text
 from .files import PEEKED, Place, all_files
 from .lookup import NamedImages, check_tags
 from .marks import (
@@ -25,7 +26,6 @@ from .marks import (
     turned_box,
 )  # fmt: skip
 from .rows import Reading, relative, split_of
-from .text import holds_text
 
 
 REMARKS = ("label", "caption")  # of an image as a whole

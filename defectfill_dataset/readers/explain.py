@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..text import holds_text
 from .coco import is_coco
 from .cvat import is_cvat
 from .datumaro import is_datumaro
 from .files import IMAGE_EXTENSIONS, PEEKED, Place
 from .label_studio import is_label_studio
 from .labelme import is_labelme
-from .text import holds_text
 from .voc import is_voc
 from .yolo import is_yolo
 

@@ -153,9 +153,9 @@ def file_inside(root: Path, folder: Path, name: str | None) -> Path | None:
     if not name or not Path(wanted).is_relative_to(root):
         return None
     file = Path(wanted)
-    if not file.is_file():
+    if not os.path.isfile(file):  # Path's own method raises for names that are too long
         file = child(root, Path(wanted).relative_to(root).as_posix())
-    return file if file.is_file() else None
+    return file if os.path.isfile(file) else None
 
 
 def pair_masks(

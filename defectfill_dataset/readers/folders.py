@@ -10,9 +10,9 @@ from ..errors import Problem
 from ..images import UNREADABLE, open_image
 from ..mask_values import binarise
 from ..masks import MaskFiles
+from ..text import read_csv
 from .files import Place, all_images, child, file_inside, folders_in, image_files, pair_masks, pair_rows
 from .rows import ONE_TYPE, Reading, Row, relative
-from .text import read_csv
 
 
 def read_types(

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..errors import InputError
+from ..text import holds_text, read_json
 from .brush import decode_brush
 from .files import IMAGE_EXTENSIONS, PEEKED, Place, all_files
 from .lookup import NamedImages, check_tags, note
@@ -30,7 +31,6 @@ from .marks import (
     turned_box,
 )  # fmt: skip
 from .rows import Reading, relative, split_of
-from .text import holds_text, read_json
 
 
 SIGNS = (('"data"', '"annotations"', '"result"'), ('"data"', '"completions"', '"result"'),

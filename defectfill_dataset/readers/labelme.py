@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..images import UNREADABLE, open_image
+from ..text import holds_text
 from .files import IMAGE_EXTENSIONS, PEEKED, Place, all_files, all_images, file_inside, spelt
 from .marks import (
     ANNOTATION_ERRORS,
@@ -31,7 +32,6 @@ from .marks import (
     said,
 )  # fmt: skip
 from .rows import Reading, relative, split_of
-from .text import holds_text
 
 
 GOOD_FOLDERS = ("good", "normal", "ok")

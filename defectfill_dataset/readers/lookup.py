@@ -7,11 +7,11 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from ..errors import InputError, Problem
+from ..text import read_xml
 from .files import all_images, spelt
 from .labelme import GOOD_FOLDERS
 from .marks import Mark
 from .rows import Reading, relative
-from .text import read_xml
 
 
 class NamedImages:

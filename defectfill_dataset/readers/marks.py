@@ -4,8 +4,8 @@ Each function raises ValueError with the value that is wrong; readers add the fi
 """
 
 import dataclasses
+import itertools
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,11 +15,13 @@ from pycocotools import mask as coco_mask
 from ..errors import InputError, Problem
 from ..images import UNREADABLE, upright_size
 from ..masks import MaskShapes
+from ..text import read_json
 from .rows import GOOD, Reading, Row, relative, tidy
-from .text import read_json
 
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)  # content not of its format
+
+MOST_CORNERS, MOST_SHAPES = 10_000, 10_000  # of a polygon, of an image: each takes time in every pixel
 
 Point = tuple[float, float]
 Polygon = tuple[Point, ...]
@@ -68,6 +70,9 @@ def polygon(points: Iterable[Iterable[object]], size: tuple[int, int]) -> Polygo
 
     A corner up to a pixel or 0.5 % of the side outside, as rounding leaves it, is moved to the border.
     """
+    points = [*itertools.islice(points, MOST_CORNERS + 1)]
+    if len(points) > MOST_CORNERS:
+        raise ValueError(f"a polygon has more than {MOST_CORNERS:,} corners; simplify it, or use a mask")
     corners = [tuple(number(value) for value in point) for point in points]
     if any(len(corner) != 2 for corner in corners):
         raise ValueError("a corner is not (x, y)")
@@ -144,18 +149,43 @@ def coco_rle(segmentation: dict, size: tuple[int, int]) -> str:
     height, width = numbers(segmentation["size"], 2)
     if (width, height) != size:
         raise ValueError(f"its RLE is {width:g}x{height:g}, the image is {size[0]}x{size[1]}")
-    width, height = size
     counts = segmentation["counts"]
-    if isinstance(counts, str):
-        if not re.fullmatch(r"[0-o]*[0-O]", counts):  # pycocotools reads on past the end of any other
-            raise ValueError("its RLE is damaged")
-        return counts
-    if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
+    counts = uncompressed(counts) if isinstance(counts, str) else counts
+    if not isinstance(counts, list) or not all(type(count) is int for count in counts):
         raise ValueError("its RLE counts are not whole numbers")
-    if min(counts, default=0) < 0 or sum(counts) != width * height:
-        raise ValueError(f"its RLE does not fill {width}x{height} pixels")
-    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-    return rle_of(flat.reshape(width, height).T)
+    check_runs(counts, size)
+    merged = counts[:1]  # runs of no pixels, which other programs write, join the two beside them
+    for i, count in enumerate(counts[1:], 1):
+        if (len(merged) - 1) % 2 == i % 2:
+            merged[-1] += count
+        elif count:
+            merged.append(count)
+    return coco_mask.frPyObjects({"size": [size[1], size[0]], "counts": merged}, *size[::-1])["counts"].decode()
+
+
+def uncompressed(text: str) -> list[int]:
+    """COCO's compressed run lengths as numbers: 5 bits a character, from the third on less the one before the last."""
+    counts: list[int] = []
+    value = place = 0
+    for code in text.encode():
+        bits = code - 48
+        if not 0 <= bits < 64 or place > 35:
+            raise ValueError("its RLE is damaged")
+        value |= (bits & 31) << place
+        place += 5
+        if not bits & 32:  # the number's last
+            value -= (1 << place) * bool(bits & 16)
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = place = 0
+    if place:
+        raise ValueError("its RLE ends too early")
+    return counts
+
+
+def check_runs(counts: Sequence[float], size: tuple[int, int]) -> None:
+    """Raises ValueError unless the runs are the pixels of this (W, H): decoders would read or leave wild memory."""
+    if min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
+        raise ValueError(f"its RLE does not fill {size[0]}x{size[1]} pixels")
 
 
 def annotated_size(image: Path, root: Path, width: object = None, height: object = None) -> tuple[int, int]:
@@ -182,6 +212,8 @@ def add_marks(
     if not marks:
         reading.rows.append(Row(image, None, GOOD, GOOD))
         return
+    if len(marks) > MOST_SHAPES:
+        raise ValueError(f"it has {len(marks):,} shapes; at most {MOST_SHAPES:,} are read")
     by_label: dict[str, list[Mark]] = {}
     for mark in marks:
         if tidy(mark.label).casefold() in ("", GOOD):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..masks import MaskFiles
+from ..text import read_text, unreadable
 from .files import (
     MASK_SUFFIX,
     Place,
@@ -19,7 +20,6 @@ from .files import (
 )
 from .folders import black_is_good, with_good
 from .rows import GOOD, ONE_TYPE, Reading, Row, split_of
-from .text import read_text, unreadable
 
 
 MASK_FOLDERS = ("mask", "masks", "ground_truth")

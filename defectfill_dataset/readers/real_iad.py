@@ -4,9 +4,9 @@ from pathlib import Path
 
 from ..errors import Problem
 from ..masks import MaskFiles
+from ..text import read_json, unreadable
 from .files import MASK_SUFFIX, Place, all_images, child, file_inside, folders_in, image_files, pair_masks, walk
 from .rows import Reading, Row, relative
-from .text import read_json, unreadable
 
 
 def is_real_iad(place: Place) -> bool:

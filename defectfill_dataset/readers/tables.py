@@ -4,10 +4,10 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..masks import MaskFiles
+from ..text import holds_text, parse_json, read_csv, read_text, unreadable
 from .files import Place, child, file_inside
 from .marks import MALFORMED, said
 from .rows import GOOD, ONE_TYPE, SPLITS, Reading, Row, relative, split_of, tidy
-from .text import holds_text, parse_json, read_csv, read_text, unreadable
 
 
 def is_metadata(place: Place) -> bool:

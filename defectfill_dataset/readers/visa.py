@@ -11,10 +11,10 @@ from ..errors import Problem
 from ..images import UNREADABLE, open_image
 from ..mask_values import MaskClasses, is_lossy, values_of
 from ..masks import MaskFiles
+from ..text import read_csv
 from . import folders
 from .files import child, spelt
 from .rows import GOOD, Reading, Row, label_key, relative
-from .text import read_csv
 
 
 COMBINED = "combined"

@@ -14,6 +14,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from ..images import open_image
+from ..text import holds_text, read_text
 from .files import IMAGE_EXTENSIONS, PEEKED, Place, all_files, all_images, child, entries, file_inside, spelt
 from .labelme import GOOD_FOLDERS, image_of
 from .lookup import xml_roots
@@ -34,7 +35,6 @@ from .marks import (
     turned,
 )  # fmt: skip
 from .rows import SPLITS, Reading, relative, split_of
-from .text import holds_text, read_text
 from .voc_masks import add_masks, in_folder
 
 

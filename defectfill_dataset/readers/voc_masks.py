@@ -12,11 +12,11 @@ from ..errors import InputError
 from ..images import UNREADABLE, open_image
 from ..mask_values import IGNORE, MaskClasses, Value, values_of
 from ..masks import MaskFiles
+from ..text import read_text, unreadable
 from .files import all_files, spelt
 from .labelme import nearest
 from .lookup import note
 from .rows import GOOD, Reading, Row, label_key, relative
-from .text import read_text, unreadable
 
 
 BORDER = (224, 224, 192)  # the colour of value 255 in VOC's palette: around objects, of no type

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ..errors import InputError, Problem
 from ..images import upright_size
+from ..text import read_text, read_yaml, unreadable
 from .files import PEEKED, Place, all_files, all_images, child, entries, spelt
 from .labelme import GOOD_FOLDERS
 from .marks import ANNOTATION_ERRORS, Mark, add_marks, blame_annotation, box, number, polygon
 from .rows import Reading, relative, split_of
-from .text import read_text, read_yaml, unreadable
 
 
 CLASS_FILES = ("classes.txt", "obj.names", "predefined_classes.txt")
@@ -38,6 +38,8 @@ def in_labels(file: Path) -> bool:
 
 def looks_like_labels(file: Path) -> bool:
     """Whether the first line that is not empty begins as a label does."""
+    if not file.is_file():  # a pipe would be waited for
+        return False
     with file.open("rb") as stream:
         start = stream.read(4096).decode("latin-1").replace("\0", "")
     return any(LABEL_LINE.match(line) for line in start.splitlines() if line.strip())

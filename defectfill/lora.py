@@ -17,7 +17,6 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from defectfill_dataset import InputError, Problem, file_digest
 
 from .base_model import BaseModel
+from .patience import download
 
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def read_lora(source: str | Path, alpha: float | None = None) -> LoraFile:
         path = path / LORA_FILE
     elif not path.exists():
         try:
-            path = Path(hf_hub_download(str(source), LORA_FILE))
+            path = download(str(source), LORA_FILE)
         except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             reason = str(error).strip().splitlines()[0]
             what = f"no such file or folder, nor a Hub id that can be reached ({reason})"

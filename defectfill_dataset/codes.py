@@ -92,6 +92,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF324": "The results cannot be written: the disk is full, or has failed.",
     },
     "Generation": {
+        "DF330": "A generated file, or its line of the manifest, is not what was written.",
         "DF340": "There is no room for a mask in an image.",
         "DF341": "There are no masks to use.",
         "DF342": "No candidate passed the quality filters.",
@@ -116,5 +117,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF500": "There is no valid token.",
         "DF501": "The repository is public but should be private, or vice versa.",
         "DF502": "The repository cannot be created or written.",
+        "DF503": "The Hub cannot be reached, or does not answer in time.",
+        "DF504": "The push failed; everything is safe in the output folder.",
     },
 }

@@ -9,11 +9,12 @@ everything can be used, 2 if not.
 """
 
 import argparse
+import json
 import sys
 import unicodedata
 from pathlib import Path
 
-from defectfill.runs.files import write_json
+from defectfill.runs.files import save_image, write_json
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.checks import skippable
 from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error, say
@@ -22,6 +23,7 @@ from defectfill_dataset.report import ObjectReport, check_object, check_prompts
 from defectfill_dataset.sheets import contact_sheet
 
 
+REPORT = "report.json"
 COLUMNS = {  # of the table: figures of a defect type, and what they are called
     "shapes": "shapes", "width": "width", "height": "height", "area_percent": "mask %", "latent_cells": "cells",
     "latent_cells_with_zoom": "cells zoomed",
@@ -62,6 +64,7 @@ def main(args: argparse.Namespace) -> None:
     if args.object and args.object not in objects:
         what = f"not in {args.data_dir}.{did_you_mean(args.object, objects)}"
         raise InputError(Problem("DF162", f"--object {args.object}", what))
+    check_own(args.output_dir, [args.object] if args.object else list(objects))
     reports, tokenizer = [], read_tokenizer(args.pretrained_model_name_or_path)
     for name, root in objects.items():
         if args.object not in (None, name):
@@ -71,13 +74,13 @@ def main(args: argparse.Namespace) -> None:
                               MaskClasses.parse(args.mask_classes), args.skip_problems)  # fmt: skip
         check_prompts(report, tokenizer)
         reports.append(report)
-        if args.output_dir:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-            contact_sheet(report).save(args.output_dir / f"{name}.png")
         print_report(report)
     if args.output_dir:
         content = {"resolution": args.resolution, "objects": [report.as_json() for report in reports]}
-        write_json(args.output_dir / "report.json", content)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(args.output_dir / REPORT, content)  # first: it tells that the sheets are ours
+        for report in reports:
+            save_image(contact_sheet(report), args.output_dir / f"{report.name}.png")
     say(*LEGEND.splitlines())
     say(
         f"Contact sheets and report.json: {args.output_dir}"
@@ -95,6 +98,19 @@ def read_tokenizer(base: str | None):
     from defectfill.base_model import load_tokenizer, read_base  # slow, and of no use for images
 
     return load_tokenizer(read_base(base, None, None, None), None)
+
+
+def check_own(folder: Path | None, objects: list[str]) -> None:
+    """Raises InputError (DF192) if the folder holds what would be written over, and no report of ours."""
+    names = [REPORT, *(f"{name}.png" for name in objects)]
+    found = [name for name in names if folder and (folder / name).exists()]
+    try:
+        report = json.loads((folder / REPORT).read_text()) if folder and found else None
+    except (OSError, ValueError):
+        report = None
+    if found and not (isinstance(report, dict) and {"resolution", "objects"} <= report.keys()):
+        what = f"holds {', '.join(found[:4])} of something else"
+        raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
 
 
 def print_report(report: ObjectReport) -> None:

@@ -116,7 +116,8 @@ def main(args: argparse.Namespace) -> None:
     check_license(args)
     splits, repo_id = checked_splits(args), None
     if args.push_to_hub:
-        repo_id = check_hub(args.hub_dataset_id, args.hub_public, args.output_dir.resolve().name, "dataset")
+        name = args.output_dir.resolve().name
+        repo_id = check_hub(args.hub_dataset_id, args.hub_public, name, args.push_timeout, "dataset")
     with exclusive_lock(args.output_dir):
         write(splits, args, repo_id)
         if repo_id:

@@ -5,7 +5,7 @@ import os
 import signal
 from pathlib import Path
 
-from offline import HOME, ROOT
+from offline import HOME, HUB_PORT, ROOT
 
 import pytest
 
@@ -14,8 +14,10 @@ installed = importlib.util.find_spec("defectfill_scripts")
 if not installed or not ROOT.joinpath("scripts/__init__.py").samefile(installed.origin):
     pytest.exit("Install this clone first: pip install -c constraints.txt -e .", returncode=4)
 
+import huggingface_hub.constants  # noqa: E402
 import torch  # noqa: E402
 from drawn import write_image, write_mask  # noqa: E402
+from fake_hub import TOKEN, FakeHub  # noqa: E402
 from folders import make_mvtec  # noqa: E402
 from generated_folder import make_generated  # noqa: E402
 from runs import options, reset_accelerate  # noqa: E402
@@ -70,6 +72,24 @@ def trained(base, tmp_path_factory) -> Path:
     train_defectfill.main(train_defectfill.parse_args(argv))
     reset_accelerate()
     return folder / "lora"
+
+
+@pytest.fixture(scope="session")
+def server():
+    server = FakeHub(HUB_PORT)
+    yield server
+    server.shutdown(), server.server_close()
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    """The tests' own Hub, reachable, with a token."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # of other processes
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    server.reset()
+    yield server
+    server.reset()
 
 
 @pytest.fixture

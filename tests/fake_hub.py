@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -17,18 +16,20 @@ class FakeHub(ThreadingHTTPServer):
 
     Attributes:
         repos: id -> {"private": bool, "files": {path: bytes}}; a dataset's id begins with "datasets/".
-        fault: (pattern, status) answers matching requests with that status; status "hang" never answers.
+        fault: (pattern, status) answers matching requests with that status; "hang" never answers, until `reset`.
     """
 
     daemon_threads = True
 
     def __init__(self, port: int):
         super().__init__(("127.0.0.1", port), Handler)
+        self.released = threading.Event()
         self.reset()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def reset(self):
-        self.repos, self.blobs, self.requests, self.fault = {}, {}, [], None
+        self.released.set()
+        self.repos, self.blobs, self.requests, self.fault, self.released = {}, {}, [], None, threading.Event()
 
     @property
     def url(self) -> str:
@@ -56,7 +57,9 @@ class Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.command, self.path, body, self.headers.get("Authorization")))
         if hub.fault and re.search(hub.fault[0], self.path):
             if hub.fault[1] == "hang":
-                time.sleep(60)
+                hub.released.wait()
+                self.close_connection = True
+                return
             return self.answer(hub.fault[1], {"error": "fault"})
         for pattern, action in ROUTES:
             found = re.fullmatch(pattern, f"{self.command} {self.path.split('?')[0]}")

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 HOME = tempfile.mkdtemp(prefix="defectfill-tests-")
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    HUB_PORT = free.getsockname()[1]  # tests/test_hub.py starts a Hub there
+    HUB_PORT = free.getsockname()[1]  # the fixture `server` starts a Hub there
 os.environ.update(
     HF_HOME=HOME, TORCH_HOME=HOME, XDG_CACHE_HOME=HOME, OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1",
     HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1",

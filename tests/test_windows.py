@@ -175,11 +175,15 @@ def test_leftovers_that_are_open_wait_for_the_next_start(held, tmp_path):
 
 
 def test_a_folder_is_published(windows, tmp_path):
-    for name in ("new/data/a.txt", "new/README.md", "old/README.md"):
+    for name in ("new/data/a.txt", "new/README.md", "old/data/a.txt", "old/README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text("a" if name.endswith("a.txt") else name)
     publish_dir(tmp_path / "new", tmp_path / "old", last="README.md")
-    assert (tmp_path / "old/README.md").read_text() == "new/README.md" and (tmp_path / "old/data/a.txt").exists()
+    assert (tmp_path / "old/README.md").read_text() == "new/README.md"
+    (tmp_path / "new/README.md").write_text("new")
+    (tmp_path / "empty").mkdir()
+    publish_dir(tmp_path / "new", tmp_path / "empty", last="README.md")
+    assert (tmp_path / "empty/data/a.txt").exists()
 
 
 def test_one_writer_at_a_time(windows, tmp_path):

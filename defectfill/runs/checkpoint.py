@@ -189,6 +189,44 @@ def last_save(output_dir: Path) -> Iterator[None]:
         raise RunError(Problem("DF324", output_dir, what, f"make room on the disk, then {advice}")) from error
 
 
+RESULTS = (LORA_FILE, "README.md")
+RECORDS = ("split.json", "run_record.json", "losses.jsonl", "validation")
+
+
+def is_run(output_dir: Path) -> bool:
+    """Whether a run of ours has started in the folder: its record says so, which is written first."""
+    try:
+        record = json.loads((output_dir / "run_record.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"options", "data_sha256", "versions"} <= record.keys()
+
+
+def in_the_way(output_dir: Path) -> list[str]:
+    """What a new run would write over: an earlier run's checkpoints or results, or files of something else."""
+    names = RESULTS if is_run(output_dir) else RESULTS + RECORDS
+    found = [checkpoint.name for checkpoint in list_checkpoints(output_dir)]
+    return found + [name for name in names if (output_dir / name).exists()]
+
+
+def occupied(output_dir: Path, found: list[str], resuming: bool) -> Problem:
+    """The problem of a folder that holds what `in_the_way` found."""
+    names = ", ".join(found[:4])
+    what, fix = f"holds an earlier run or other files ({names})", "choose another folder"
+    if resuming:
+        what = f"holds an earlier run without a usable checkpoint, or other files ({names})"
+    elif found[0].startswith("checkpoint-"):
+        fix = "resume the run with --resume_from_checkpoint latest, or choose another folder"
+    return Problem("DF186", f"--output_dir {output_dir}", what, fix)
+
+
+def check_unoccupied(output_dir: Path, which: str | None) -> None:
+    """Raises InputError (DF186) if `find_resume` will refuse the folder's files; before anything is written there."""
+    found = in_the_way(output_dir)
+    if found and not (which and found[0].startswith("checkpoint-")):
+        raise InputError(occupied(output_dir, found, bool(which)))
+
+
 def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_steps: int) -> Path | None:
     """The checkpoint to resume, if it was made with the same options; None to start from scratch.
 
@@ -196,19 +234,13 @@ def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_s
         InputError: `output_dir` holds an earlier run that is not, or cannot be, resumed (DF186), options differ
             (DF320), or the checkpoint lies behind the last step (DF321).
     """
-    used = list_checkpoints(output_dir) or any((output_dir / name).exists() for name in (LORA_FILE, "README.md"))
-    if not which:
-        if used:
-            what = "holds an earlier run or other files"
-            fix = "resume the run with --resume_from_checkpoint latest, or choose another folder"
-            raise InputError(Problem("DF186", f"--output_dir {output_dir}", what, fix))
-        return None
-    checkpoint = find_checkpoint(output_dir, which)
+    checkpoint = find_checkpoint(output_dir, which) if which else None
+    if checkpoint is None or not (checkpoint.parent.samefile(output_dir) or is_run(output_dir)):
+        if found := in_the_way(output_dir):
+            raise InputError(occupied(output_dir, found, bool(which)))
     if checkpoint is None:
-        if used:
-            what = "holds an earlier run without a usable checkpoint, or other files"
-            raise InputError(Problem("DF186", f"--output_dir {output_dir}", what, "choose another folder"))
-        logger.info("No checkpoint to resume from: starting a new run")
+        if which:
+            logger.info("No checkpoint to resume from: starting a new run")
         return None
     state = json.loads((checkpoint / STATE_FILE).read_text())
     check_identity(state["identity"], identity)

@@ -94,7 +94,7 @@ def visible_files(folder: Path) -> dict[str, Path]:
 def publish_dir(source: Path, folder: Path, last: str) -> None:
     """Moves all entries of `source` into `folder`, flushed, `last` at the end: a folder that holds it is complete.
 
-    Entries that `folder` already holds stay, except `last`, which is replaced.
+    Entries that `folder` already holds stay, except `last`, which is replaced: ours stands beside all the others.
 
     Raises:
         InputError: `folder` holds a file that is not in `source`, or that differs (DF193); nothing was moved.
@@ -104,7 +104,8 @@ def publish_dir(source: Path, folder: Path, last: str) -> None:
         if name not in new:
             what = f"holds {name}, which is not of this dataset"
             raise InputError(Problem("DF193", folder, what, "choose another --output_dir or empty it"))
-        if name != last and not filecmp.cmp(file, new[name], shallow=False):
+        ours = name == last and all((folder / other).exists() for other in new)
+        if not ours and not filecmp.cmp(file, new[name], shallow=False):
             fix = "choose another --output_dir or empty it"
             raise InputError(Problem("DF193", folder, f"holds another {name}, of other data", fix))
     for part in source.iterdir():

@@ -46,7 +46,13 @@ def add_hub_flags(add: Callable, pushed: str, id_flag: str) -> None:
     )
     add(id_flag, metavar="ID", help="Repository on the Hub. Default: the output folder's name.")
     add("--hub_public", action="store_true", help="Make a new repository public; without it, it is private.")
-    add("--push_timeout", type=float, default=600, metavar="SECONDS", help="Seconds after which a push is aborted.")
+    add(
+        "--push_timeout",
+        type=float,
+        default=600,
+        metavar="SECONDS",
+        help="Seconds after which a push is aborted, and the check of the Hub at the start too (after 60 at most).",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,6 +221,8 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR", help="Folder of images, masks and manifest.")
     add("--keep_metadata", action="store_true", help="Copy the good image's EXIF data, such as place and camera.")
+    verify_help = "On a restart, read all finished files, not only those that changed, to find damaged ones."
+    add("--verify", action="store_true", help=verify_help)
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,11 @@
-"""The output folder of a generation run: its plan, its images, and the manifest, a line for each image made.
+"""The output folder of a generation run: settings, plan, images, and the manifest, a line for each image made.
 
 Each process appends lines to a part of its own; the parts become the manifest.
 """
 
+import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -13,14 +15,21 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from defectfill_dataset import InputError, Problem
+from defectfill_dataset import InputError, Problem, file_digest
+from defectfill_dataset.errors import folded, one_line
 
 from .files import atomic_write
 from .source_images import SourceImage
+from .speed import SPEED
 
 
-PLAN, MANIFEST, PARTS = "plan.jsonl", "manifest.jsonl", "manifest-part-*.jsonl"
+logger = logging.getLogger(__name__)
+
+SETTINGS, PLAN, MANIFEST, PARTS = "settings.json", "plan.jsonl", "manifest.jsonl", "manifest-part-*.jsonl"
+FILES, SEAL = "files", "line_sha256"  # keys of a line
+AGAIN = "it will be generated again"
 KINDS = ("images", "masks", "mask_changed", "contact")  # folders of PNG files
+TABLE, REPORT, SHEET = "manifest.parquet", "summary.html", "contact_sheet.png"
 
 
 def check_output_dir(folder: Path, source_images: Iterable[SourceImage]) -> None:
@@ -30,9 +39,25 @@ def check_output_dir(folder: Path, source_images: Iterable[SourceImage]) -> None
         if file.resolve().parent in written:
             what = f"would overwrite {file}"
             raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
-    foreign = [kind for kind in KINDS if (folder / kind).is_dir() and any((folder / kind).iterdir())]
-    if foreign and not (folder / PLAN).exists():
-        what = f"holds {', '.join(foreign)} of something else"
+    check_own(folder)
+
+
+def check_own(folder: Path) -> None:
+    """Raises InputError (DF192) if the folder holds what a run would write over, and no run of ours has begun there.
+
+    The settings tell one of ours; they are written first.
+    """
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+        if isinstance(settings, dict) and {"base", "resolution", "num_candidates"} <= settings.keys():
+            return
+    except (OSError, ValueError):
+        pass
+    found = [kind for kind in KINDS if (folder / kind).is_dir() and any((folder / kind).iterdir())]
+    found += [name for name in (SETTINGS, PLAN, MANIFEST, TABLE, REPORT, SHEET, SPEED) if (folder / name).exists()]
+    found += [file.name for file in sorted(folder.glob(PARTS))]
+    if found:
+        what = f"holds {', '.join(found)} of something else"
         raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
 
 
@@ -76,24 +101,85 @@ def open_part(folder: Path, process: int) -> Iterator[Callable[[dict], None]]:
         yield add
 
 
-def merge_parts(folder: Path) -> list[dict]:
+def merge_parts(folder: Path, verify: bool = False) -> list[dict]:
     """Merges the parts into the manifest; returns its lines, in the order of the plan.
 
-    Only images whose files all exist have a line.
+    Only images whose line and files are as they were written have a line; the others are named.
+
+    Args:
+        verify: read every file, not only those that changed after their line was written.
     """
     parts = sorted(folder.glob(PARTS))
-    found = {line["name"]: line for file in (folder / MANIFEST, *parts) for line in read_lines(file)}
-    planned = [line["name"] for line in read_lines(folder / PLAN)]
-    lines = [found[name] for name in planned if name in found and is_complete(folder, name)]
+    found: dict[str, tuple[dict, int]] = {}
+    for file in (file for file in (folder / MANIFEST, *parts) if file.exists()):
+        written = 0 if verify else file.stat().st_mtime_ns
+        found |= {line["name"]: (line, written) for line in read_lines(file)}
+    lines, problems = [], []
+    for name in (line["name"] for line in read_lines(folder / PLAN) if line["name"] in found):
+        problem = damage(folder, name, *found[name])
+        problems.append(problem) if problem else lines.append(found[name][0])
+    for text in folded(problems):
+        logger.warning(text)
     write_lines(folder / MANIFEST, lines)
     for part in parts:
         part.unlink()
     return lines
 
 
-def is_complete(folder: Path, name: str) -> bool:
-    """Whether all files of an image exist."""
-    return all((folder / kind / f"{name}.png").exists() for kind in KINDS)
+def progress(folder: Path) -> str:
+    """How many images are finished, by the lines of all processes, and how to go on."""
+    finished, planned = (
+        sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+        for files in ((folder / MANIFEST, *folder.glob(PARTS)), (folder / PLAN,))
+    )
+    if not planned:
+        return "nothing was generated yet. Run the same command again."
+    what = f"{min(finished, planned)} of {planned} images are finished in {one_line(str(folder))}"
+    return f"{what}. Run the same command again to generate the others."
+
+
+def sealed(line: dict, folder: Path) -> dict:
+    """The line with size and sha256 of each file of its image, and with a digest of its own."""
+    files = {kind: folder / kind / f"{line['name']}.png" for kind in KINDS}
+    line = line | {
+        FILES: {kind: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for kind, file in files.items()}
+    }
+    return line | {SEAL: line_digest(line)}
+
+
+def line_digest(line: dict) -> str:
+    """The sha256 of all that is in a line but its own digest and the time it took."""
+    content = {key: value for key, value in line.items() if key not in (SEAL, "seconds")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def damage(folder: Path, name: str, line: dict, written: int) -> Problem | None:
+    """What of an image is not as it was written, its line or a file (DF330); None if nothing is.
+
+    Args:
+        line: of the image; one of an earlier version has no digests: its files must exist, and hold something.
+        written: when the line was, in ns; only files that changed since then are read.
+    """
+    if {FILES, SEAL} & line.keys() and line.get(SEAL) != line_digest(line):
+        return Problem("DF330", f"{MANIFEST}, {name}", "its line is not what was written", AGAIN)
+    for kind in KINDS:
+        where, entry = f"{kind}/{name}.png", line.get(FILES, {}).get(kind)
+        try:
+            status = (folder / where).stat()
+        except OSError:
+            return Problem("DF330", where, "is missing", AGAIN)
+        if status.st_size != (entry["bytes"] if entry else status.st_size or 1):
+            return Problem("DF330", where, f"has {status.st_size} bytes, which are not all that was written", AGAIN)
+        changed = max(status.st_mtime_ns, status.st_ctime_ns) >= written  # a rename changes the second alone
+        if entry and changed and file_digest(folder / where) != entry["sha256"]:
+            return Problem("DF330", where, "is not what was written", AGAIN)
+    return None
+
+
+def warn_of_unverified(lines: Iterable[dict]) -> None:
+    """Says how many images have no digests, so that no damage but a missing or empty file can be found."""
+    if number := sum(FILES not in line for line in lines):
+        logger.warning(f"{number} images of an earlier version have no digests: only that their files exist is known")
 
 
 def write_table(file: Path, lines: list[dict]) -> None:

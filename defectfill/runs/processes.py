@@ -1,7 +1,9 @@
 """The processes of a run: how they may be launched, and what they must agree on."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -10,6 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from defectfill_dataset import InputError, Problem
 
 from .checkpoint import differing_keys
+from .files import exclusive_lock
 
 
 T = TypeVar("T")
@@ -78,6 +81,21 @@ def from_main_process(read: Callable[[], T], is_main_process: bool) -> T:
     if error is not None:
         raise error
     return result
+
+
+@contextmanager
+def locked_start(folder: Path, start: Callable[[], T], is_main_process: bool) -> Iterator[T]:
+    """Yields, on every process, what `start` returns on the main one, which holds the folder's lock until the end.
+
+    What a run decides by the files in its folder, `start` must decide: another run may have changed them before.
+    """
+    with ExitStack() as held:
+
+        def locked() -> T:
+            held.enter_context(exclusive_lock(folder))
+            return start()
+
+        yield from_main_process(locked, is_main_process)
 
 
 def check_same(identity: dict) -> None:

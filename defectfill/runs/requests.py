@@ -78,3 +78,4 @@ class GenerationCommand:
     # output
     output_dir: Path
     keep_metadata: bool
+    verify: bool

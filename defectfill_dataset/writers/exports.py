@@ -48,7 +48,7 @@ class ExportImage:
 
 
 def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list[Problem]]:
-    """The images that a generated folder's manifest lists, and what is wrong with it (DF196, DF197).
+    """The images that a generated folder's manifest lists, and what is wrong with it (DF196, DF197, DF330).
 
     Args:
         several: it is one of several folders, whose name goes before those of its images.
@@ -67,12 +67,17 @@ def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list
             missing = [line[key] for key, file in (("image", image), ("mask", mask)) if file is None]
             names = {"object": str(line["object"] or ""), "defect": str(line.get("defect") or ONE_TYPE)}
             source = str(line.get("good_image_sha256") or line["good_image"])
+            damaged = [
+                line[key] for key, file in (("image", image), ("mask", mask)) if file and _damaged(line, key, file)
+            ]
         except MALFORMED as error:
             problems.append(Problem("DF196", place, f"is not of a generated image ({error!r})", "generate it again"))
             continue
         problems += [
             Problem("DF197", place, f"names '{name}', which is not there", "generate it again") for name in missing
         ]
+        fix = "run the same generation again with --verify"
+        problems += [Problem("DF330", place, f"'{name}' is not what was generated", fix) for name in damaged]
         problems += [
             Problem("DF196", place, f"the {kind} '{name}' cannot name a folder of defects", "rename it there")
             for kind, name in names.items()
@@ -85,6 +90,12 @@ def read_generated(folder: Path, several: bool) -> tuple[list[ExportImage], list
     if not items and not problems:
         problems.append(Problem("DF196", manifest, "lists no image", "generate some"))
     return items, problems
+
+
+def _damaged(line: dict, key: str, file: Path) -> bool:
+    """Whether the file of a manifest's line is another than its digest says; an earlier version wrote none."""
+    kind = {"image": "images", "mask": "masks"}[key]
+    return "files" in line and line["files"][kind]["sha256"] != file_digest(file)
 
 
 def read_good_images(folder: Path, name: str, inpainted: set[str]) -> list[ExportImage]:

@@ -1,0 +1,62 @@
+"""Calls that do not wait for ever: a Hub may accept a connection and never answer."""
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import hf_hub_download
+
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+SECONDS = 60  # for an answer; huggingface_hub itself tries again for minutes
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns or raises; a thread makes it, which is left behind when the time is over.
+
+    Raises:
+        TimeoutError: after `seconds`.
+    """
+    returned: list[T] = []
+    raised: list[Exception] = []
+
+    def make() -> None:
+        try:
+            returned.append(call())
+        except Exception as error:  # whatever it is, it is raised below
+            raised.append(error)
+
+    thread = threading.Thread(target=make, daemon=True)  # it holds up no exit
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    if not returned:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return returned[0]
+
+
+def download(repo_id: str, file: str, **options) -> Path:
+    """A file of a model on the Hub, or as it was downloaded before if the Hub does not answer.
+
+    The limit is for the answer; what has begun to come may take its time.
+
+    Raises:
+        OSError, ValueError: as `hf_hub_download` does, with TimeoutError (an OSError) for a Hub that does not answer.
+    """
+    try:
+        within(SECONDS, lambda: hf_hub_download(repo_id, file, dry_run=True, **options))
+    except TimeoutError as error:
+        try:
+            kept = hf_hub_download(repo_id, file, local_files_only=True, **options)
+        except OSError:
+            raise error from None
+        logger.warning(
+            f"The Hub has not answered within {SECONDS:g} s: {file} of {repo_id} is as it was downloaded before"
+        )
+        return Path(kept)
+    return Path(hf_hub_download(repo_id, file, **options))

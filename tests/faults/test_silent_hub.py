@@ -1,0 +1,121 @@
+"""A Hub that accepts a connection and never answers: every command ends in time, and what it made is safe."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+from offline import ROOT
+
+import pytest
+from fake_hub import TOKEN
+from runs import FAST, generate, options
+
+from defectfill import patience
+from defectfill.base_model import read_base
+from defectfill.lora import LORA_FILE, read_lora
+from defectfill.runs import hub as hub_module
+from defectfill_dataset import InputError, RunError
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    monkeypatch.setattr(patience, "SECONDS", 1)
+    monkeypatch.setattr(hub_module, "START", 1)
+
+
+@pytest.fixture
+def clock():
+    """clock(): the seconds since the test began."""
+    began = time.monotonic()
+    return lambda: time.monotonic() - began
+
+
+@pytest.mark.parametrize("pattern", ["whoami", "repos/create", "auth-check"])
+def test_training_does_not_begin(hub, patient, train, tmp_path, clock, pattern):
+    hub.fault = (pattern, "hang")
+    with pytest.raises(InputError, match="DF503 --push_to_hub: the Hub has not answered within 1 s"):
+        train("--push_to_hub", "--hub_model_id", "ann/lora")
+    assert clock() < 20 and [f.name for f in (tmp_path / "out").iterdir()] in ([".lock"], [])
+
+
+def test_the_start_has_no_more_time_than_the_push(hub, train, clock):
+    hub.fault = ("whoami", "hang")
+    with pytest.raises(InputError, match="DF503 .*within 0.5 s"):
+        train("--push_to_hub", "--push_timeout", "0.5")
+    assert clock() < 20
+
+
+def test_a_hub_out_of_reach_is_no_wrong_token(hub, train, monkeypatch):
+    hub.fault = ("whoami", 501)
+    with pytest.raises(InputError, match="DF503 --push_to_hub: the Hub cannot be reached.*501"):
+        train("--push_to_hub")
+    hub.fault = ("auth-check", 501)
+    with pytest.raises(InputError, match="DF503 --push_to_hub: the Hub cannot be reached.*501"):
+        train("--push_to_hub")
+    monkeypatch.setattr(hub_module.HfApi, "whoami", lambda self: 1 / 0)  # whatever it is
+    with pytest.raises(InputError, match="DF503 --push_to_hub: the Hub cannot be reached.*division"):
+        train("--push_to_hub")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["/preupload/", "/blob/", "/commit/"])
+def test_a_push_ends_in_time_and_so_does_the_process(hub, trained, tmp_path, clock, pattern):
+    """Also where the upload's threads, which a process waits for, would hold it."""
+    hub.repos["ann/lora"] = {"private": True, "files": {}}
+    hub.fault = (pattern, "hang")
+    code = f"""
+from pathlib import Path
+from defectfill.runs.hub import push
+push(Path({str(trained)!r}), "ann/lora", 4)
+"""
+    before = (trained / LORA_FILE).read_bytes()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and clock() < 60
+    last = done.stderr.rstrip().splitlines()[-2:]
+    assert "DF504 Push to ann/lora failed: no answer within 4 s; all is safe in" in last[0]
+    assert shlex.split(last[1])[:4] == ["hf", "upload", "ann/lora", str(trained)]
+    assert (trained / LORA_FILE).read_bytes() == before and not hub.repos["ann/lora"]["files"]
+
+
+@pytest.mark.slow
+def test_the_command_ends_without_a_traceback_and_with_its_weights(hub, base, data, tmp_path):
+    hub.fault = ("/preupload/", "hang")
+    argv = options(base, data, tmp_path / "out", "--push_to_hub", "--hub_model_id", "lora", "--push_timeout", "3")
+    command = [sys.executable, str(ROOT / "train_defectfill.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=os.environ | {"HF_TOKEN": TOKEN})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "hf upload ann/lora" in done.stderr.rstrip().splitlines()[-1]
+    assert read_lora(tmp_path / "out").record["steps"] == 2
+
+
+def test_a_lora_is_not_waited_for(hub, patient, inputs, base, tmp_path, clock):
+    hub.fault = (".*", "hang")
+    with pytest.raises(InputError, match="DF400 --lora ann/never: .*no answer within 1 s"):
+        generate("--lora", "ann/never", *inputs, "--output_dir", tmp_path / "out", *FAST)
+    with pytest.raises(InputError, match="DF180 .*no answer within 1 s"):
+        read_base("ann/never-base")
+    assert clock() < 20
+
+
+def test_a_lora_that_was_downloaded_is_used(hub, patient, trained, caplog):
+    hub.repos["ann/kept"] = {"private": True, "files": {LORA_FILE: (trained / LORA_FILE).read_bytes()}}
+    first = read_lora("ann/kept")
+    hub.fault = (".*", "hang")
+    assert read_lora("ann/kept").sha256 == first.sha256
+    assert (
+        f"The Hub has not answered within 1 s: {LORA_FILE} of ann/kept is as it was downloaded before" in caplog.text
+    )
+
+
+def test_what_a_call_raises_is_raised():
+    assert patience.within(5, lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        patience.within(5, lambda: 1 / 0)
+    with pytest.raises(TimeoutError, match="no answer within 0.1 s"):
+        patience.within(0.1, lambda: time.sleep(5))
+
+
+def test_a_failed_push_is_a_run_error():
+    assert issubclass(hub_module.PushError, RunError)  # one message, no traceback

@@ -94,8 +94,10 @@ class LoraFile:
 
     @property
     def best_pass(self) -> str:
-        """Whose prompt to generate with: the defect pass's alone has seen defects with their own masks; records of older
-        versions have the object pass's."""
+        """Whose prompt to generate with: the defect pass's alone has seen defects with their own masks.
+
+        Records of older versions have the object pass's only.
+        """
         return "defect" if self.record.get("defect_prompts") else "object"
 
     def prompts(self, of_pass: str | None = None) -> dict[str, str]:

@@ -300,7 +300,7 @@ def test_a_run_leaves_images_masks_scores_and_a_contact_sheet(trained, inputs, t
         [crop] = line["windows"]
         assert crop["box"] == [0, 0, *good.shape[1::-1]]
         assert len(crop["scores"]) == 3 and crop["chosen"] == int(np.argmax(crop["scores"]))
-        assert line["prompt"] == "A nut with sks"
+        assert line["prompt"] == "A photo of sks"
     seeds = [s for line in lines for s in line["windows"][0]["candidate_seeds"]]
     assert len(set(seeds)) == 9
     sheet = Image.open(out / "contact_sheet.png")

@@ -145,7 +145,7 @@ def test_several_loras_and_defects_paint_their_share_each(trained, several, good
     lines = read_lines(out / "manifest.jsonl")
     made = [(line["name"], line["prompt"]) for line in lines]
     assert made == [
-        ("000-hole", "A nut with sks"), ("001-hole", "A nut with sks"),
+        ("000-hole", "A photo of sks"), ("001-hole", "A photo of sks"),
         ("000-hole-0001", "A bolt with hole"), ("001-hole-0001", "A bolt with hole"),
         ("000-scratch", "A bolt with scratch"), ("001-scratch", "A bolt with scratch"),
     ]  # fmt: skip

@@ -372,7 +372,7 @@ def test_several_defects_need_a_choice(train, inputs, tmp_path):
         with pytest.raises(InputError, match="Did you mean 'scratch'"):
             generate(*argv, "--defect", "scrtch", *more)
     generate(*argv, "--defect", "scratch")
-    assert {line["prompt"] for line in read_lines(tmp_path / "out/manifest.jsonl")} == {"A bolt with scratch"}
+    assert {line["prompt"] for line in read_lines(tmp_path / "out/manifest.jsonl")} == {"A photo of scratch"}
 
 
 @pytest.mark.slow

@@ -146,8 +146,8 @@ def test_several_loras_and_defects_paint_their_share_each(trained, several, good
     made = [(line["name"], line["prompt"]) for line in lines]
     assert made == [
         ("000-hole", "A photo of sks"), ("001-hole", "A photo of sks"),
-        ("000-hole-0001", "A bolt with hole"), ("001-hole-0001", "A bolt with hole"),
-        ("000-scratch", "A bolt with scratch"), ("001-scratch", "A bolt with scratch"),
+        ("000-hole-0001", "A photo of hole"), ("001-hole-0001", "A photo of hole"),
+        ("000-scratch", "A photo of scratch"), ("001-scratch", "A photo of scratch"),
     ]  # fmt: skip
     assert len({line["lora_sha256"] for line in lines}) == 2
     alone = tmp_path / "alone"

@@ -14,6 +14,7 @@ Masks are 1 inside the defect.
 import dataclasses
 import datetime
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils.memory import clear_device_cache
 from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 from tqdm.auto import tqdm
@@ -33,7 +35,9 @@ from tqdm.auto import tqdm
 from defectfill.base_model import BaseModel, check_prompt, check_resolution, load_tokenizer, read_base
 from defectfill.likeness import Likeness, read_squeezenet, squeezenet_features, vae_features
 from defectfill.lora import ADAPTER, LoraFile, check_content, check_fits, fuse_lora, load_lora
+from defectfill.memory import is_out_of_memory
 from defectfill.runs.checkpoint import check_identity
+from defectfill.runs.disks import is_of_disk, told_if_unwritable
 from defectfill.runs.files import atomic_write, clear_leftovers, finite, save_image, write_json
 from defectfill.runs.flags import parse_generation_args
 from defectfill.runs.inputs import read_inputs
@@ -90,10 +94,12 @@ from defectfill_dataset import (
     upright_exif,
 )
 from defectfill_dataset.commands import exit_on_input_error, say
+from defectfill_dataset.errors import one_line
 
 
 SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image
 WRITERS = 4  # threads
+LONGEST_NAME = 255  # bytes of a file's name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,8 +318,16 @@ class PreparedGeneration(NamedTuple):
     settings: dict  # what decides a pixel besides the plan; it must be the same when the run goes on
 
 
-def generate_share(run: PreparedGeneration, done: set[str], state: PartialState) -> tuple[dict[str, Problem], Speed]:
-    """Makes this process's share of the images that are not done; returns the problem of each that cannot be made.
+class Share(NamedTuple):
+    """What became of a process's share."""
+
+    problems: dict[str, Problem]  # of images that could not be made, by name
+    speed: Speed
+    failure: OSError | None  # the disk's, that ended it
+
+
+def generate_share(run: PreparedGeneration, done: set[str], state: PartialState) -> Share:
+    """Makes this process's share of the images that are not done.
 
     A batch with an image to make is made whole, so that no pixel depends on what was done before. A batch without a
     place for one of those is not made, and no weight is loaded for it. While the device samples one batch, threads
@@ -323,16 +337,36 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
     batches = batch_plan(run.plan, max(1, (command.batch_size or 1) // command.num_candidates))
     todo = [batch for batch in batches if {planned.name for planned in batch} - done]
     mine = todo[state.process_index :: state.num_processes]
-    problems: dict[str, Problem] = {}
-    model, speed = LazyModel(run, state.device), Speed(state.device)
-    if not mine:
-        return problems, speed
+    share = Share({}, Speed(state.device), None)
+    try:
+        if mine:
+            make_batches(run, mine, done, state, share)
+    except OSError as error:
+        if not is_of_disk(error, command.output_dir):
+            raise
+        return share._replace(failure=error)
+    return share
+
+
+def make_batches(
+    run: PreparedGeneration, mine: list[list[PlannedImage]], done: set[str], state: PartialState, share: Share
+) -> None:
+    """Makes the images of these batches that are not done, and notes problems and speed in `share`."""
+    command, (problems, speed, _) = run.command, share
+    model = LazyModel(run, state.device)
     writing: list[Future] = []  # of the batch before
     bar = tqdm(total=sum(map(len, mine)), desc="Images", disable=not state.is_local_main_process)
     with open_part(command.output_dir, state.process_index) as add_line, ThreadPoolExecutor(WRITERS) as writers:
 
         def write(canvas: Canvas, seconds: float) -> None:
-            add_line(write_image(canvas, command.output_dir, command.keep_metadata) | {"seconds": seconds})
+            try:
+                line = write_image(canvas, command.output_dir, command.keep_metadata)
+            except (OSError, RuntimeError, MemoryError) as error:
+                if isinstance(error, OSError) and is_of_disk(error, command.output_dir):
+                    raise
+                problems[canvas.planned.name] = problem_of_image(canvas.planned, error)
+            else:
+                add_line(line | {"seconds": seconds})
 
         for canvases in ahead(lambda batch: start_batch(batch, run), mine):
             seconds = 0.0
@@ -340,11 +374,11 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
                 with speed.loading():
                     pipe = model.load(canvases[0].planned.recipe.lora, canvases[0].planned.lora_scale)
                 began = time.monotonic()
-                generate_batch(pipe, canvases, run, model.likeness(canvases[0].planned.recipe))
+                generate_or_skip(pipe, canvases, run, model.likeness(canvases[0].planned.recipe))
                 seconds = round((time.monotonic() - began) / len(canvases), 3)
             for written in writing:
                 written.result()
-            problems |= {canvas.planned.name: canvas.problem for canvas in canvases if canvas.problem}
+            problems.update({canvas.planned.name: canvas.problem for canvas in canvases if canvas.problem})
             made = [canvas for canvas in canvases if not canvas.problem and canvas.planned.name not in done]
             writing = [writers.submit(write, canvas, seconds) for canvas in made]
             speed.add_batch(len(made))
@@ -352,7 +386,6 @@ def generate_share(run: PreparedGeneration, done: set[str], state: PartialState)
         for written in writing:
             written.result()
     speed.finish()
-    return problems, speed
 
 
 @dataclasses.dataclass
@@ -415,8 +448,53 @@ def ahead(work: Callable, items: Sequence) -> Iterator:
 
 
 def start_batch(batch: Sequence[PlannedImage], run: PreparedGeneration) -> list[Canvas]:
-    """A canvas for each image of a batch."""
-    return [start_canvas(planned, run.settings["resolution"], run.base.vae_scale_factor) for planned in batch]
+    """A canvas for each image of a batch, with a problem where it cannot be started."""
+    canvases = []
+    for planned in batch:
+        problem = None
+        if len(os.fsencode(f"{planned.name}.png")) > LONGEST_NAME:
+            what = f"its name and the defect type's are together longer than {LONGEST_NAME} bytes"
+            problem = Problem("DF329", planned.source_image.file.name, what, "rename it")
+        else:
+            try:
+                canvas = start_canvas(planned, run.settings["resolution"], run.base.vae_scale_factor)
+            except (OSError, RuntimeError, MemoryError) as error:
+                problem = problem_of_image(planned, error)
+        if problem:
+            nothing = Image.new("RGB", (1, 1))
+            canvas = Canvas(planned, nothing, nothing, False, problem=problem)
+        canvases.append(canvas)
+    return canvases
+
+
+def problem_of_image(planned: PlannedImage, error: Exception) -> Problem:
+    """Why an image cannot be made: it does not fit in memory, or a file of it cannot be read; raises other errors."""
+    name = planned.source_image.file.name
+    if is_out_of_memory(error):
+        fix = "use a smaller image, or a machine with more memory"
+        return Problem("DF328", name, f"does not fit in memory ({one_line(str(error))[:200]})", fix)
+    if isinstance(error, OSError):
+        return Problem("DF103", name, f"cannot be read: {error}")
+    raise error
+
+
+def generate_or_skip(
+    pipe: StableDiffusionInpaintPipeline,
+    canvases: Sequence[Canvas],
+    run: PreparedGeneration,
+    likeness: Likeness | None,
+) -> None:
+    """`generate_batch`; if that does not fit in memory, each image alone, and one that does not has a problem."""
+    try:
+        return generate_batch(pipe, canvases, run, likeness)
+    except (RuntimeError, MemoryError) as error:
+        problem = problem_of_image(canvases[0].planned, error)
+    clear_device_cache(garbage_collection=True)  # past the error, whose traceback held tensors
+    if len(canvases) == 1:
+        canvases[0].problem = problem
+        return
+    for canvas in filter(is_unfinished, canvases):
+        generate_or_skip(pipe, [canvas], run, likeness)
 
 
 def generate_batch(
@@ -584,13 +662,18 @@ def main(command: GenerationCommand) -> None:
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(on_cpu, timeout=datetime.timedelta(days=7))  # processes wait for the slowest
     run = prepare(command, state.device)
-    locked = locked_start(command.output_dir, lambda: start_run(run), state.is_main_process)
+    start = told_if_unwritable(command.output_dir, "make room on the disk, and start again")(lambda: start_run(run))
+    locked = locked_start(command.output_dir, start, state.is_main_process)
     with exit_on_signal(lambda: f"Stopped: {progress(command.output_dir)}"), locked as done:
         end_with_launcher()
         shares = gather_object([generate_share(run, set(done), state)])
         if state.is_main_process:
-            problems = {name: why for of_process, _ in shares for name, why in of_process.items()}
-            finish_run(command.output_dir, problems, [speed for _, speed in shares])
+            left = f"make room on the disk: {progress(command.output_dir)}"
+            with told_if_unwritable(command.output_dir, left):
+                for failure in filter(None, (share.failure for share in shares)):
+                    raise failure
+                problems = {name: why for share in shares for name, why in share.problems.items()}
+                finish_run(command.output_dir, problems, [share.speed for share in shares])
 
 
 def command() -> None:

@@ -14,7 +14,6 @@ Source: Song et al., DefectFill, CVPR 2025, arXiv 2503.13985; equation numbers a
 import argparse
 import datetime
 import functools
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,11 +24,9 @@ from typing import NamedTuple
 import defectfill.runs.start  # noqa: F401
 
 import datasets
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
@@ -42,7 +39,7 @@ from transformers import CLIPTokenizer
 from defectfill.base_model import BaseModel, check_resolution, load_models, load_tokenizer, read_base
 from defectfill.colour_stats import statistics_by_defect
 from defectfill.latents import LatentCache, encode_images, to_device
-from defectfill.lora import LORA_FILE, add_lora, lora_parameters, reload_and_compare, save_lora
+from defectfill.lora import LORA_FILE, add_lora, lora_parameters, lora_sizes, reload_and_compare, save_lora
 from defectfill.memory import left_out_if_out_of_memory
 from defectfill.noise_levels import (
     PLAIN_NOISE,
@@ -55,13 +52,16 @@ from defectfill.noise_levels import (
     prediction_target,
 )
 from defectfill.runs import checkpoint as checkpoints
+from defectfill.runs import disks, logs
 from defectfill.runs.cards import write_model_card
 from defectfill.runs.files import atomic_write, clear_leftovers, save_image, write_json
 from defectfill.runs.flags import check_training_args, parse_training_args
 from defectfill.runs.hub import check_hub, push
+from defectfill.runs.loading import load_batches
 from defectfill.runs.processes import check_launch, check_same, contradictions, from_main_process, locked_start
-from defectfill.runs.record import LossLog, log_image, lora_record, run_record, stop_if_not_finite
+from defectfill.runs.record import LossLog, lora_record, run_record, stop_if_not_finite
 from defectfill.runs.signals import StopSignal
+from defectfill.runs.space import check_space
 from defectfill.runs.speed import StepClock
 from defectfill.sampling import assemble_pipeline, composite, ddim, inpaint
 from defectfill_dataset import (
@@ -93,7 +93,7 @@ from defectfill_dataset import (
     tokenize_prompts,
     upsample_mask,
 )
-from defectfill_dataset.commands import exit_on_input_error, start_logging
+from defectfill_dataset.commands import exit_on_input_error
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -483,6 +483,7 @@ class Training(NamedTuple):
     parameters: dict[str, torch.nn.Parameter]  # the LoRA's, by portable name
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    failed: list[str]  # checkpoints and files that could not be written
 
 
 def make_models(
@@ -538,7 +539,7 @@ def start_training(args: argparse.Namespace, prepared: PreparedTraining, acceler
         num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
     )  # fmt: skip
     models = bare_models._replace(unet=unet, text_encoder=text_encoder)
-    return Training(models, bare_models, parameters, optimizer, lr_scheduler)
+    return Training(models, bare_models, parameters, optimizer, lr_scheduler, failed=[])
 
 
 @contextmanager
@@ -560,7 +561,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     began, device = time.time(), accelerator.device
     options, noise_options = (kind(*(getattr(args, f) for f in kind._fields)) for kind in (LossOptions, NoiseOptions))
     training = start_training(args, prepared, accelerator)
-    models, bare_models, parameters, optimizer, lr_scheduler = training
+    models, bare_models, parameters, optimizer, lr_scheduler, _ = training
     samples = prepared.samples
     if prepared.zoom:
         logger.info(f"Training on {len(samples)} crops around the defects of {len(prepared.data['train'])} images")
@@ -582,7 +583,6 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         step * accumulation, args.max_train_steps * accumulation, args.train_batch_size,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
-    loader = torch.utils.data.DataLoader(samples, batch_sampler=schedule, num_workers=args.dataloader_num_workers)
     log = LossLog(args.output_dir / "losses.jsonl", step) if accelerator.is_main_process else None
     validate = make_validation(args, prepared, bare_models, options, accelerator)
     cache = LatentCache(samples, bare_models.vae, device) if args.cache_latents else None
@@ -593,7 +593,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     )
     sums, skipped, clock = torch.zeros(len(LOSSES), device=device), 0, StepClock()
     models.unet.train(), models.text_encoder.train()
-    for keys, batch in zip(schedule, loader):
+    for keys, batch in load_batches(samples, schedule, args.dataloader_num_workers, stop):
         batch = cache.load(batch) if cache else on_device(batch, device)
         torch.manual_seed(derive_seed(args.seed, "dropout", *keys[0][:2]))
         sample = sample_noise(models, batch, noise_options)
@@ -628,19 +628,20 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         else:
             skipped = 0
             lr_scheduler.step()
-        accelerator.log(terms, step=step)
+        logs.log_terms(accelerator, terms, step)
         if log:
             log.write({"step": step, **terms})
 
         stopping = stop.requested(accelerator)
         if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            written = save(args, prepared, training, accelerator, {"step": step, "before": before}, log)
+            state, fallback = {"step": step, "before": before}, args.fallback_dir if stopping else None
+            written = save(args, prepared, training, accelerator, state, log, fallback)
             clock.interrupt()
         if stopping and step < args.max_train_steps:
-            kept = "resume with --resume_from_checkpoint latest" if written else "its checkpoint could not be written"
+            kept = checkpoints.how_to_resume(written, args.output_dir)
             logger.info(f"Stopped at step {step}; {kept}")
-            accelerator.end_training()
-            raise SystemExit(stop.exit_status)
+            logs.end_training(accelerator)
+            raise stop.end(kept)
         if args.validation_steps and step % args.validation_steps == 0:
             validate(step)
             clock.interrupt()
@@ -651,27 +652,30 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         log.flush()
         after = {"after": measure_whole(samples), "held_out": measure_whole(prepared.held_out)}
         measures = {"before": before, **after, **log.summary(), "speed": clock.summary(device)}
+        training.failed.extend([] if log.complete else [log.path.name])
         with checkpoints.last_save(args.output_dir):
-            finish(args, prepared, accelerator, bare_models, measures, time.time() - began)
+            finish(args, prepared, training, accelerator, measures, time.time() - began)
     accelerator.wait_for_everyone()  # none leaves the group, or takes its launcher along, before all is pushed
-    accelerator.end_training()
+    logs.end_training(accelerator)
 
 
 def save(
-    args, prepared: PreparedTraining, training: Training, accelerator: Accelerator, state: dict, log: LossLog | None
-) -> bool:
-    """Writes losses and a checkpoint of `state` on the main process; returns whether the checkpoint was written."""
-    written = True
-    if accelerator.is_main_process:
+    args, prepared: PreparedTraining, training: Training, accelerator: Accelerator, state: dict, log: LossLog | None,
+    fallback: Path | None,
+) -> Path | None:  # fmt: skip
+    """Writes losses and a checkpoint of `state` on the main process; returns it, None if it could not be written."""
+
+    def write() -> Path | None:
         log.flush()
-        record = prepared.record | {"steps": state["step"]}
-        written = checkpoints.save_checkpoint(
+        return checkpoints.save_checkpoint(
             args.output_dir, state | {"identity": prepared.identity},
-            lambda folder: write_lora(folder / LORA_FILE, training.bare_models, record),
+            lambda to: write_lora(to / LORA_FILE, training.bare_models, prepared.record | {"steps": state["step"]}),
             training.parameters, training.optimizer, training.lr_scheduler, accelerator.scaler,
-            args.checkpoints_total_limit,
+            args.checkpoints_total_limit, fallback,
         )  # fmt: skip
-    accelerator.wait_for_everyone()
+
+    written = from_main_process(write, accelerator.is_main_process)
+    training.failed.extend([] if written else [f"checkpoint-{state['step']}"])
     return written
 
 
@@ -689,15 +693,16 @@ def make_validation(
     pipe, items = make_pipeline(prepared, models), []
     if args.validation_steps and accelerator.is_main_process:
         items = prepared.samples.validation_items(prepared.data.get("good"), args.num_validation_images)
-        folder.mkdir(exist_ok=True)
 
     def validate(step: int) -> None:
+        what = f"The validation image of step {step}"
         if accelerator.is_main_process:
-            with left_out_if_out_of_memory(f"The validation image of step {step}"):
+            with left_out_if_out_of_memory(what), disks.left_out_if_unwritable(what, args.output_dir):
+                folder.mkdir(exist_ok=True)
                 with evaluating(models, accelerator):
                     image = validation_image(models, pipe, items, options, args.validation_inference_steps)
                 save_image(image, folder / f"step-{step:06d}.png")
-                log_image(accelerator.trackers, image, step)
+                logs.log_image(accelerator.trackers, image, step)
         accelerator.wait_for_everyone()
 
     return validate
@@ -710,27 +715,26 @@ def make_pipeline(prepared: PreparedTraining, models: Models) -> StableDiffusion
 
 
 def finish(
-    args, prepared: PreparedTraining, accelerator: Accelerator, models: Models, measures: dict, seconds: float
+    args, prepared: PreparedTraining, training: Training, accelerator: Accelerator, measures: dict, seconds: float
 ) -> None:
-    """Saves the LoRA, checks that diffusers loads it as it was trained, writes card and run record, pushes."""
-    path, record = args.output_dir / LORA_FILE, prepared.record | {"steps": args.max_train_steps}
-    write_lora(path, models, record)
-    reload_and_compare(make_pipeline(prepared, models), path)
+    """Saves the LoRA, card and run record, checks that diffusers loads the LoRA as it was trained, pushes."""
+    models, record = training.bare_models, prepared.record | {"steps": args.max_train_steps}
     batch_size = args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
-    write_model_card(args.output_dir, record, len(prepared.data["train"]), batch_size, args.hub_model_id)
     results = run_record(vars(args), prepared.identity, prepared.data) | measures | {"seconds": round(seconds, 1)}
-    write_json(args.output_dir / "run_record.json", results)
-    changes = (f"{k} {measures['before'][k]:.4f} -> {measures['after'][k]:.4f}" for k in ("loss", "attention_iou"))
-    logger.info(f"On the training images: {', '.join(changes)}")
-    for when, images in (("after", "training images"), ("held_out", "held-out images")):
-        if found := measures[when]:
-            errors = (f"{k} {' '.join(f'{x:.2f}' for x in found['x0_error'][k].values())}" for k in PASSES)
-            times = " ".join(map(str, X0_TIMESTEPS))
-            logger.info(f"Error of x_0 inside the mask, {images}, t = {times}: {', '.join(errors)} prompt")
-    logger.info(f"LoRA saved in {args.output_dir}, reloaded and compared")
+
+    def write(folder: Path) -> None:
+        write_lora(folder / LORA_FILE, models, record)
+        write_model_card(folder, record, len(prepared.data["train"]), batch_size, args.hub_model_id)
+        write_json(folder / "run_record.json", results)
+
+    folder, failure = disks.write_or_fall_back(write, args.output_dir, args.fallback_dir)
+    reload_and_compare(make_pipeline(prepared, models), folder / LORA_FILE)
+    logs.log_measures(measures)
+    logger.info(f"LoRA saved in {folder}, reloaded and compared")
     if args.push_to_hub:
-        push(args.output_dir, args.hub_model_id, args.push_timeout)
+        push(folder, args.hub_model_id, args.push_timeout)
         logger.info(f"Pushed to {args.hub_model_id}")
+    checkpoints.check_complete(args.output_dir, folder, failure, training.failed, args.checkpoints_total_limit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -842,17 +846,17 @@ def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator:
         name = args.output_dir.resolve().name
         args.hub_model_id = check_hub(args.hub_model_id, args.hub_public, name, args.push_timeout)
     clear_leftovers(args.output_dir)
-    if checkpoint:
-        checkpoints.archive_newer_checkpoints(args.output_dir, int(checkpoint.name.split("-")[1]))
-    write_json(args.output_dir / "run_record.json", run_record(vars(args), prepared.identity, prepared.data))
+    done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    checkpoints.archive_newer_checkpoints(args.output_dir, done)
+    matrices = lora_sizes(prepared.base, args.rank, args.lora_targets, args.conv_rank)
+    check_space(
+        args.output_dir, matrices, args.use_8bit_adam, range(done, args.max_train_steps), args.checkpointing_steps,
+        args.checkpoints_total_limit, args.validation_steps, 4 * args.resolution**2 * args.num_validation_images,
+    )  # fmt: skip
     write_json(args.output_dir / "split.json", prepared.split)
-    if accelerator.log_with:
-        (args.output_dir / args.logging_dir).mkdir(exist_ok=True)
-    accelerator.init_trackers(
-        "defectfill",
-        config={k: v for k, v in prepared.identity.items() if k in IDENTITY},
-        init_kwargs={"wandb": {"dir": str(args.output_dir / args.logging_dir)}},
-    )
+    write_json(args.output_dir / "run_record.json", run_record(vars(args), prepared.identity, prepared.data))
+    options = {k: v for k, v in prepared.identity.items() if k in IDENTITY}
+    logs.start_trackers(accelerator, args.output_dir / args.logging_dir, options)
     return checkpoint
 
 
@@ -867,15 +871,14 @@ def main(args: argparse.Namespace) -> None:
         # The other processes wait while the first measures, validates, saves and pushes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2, seconds=args.push_timeout))],
     )
-    start_logging(logging.INFO if accelerator.is_local_main_process else logging.ERROR)
-    for library in (datasets, transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
+    logs.start_logging(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     for line in contradictions(args.gradient_accumulation_steps, args.mixed_precision):
         logger.warning(line)
     prepared = prepare(args, accelerator)
     stop, start = StopSignal(), functools.partial(start_run, args, prepared, accelerator)
-    with locked_start(args.output_dir, start, accelerator.is_main_process) as checkpoint:
+    told = disks.told_if_unwritable(args.output_dir, "make room on the disk, and start again")
+    with locked_start(args.output_dir, told(start), accelerator.is_main_process) as checkpoint:
         train(args, prepared._replace(checkpoint=checkpoint), accelerator, stop)
 
 

@@ -141,6 +141,14 @@ def add_lora(
         cast_training_params(model, dtype=torch.float32)
 
 
+def lora_sizes(base: BaseModel, rank: int, targets: str = "attention", conv_rank: int | None = None) -> list[int]:
+    """The number of elements of each LoRA matrix on this base, without loading a weight."""
+    unet, text_encoder = empty_models(base)
+    with init_empty_weights():
+        add_lora(unet, text_encoder, rank, alpha=1, dropout=0, targets=targets, conv_rank=conv_rank)
+    return [parameter.numel() for parameter in lora_parameters(unet, text_encoder).values()]
+
+
 def lora_parameters(unet: torch.nn.Module, text_encoder: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Every LoRA parameter by its portable name."""
     return {
@@ -294,15 +302,21 @@ def read_alphas(
     return alphas
 
 
+def empty_models(base: BaseModel) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """UNet and text encoder of the base's shapes, without weights."""
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(base.unet)
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(base.text_encoder))
+    return unet, text_encoder
+
+
 def check_fits(lora: LoraFile, base: BaseModel) -> None:
     """Checks from shapes alone, without loading a weight, that each tensor fits a layer of `base`.
 
     Raises:
         InputError: the LoRA was trained on a base of another shape (DF410).
     """
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(base.unet)
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(base.text_encoder))
+    unet, text_encoder = empty_models(base)
     places = {
         portable_layer(f"{prefix}.{name}"): module
         for prefix, model in (("unet", unet), ("text_encoder", text_encoder))

@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch found too little memory, on any device."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch, on any device, or Python found too little memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
 
 
 def in_batches(function: Callable[[Sequence[Item]], Result], items: Sequence[Item], size: int) -> list[Result]:
@@ -27,7 +27,7 @@ def in_batches(function: Callable[[Sequence[Item]], Result], items: Sequence[Ite
         size: of a batch, at most.
 
     Raises:
-        RuntimeError: whatever `function` raises, out of memory only if a single item does not fit.
+        Exception: whatever `function` raises, out of memory only if a single item does not fit.
     """
     results, done = [], 0
     while done < len(items):
@@ -36,7 +36,7 @@ def in_batches(function: Callable[[Sequence[Item]], Result], items: Sequence[Ite
             results.append(function(batch))
             done += len(batch)
             continue
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if len(batch) == 1 or not is_out_of_memory(error):
                 raise
         # Only here, past the error, are the tensors free that its traceback held.
@@ -58,7 +58,7 @@ def left_out_if_out_of_memory(what: str) -> Iterator[None]:
     try:
         yield
         return
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
     clear_device_cache(garbage_collection=True)

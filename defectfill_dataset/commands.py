@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from .errors import InputError, RunError, one_line
+from .errors import InputError, Problem, RunError, disk_error, one_line
 from .readers import LAYOUTS
 from .readers.discovery import OLD_NAMES
 
@@ -59,6 +59,14 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def seed(text: str) -> int:
+    """A flag's seed: 64 bits, as in the tables that hold it."""
+    number = int(text)
+    if not -(2**63) <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{number} must be from -2^63 to 2^63 - 1")
+    return number
+
+
 def exit_on_input_error(main: Callable[[], None]) -> None:
     """Runs a command's `main`; its errors end it with a message on stderr, no traceback.
 
@@ -78,6 +86,12 @@ def exit_on_input_error(main: Callable[[], None]) -> None:
         if not isinstance(end.code, str):
             raise
         tell(end.code)
+        sys.exit(1)
+    except Exception as error:
+        full = disk_error(error)
+        if full is None:
+            raise
+        tell(f"\n{Problem('DF324', '', str(full), 'make room, and run the same command again')}")
         sys.exit(1)
 
 

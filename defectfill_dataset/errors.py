@@ -3,11 +3,14 @@
 import collections
 import dataclasses
 import difflib
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 
 
 SHOWN = 20  # problems of one kind that a terminal shows
+# A disk that is full, or beyond a quota or limit, that failed, or that cannot be written.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,15 @@ class RunError(RuntimeError):
     def __init__(self, problem: Problem):
         super().__init__(str(problem))
         self.problem = problem
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The error of a disk that an error follows from, if any: libraries wrap them in their own."""
+    while error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def folded(problems: Iterable[Problem], most: int = SHOWN) -> list[str]:

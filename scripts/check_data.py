@@ -14,6 +14,7 @@ import sys
 import unicodedata
 from pathlib import Path
 
+from defectfill.runs.disks import told_if_unwritable
 from defectfill.runs.files import save_image, write_json
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.checks import skippable
@@ -23,6 +24,7 @@ from defectfill_dataset.report import ObjectReport, check_object, check_prompts
 from defectfill_dataset.sheets import contact_sheet
 
 
+AGAIN = "make room on the disk and run the same command again, or leave out --output_dir"
 REPORT = "report.json"
 COLUMNS = {  # of the table: figures of a defect type, and what they are called
     "shapes": "shapes", "width": "width", "height": "height", "area_percent": "mask %", "latent_cells": "cells",
@@ -77,10 +79,11 @@ def main(args: argparse.Namespace) -> None:
         print_report(report)
     if args.output_dir:
         content = {"resolution": args.resolution, "objects": [report.as_json() for report in reports]}
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(args.output_dir / REPORT, content)  # first: it tells that the sheets are ours
-        for report in reports:
-            save_image(contact_sheet(report), args.output_dir / f"{report.name}.png")
+        with told_if_unwritable(args.output_dir, AGAIN):
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(args.output_dir / REPORT, content)  # first: it tells that the sheets are ours
+            for report in reports:
+                save_image(contact_sheet(report), args.output_dir / f"{report.name}.png")
     say(*LEGEND.splitlines())
     say(
         f"Contact sheets and report.json: {args.output_dir}"

@@ -18,6 +18,7 @@ import defectfill.quiet  # noqa: F401
 from tqdm.auto import tqdm
 
 from defectfill.runs.cards import treatment_in_words, write_dataset_card
+from defectfill.runs.disks import NOTHING_WRITTEN, told_if_unwritable
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill_dataset import InputError, Problem
 from defectfill_dataset.checks import inspect_row, outside_links
@@ -169,7 +170,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     splits = checked_splits(checked_items(args), args)
-    with exclusive_lock(args.output_dir):
+    with exclusive_lock(args.output_dir), told_if_unwritable(args.output_dir, NOTHING_WRITTEN):
         write(splits, args)
 
 

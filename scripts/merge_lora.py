@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 
 from defectfill.base_model import read_base
 from defectfill.lora import LoraFile, check_content, check_fits, fuse_lora, load_lora, read_lora
-from defectfill.runs.files import TEMPORARY, atomic_write
+from defectfill.runs.files import TEMPORARY, atomic_write, usual_mode, visible_files
 from defectfill.runs.flags import add_base_flags
 from defectfill.sampling import inpaint, load_pipeline
 from defectfill.single_file import save_single_file
@@ -109,6 +109,8 @@ def main(args: argparse.Namespace) -> None:
         pipe.save_pretrained(Path(folder) / "pipeline")
         written = StableDiffusionInpaintPipeline.from_pretrained(Path(folder) / "pipeline", dtype=dtype)
         compare_weights(written, pipe, args.output_dir)
+        for file in visible_files(Path(folder)).values():
+            usual_mode(file)
         (Path(folder) / "pipeline").rename(args.output_dir)
     say(f"{args.output_dir}: base and LoRA merged; in fp32, pixels in [0, 1] differ by at most {difference:.0e}")
     if args.single_file:

@@ -19,6 +19,7 @@ import defectfill.quiet  # noqa: F401
 from tqdm.auto import tqdm
 
 from defectfill.runs.cards import treatment_in_words, write_dataset_card
+from defectfill.runs.disks import NOTHING_WRITTEN, told_if_unwritable
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill.runs.flags import add_hub_flags
 from defectfill.runs.hub import PUBLISHED_DATA, check_hub, push
@@ -118,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
     if args.push_to_hub:
         name = args.output_dir.resolve().name
         repo_id = check_hub(args.hub_dataset_id, args.hub_public, name, args.push_timeout, "dataset")
-    with exclusive_lock(args.output_dir):
+    with exclusive_lock(args.output_dir), told_if_unwritable(args.output_dir, NOTHING_WRITTEN):
         write(splits, args, repo_id)
         if repo_id:
             try:

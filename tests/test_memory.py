@@ -62,9 +62,9 @@ def test_a_generation_goes_on_in_smaller_batches(trained, inputs, tmp_path, litt
     assert len([r for r in caplog.records if "out of memory" in r.message]) == 1  # not for each image
 
 
-def test_one_alone_that_does_not_fit_is_an_error(little_memory, trained, inputs, tmp_path):
+def test_images_that_do_not_fit_alone_are_left_out(little_memory, trained, inputs, tmp_path):
     little_memory(0)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(SystemExit, match="DF328 000.png(.|\n)*DF328 002.png"):
         generate(*inputs, "--lora", trained, *FAST, "--output_dir", tmp_path / "out")
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 import train_defectfill
 from defectfill.lora import LORA_FILE
 from defectfill.runs import checkpoint as checkpoints
-from defectfill.runs import record
+from defectfill.runs import disks, record
 from defectfill.runs.files import write_json
 from defectfill.runs.record import LossLog
 from defectfill_dataset.commands import exit_on_input_error
@@ -148,8 +148,16 @@ def full_disk(*args, **kwargs):
 # The last save
 
 
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A fallback that cannot be made, tried once."""
+    monkeypatch.setattr(disks, "ROOM_PATIENCE", 0.0)
+    (tmp_path / "file").write_text("")
+    return str(tmp_path / "file/fallback")
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error")])
-def test_a_full_disk_at_the_last_save_is_one_line(train, tmp_path, monkeypatch, capsys, error):
+def test_a_full_disk_at_the_last_save_is_one_line(train, tmp_path, monkeypatch, capsys, nowhere, error):
     save = train_defectfill.save_lora
 
     def full(path, *args):
@@ -159,15 +167,15 @@ def test_a_full_disk_at_the_last_save_is_one_line(train, tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(train_defectfill, "save_lora", full)
-        message = fails(train, capsys)
+        message = fails(lambda: train("--fallback_dir", nowhere), capsys)
     assert message.startswith("DF324 ") and str(error) in message
     assert "--resume_from_checkpoint latest" in message and "checkpoint-2 is good" in message
     assert (train("--resume_from_checkpoint", "latest") / LORA_FILE).exists()
 
 
-def test_a_full_disk_without_any_checkpoint_promises_nothing(train, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_without_any_checkpoint_promises_nothing(train, tmp_path, monkeypatch, capsys, nowhere):
     monkeypatch.setattr(train_defectfill, "save_lora", full_disk)
-    message = fails(train, capsys)
+    message = fails(lambda: train("--fallback_dir", nowhere), capsys)
     assert message.startswith("DF324 ") and "no checkpoint was written" in message and "resume" not in message
     assert not checkpoints.list_checkpoints(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")

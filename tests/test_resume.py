@@ -24,7 +24,7 @@ import train_defectfill
 from defectfill.lora import LORA_FILE, add_lora, portable_name, read_lora
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.files import TEMPORARY, atomic_write, clear_leftovers, exclusive_lock
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, RunError
 
 
 # Rank 128 gives matrices of 4096 elements, from which bitsandbytes really keeps 8-bit moments.
@@ -292,8 +292,8 @@ def test_a_run_resumes_only_with_the_options_it_began_with(train, two_checkpoint
 
 
 # Where things lie and are kept, what is shown, and what changes no weight, or by rounding alone.
-MAY_CHANGE = """output_dir logging_dir cache_dir report_to push_to_hub hub_model_id hub_public push_timeout
-    max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_steps
+MAY_CHANGE = """output_dir fallback_dir logging_dir cache_dir report_to push_to_hub hub_model_id hub_public
+    push_timeout max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_steps
     num_validation_images validation_inference_steps dataloader_num_workers gradient_checkpointing
     enable_xformers_memory_efficient_attention""".split()
 # What becomes the data, the prompts, the crops, the base and the precision, which the identity holds themselves.
@@ -396,7 +396,9 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(train, tmp_path, monkeypat
             signal.signal(signal.SIGXFSZ, before)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    out = train("--checkpointing_steps", "1")
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match="DF326 .*checkpoint-1; the results are complete"):
+        train("--checkpointing_steps", "1")
     assert [c.name for c in checkpoints.list_checkpoints(out)] == ["checkpoint-2"] and (out / LORA_FILE).exists()
     assert "checkpoint-1 could not be written" in caplog.text and not list(out.glob(f"{TEMPORARY}*"))
 

@@ -34,6 +34,7 @@ from defectfill.lora import (
     save_lora,
 )  # fmt: skip
 from defectfill.runs import flags as option_checks
+from defectfill.runs import logs
 from defectfill_dataset import InputError, RunError
 
 
@@ -131,13 +132,14 @@ def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(
     """Bit for bit: alpha other than rank, text encoder included, dropout in training."""
     finish, rendered = train_defectfill.finish, {}
 
-    def render_then_finish(args, job, accelerator, models, *rest):
+    def render_then_finish(args, job, training, *rest):
+        models = training.bare_models
         scope = {"__name__": "ours"}
         exec(RENDER[RENDER.index("def render") : RENDER.index("if __name__")], globals() | {"torch": torch}, scope)
         for model in (models.unet, models.text_encoder):
             model.eval()
         rendered["in memory"] = scope["render"](train_defectfill.make_pipeline(job, models))
-        finish(args, job, accelerator, models, *rest)
+        finish(args, job, training, *rest)
 
     monkeypatch.setattr(train_defectfill, "finish", render_then_finish)
     flags = "--learning_rate 0.05 --text_encoder_lr 0.05 --rank 4 --lora_alpha 12 --lora_dropout 0.1"
@@ -286,7 +288,7 @@ def test_pictures_go_to_trackers_that_take_them():
             self.got = (values, step)
 
     taking, picture = Taking(), Image.new("RGB", (4, 4))
-    train_defectfill.log_image([Plain(), taking], picture, 7)
+    logs.log_image([Plain(), taking], picture, 7)
     assert taking.got == ({"validation": [picture]}, 7)
 
 

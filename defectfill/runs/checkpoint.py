@@ -5,8 +5,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from defectfill_dataset import InputError, Problem, RunError
 
 from ..lora import LORA_FILE, portable_name, read_lora
-from .files import TEMPORARY, flush, rename, write_json
+from .disks import refuge_in
+from .files import TEMPORARY, atomic_write, flush, rename, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,9 @@ def save_checkpoint(
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler | None,
     total_limit: int | None,
-) -> bool:
-    """Writes `checkpoint-<step>`, then deletes the oldest beyond `total_limit`; returns whether it was written.
+    fallback: Path | None = None,
+) -> Path | None:
+    """Writes `checkpoint-<step>`, then deletes the oldest beyond `total_limit`; returns it, None if it failed.
 
     Everything goes to a temporary folder with a manifest of sizes and sha256, is flushed, and only then renamed: a
     kill at any instant leaves each checkpoint complete or absent. A full disk costs this checkpoint, not the run.
@@ -47,17 +49,52 @@ def save_checkpoint(
         write_weights: writes what is trained into the folder it is given.
         parameters: what the optimizer trains, by name.
         total_limit: how many checkpoints to keep, None for all.
+        fallback: if `output_dir` cannot be written, the checkpoint goes to a new folder in this one.
+
+    Raises:
+        RunError: a weight or a number of the optimizer is not finite (DF323); nothing is written.
     """
+    tensors, scalars = _optimizer_state(optimizer, parameters)
+    stop_if_broken(output_dir, state["step"], parameters | tensors)
+    state = state | {"optimizer": scalars, "lr_scheduler": lr_scheduler.state_dict()}
+    state["scaler"] = scaler.state_dict() if scaler else None
+    written = _write_checkpoint(output_dir, state, write_weights, tensors)
+    if not written and fallback:
+        refuge = refuge_in(fallback, output_dir)
+        with suppress(OSError):
+            refuge.mkdir(parents=True)
+        return _write_checkpoint(refuge, state, write_weights, tensors)
+    if written and total_limit is not None:
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            try:
+                _discard(old)
+            except OSError as error:
+                logger.warning(f"{old.name} could not be deleted ({error})")
+    return written
+
+
+def stop_if_broken(output_dir: Path, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises RunError (DF323) if a number in one of these tensors is not finite."""
+    broken = [name for name, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
+    if broken:
+        state, advice = last_checkpoint(output_dir)
+        what = f"weights or moments of AdamW are not finite in {len(broken)} tensors, {broken[0]} first; {state}"
+        fix = "lower --learning_rate or --max_grad_norm in a new run"
+        raise RunError(Problem("DF323", f"step {step}", what, f"{fix}, or {advice}"))
+
+
+def _write_checkpoint(
+    output_dir: Path, state: dict, write_weights: Callable[[Path], None], tensors: dict[str, torch.Tensor]
+) -> Path | None:
+    """The checkpoint, written to `output_dir`; None, with a warning, if that cannot be."""
     step = state["step"]
     temporary = output_dir / f"{TEMPORARY}checkpoint-{step}"
     final = output_dir / f"checkpoint-{step}"
-    tensors, scalars = _optimizer_state(optimizer, parameters)
-    state = state | {"optimizer": scalars, "lr_scheduler": lr_scheduler.state_dict()}
-    state["scaler"] = scaler.state_dict() if scaler else None
     try:
         temporary.mkdir()
         write_weights(temporary)
-        save_file(tensors, temporary / OPTIMIZER_FILE)
+        with atomic_write(temporary / OPTIMIZER_FILE) as file:
+            save_file(tensors, file)
         write_json(temporary / STATE_FILE, state)
         files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())}
         write_json(temporary / MANIFEST, {"schema": 1, "step": step, "files": files})
@@ -68,17 +105,11 @@ def save_checkpoint(
             _discard(final)
         rename(temporary, final)
         flush(output_dir)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        logger.warning(f"checkpoint-{step} could not be written ({error}); earlier checkpoints are kept")
-        return False
-    if total_limit is not None:
-        for old in list_checkpoints(output_dir)[:-total_limit]:
-            try:
-                _discard(old)
-            except OSError as error:
-                logger.warning(f"{old.name} could not be deleted ({error})")
-    return True
+        logger.warning(f"{final} could not be written ({error}); earlier checkpoints are kept")
+        return None
+    return final
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict) -> tuple[dict, dict]:
@@ -172,6 +203,36 @@ def last_checkpoint(output_dir: Path) -> tuple[str, str]:
     if checkpoint is None:
         return "no checkpoint was written", "start again in another --output_dir"
     return f"{checkpoint.name} is good", "run the same command with --resume_from_checkpoint latest"
+
+
+def how_to_resume(checkpoint: Path | None, output_dir: Path) -> str:
+    """What to say of the checkpoint that was, or could not be, written as a run stops."""
+    if checkpoint is None:
+        return f"its checkpoint could not be written; {', '.join(last_checkpoint(output_dir))}"
+    which = "latest" if checkpoint.parent == output_dir else checkpoint
+    return f"resume with --resume_from_checkpoint {which}"
+
+
+def check_complete(
+    output_dir: Path, results: Path, failure: OSError | None, failed: Sequence[str], total_limit: int | None
+) -> None:
+    """Raises RunError unless a run left all that was asked for in `output_dir`.
+
+    Args:
+        results: where they are, and `failure` why (DF324).
+        failed: checkpoints and files that could not be written (DF326); a checkpoint that would have been deleted by
+            now is not missing.
+    """
+    there = {checkpoint.name for checkpoint in list_checkpoints(output_dir)}
+    wanted = there.union(name for name in failed if name.startswith("checkpoint-"))
+    kept = sorted(wanted, key=lambda name: int(name.split("-")[1]))[-total_limit if total_limit else 0 :]
+    missing = ", ".join(name for name in failed if name in kept or name not in wanted)
+    if failure:
+        what = f"the results cannot be written ({failure}); they are complete, and in {results}"
+        raise RunError(Problem("DF324", output_dir, what, "make room on the disk, and move them"))
+    if missing:
+        what = f"could not be written: {missing}; the results are complete"
+        raise RunError(Problem("DF326", output_dir, what, "see the warnings above"))
 
 
 @contextmanager

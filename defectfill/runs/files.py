@@ -1,5 +1,6 @@
 """Files that are either complete or absent: atomic writes, a lock for a folder, publishing a whole folder."""
 
+import errno
 import filecmp
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import filelock
 from PIL import Image
+from safetensors import SafetensorError
 
 from defectfill_dataset import InputError, Problem
 
@@ -36,22 +38,32 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on exit, the temporary file is flushed and renamed to `path`.
 
     After a crash at any moment `path` holds its old content or its new content, never a part.
+
+    Raises:
+        OSError: the file cannot be written; also where safetensors has an error of its own for that.
     """
     handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        with _umask_lock:  # threads write, and each would see the other's 0
-            umask = os.umask(0)
-            os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp and safetensors write 0600 whatever the umask
+        usual_mode(temporary)
         flush(temporary)
         rename(temporary, path)
         flush(path.parent)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
     finally:
         with suppress(PermissionError):  # it must not hide why the file was not written
             temporary.unlink(missing_ok=True)
+
+
+def usual_mode(file: Path) -> None:
+    """Gives a file the mode that the umask asks for: mkstemp and safetensors write 0600 whatever it is."""
+    with _umask_lock:  # threads write, and each would see the other's 0
+        umask = os.umask(0)
+        os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def flush(path: Path) -> None:

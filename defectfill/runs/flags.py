@@ -13,7 +13,7 @@ from diffusers.optimization import SchedulerType
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available
 
 from defectfill_dataset import InputError, Problem
-from defectfill_dataset.commands import HelpFormatter, Parser, add_reading_flags
+from defectfill_dataset.commands import HelpFormatter, Parser, add_reading_flags, seed
 from defectfill_dataset.synthesis.shapes import SHAPES
 
 from ..base_model import SD2_MIRROR
@@ -22,6 +22,7 @@ from ..noise_levels import NoiseOptions
 from ..sampling import COMPILED, SCHEDULERS
 from ..seam import COMPOSITES
 from ..selection import LPIPS_FILES, SELECTIONS
+from .disks import default_fallback
 from .requests import GenerationCommand, GenerationRequest
 
 
@@ -257,7 +258,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     add("--max_rotation", type=float, default=180.0, metavar="DEG", help=rotation_help)
     shapes_help = "Shapes that procedural masks are drawn from. Default: all."
     add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help=shapes_help)
-    add("--seed", type=int, default=0, metavar="N", help="Random seed of masks and candidates. Default: 0.")
+    add("--seed", type=seed, default=0, metavar="N", help="Random seed of masks and candidates. Default: 0.")
     add = parser.add_argument_group("placement of reference and procedural masks").add_argument
     add(
         "--placement",
@@ -552,6 +553,9 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
 
     add = group("output and checkpoints")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="Folder of the LoRA, checkpoints and records.")
+    add("--fallback_dir", type=Path, default=default_fallback(), metavar="DIR",
+        help="Folder, best on another disk, for results that cannot be written to --output_dir. Default: "
+             "defectfill/results in the user's cache folder.")
     add("--checkpointing_steps", type=int, default=500, metavar="N", help="Save a checkpoint every N steps.")
     add("--checkpoints_total_limit", type=int, metavar="N", help="Keep only the newest N checkpoints. Default: all.")
     add("--resume_from_checkpoint", metavar="latest|PATH",

@@ -9,9 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 from datasets import DatasetDict
-from PIL import Image
 
 from defectfill_dataset import Problem, PromptPair, RunError
 
@@ -162,12 +160,3 @@ def stop_if_not_finite(
     if state.startswith("no"):
         fix = f"lower --learning_rate, or use bf16 in place of fp16, and {advice}"
     raise RunError(Problem("DF323", f"step {step}", what, fix))
-
-
-def log_image(trackers: list, image: Image.Image, step: int) -> None:
-    """Sends the image to every tracker that takes images."""
-    for tracker in trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"validation": np.asarray(image)[None]}, step, dataformats="NHWC")
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({"validation": [image]}, step)

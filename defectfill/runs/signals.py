@@ -4,6 +4,8 @@ Training stops at a step boundary, everything else at once: whatever the moment,
 """
 
 import ctypes
+import dataclasses
+import logging
 import os
 import signal
 import socket
@@ -18,6 +20,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from defectfill_dataset import Problem, RunError
 
 GENTLE = getattr(signal, "SIGUSR1", None)  # Windows has none
 STOPPING = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, GENTLE)))
@@ -106,6 +110,8 @@ def forget() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=forget)
 
+logger = logging.getLogger(__name__)
+
 
 class StopSignal:
     """Notes SIGTERM, SIGINT or SIGUSR1 so that the loop can write a checkpoint and leave.
@@ -116,6 +122,7 @@ class StopSignal:
 
     def __init__(self):
         self.number: int | None = None
+        self.problem: Problem | None = None
         self.since = 0.0
         self.launched = "LOCAL_RANK" in os.environ
         for number in STOPPING:
@@ -129,6 +136,12 @@ class StopSignal:
             os._exit(128 + number)
         if self.number is None or (number != GENTLE and not again):  # they may come in either order
             self.number, self.since = number, time.monotonic()
+
+    def end_with(self, problem: "Problem") -> None:
+        """Asks for the end from within, as SIGUSR1 does from outside; here the run ends with the problem."""
+        logger.error(str(problem))  # at once, and on any process
+        self.problem = problem
+        self.number = self.number or GENTLE or signal.SIGTERM
 
     def requested(self, accelerator: "Accelerator") -> bool:
         """Whether any process was asked to stop: all of them must leave the loop at the same step.
@@ -144,6 +157,14 @@ class StopSignal:
         if gathered:
             self.number = self.number or gathered
         return gathered > 0
+
+    def end(self, kept: str) -> "RunError | SystemExit":
+        """What to raise where the run ends: the problem, with what is kept, or the signal's `exit_status`."""
+        if self.problem:
+            from defectfill_dataset import RunError
+
+            return RunError(dataclasses.replace(self.problem, fix=kept))
+        return SystemExit(self.exit_status)
 
     @property
     def exit_status(self) -> int:

@@ -1,0 +1,61 @@
+"""Room on the disk: what a training run will write is known before it starts."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from defectfill_dataset import InputError, Problem
+
+from .checkpoint import list_checkpoints
+
+
+HEADER = 400  # bytes that a file takes for each tensor beside its numbers, at most
+QMAP = 1024  # bytes of the table of an 8-bit moment's values
+LINE = 400  # bytes of a step in the log of losses
+RECORDS = 2**20  # bytes of records, card and logs
+
+
+def check_space(
+    output_dir: Path,
+    matrices: Sequence[int],
+    use_8bit_adam: bool,
+    steps: range,
+    checkpointing_steps: int,
+    checkpoints_total_limit: int | None,
+    validation_steps: int,
+    image_size: int,
+) -> None:
+    """Checks that the disk has room for all that a run will write.
+
+    Args:
+        matrices: elements of each LoRA matrix, which is written in fp32.
+        use_8bit_adam: matrices of 4096 elements and more have moments of a byte each, with scales and a table.
+        steps: left to train, counted from 0.
+        checkpoints_total_limit: for a moment there is one more: the oldest is deleted once the newest is complete.
+        validation_steps: 0 for none.
+        image_size: pixels of a validation image, RGB.
+
+    Raises:
+        InputError: there is too little room (DF325).
+    """
+    lora = sum(4 * n + HEADER for n in matrices)
+    eight_bit = [n for n in matrices if use_8bit_adam and n >= 4096]
+    moments = 2 * lora + sum(HEADER + 2 * QMAP - 2 * (3 * n - n // 64) for n in eight_bit)
+    checkpoints = steps.stop // checkpointing_steps - steps.start // checkpointing_steps
+    checkpoints += steps.stop % checkpointing_steps > 0
+    if checkpoints_total_limit is not None:
+        more = checkpoints_total_limit + 1 - len(list_checkpoints(output_dir))
+        checkpoints = min(checkpoints, max(1, more))
+    images = steps.stop // validation_steps - steps.start // validation_steps if validation_steps else 0
+    needed = {
+        "LoRA": lora,
+        f"checkpoints ({checkpoints})": checkpoints * (lora + moments),
+        f"validation images ({images})": images * 3 * image_size,
+        "records": RECORDS + LINE * len(steps),
+    }
+    free, total = shutil.disk_usage(output_dir).free, sum(needed.values())
+    if total > free:
+        parts = ", ".join(f"{what} {size / 2**20:.1f}" for what, size in needed.items() if size)
+        what = f"the run will write {total / 2**20:.1f} MiB ({parts}), and {free / 2**20:.1f} MiB are free"
+        fix = "make room, keep fewer checkpoints with --checkpoints_total_limit, or choose another disk"
+        raise InputError(Problem("DF325", f"--output_dir {output_dir}", what, fix))

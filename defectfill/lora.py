@@ -150,6 +150,18 @@ class LoraFile:
     record: dict
     sha256: str
 
+    @property
+    def best_pass(self) -> str:
+        """Whose prompt to generate with: the defect pass's alone has seen defects with their own masks.
+
+        Records of older versions have the object pass's only.
+        """
+        return "defect" if self.record.get("defect_prompts") else "object"
+
+    def prompts(self, of_pass: str | None = None) -> dict[str, str]:
+        """The prompt of each defect type, of the "defect" or the "object" pass; {} if the record has none."""
+        return self.record.get({"defect": "defect_prompts", "object": "prompts"}[of_pass or self.best_pass], {})
+
 
 def add_lora(
     unet: UNet2DConditionModel,

@@ -170,7 +170,7 @@ class TrainingSamples(torch.utils.data.Dataset):
     def validation_items(self, good: Dataset | None, number: int) -> list[dict]:
         """Up to `number` good images with the references' crops in turn; the references if there are none.
 
-        Each is an item as above, with the object prompt's text as `prompt`.
+        Each is an item as above, with the text of the prompt to generate with as `prompt`: the defect pass's.
         """
         references = list(itertools.islice(self.references(), number))
         items = []
@@ -181,7 +181,7 @@ class TrainingSamples(torch.utils.data.Dataset):
                 image = load_image(good[i % len(good)]["image"])
                 view = image.crop(fit_box(crop.box, crop.image_size, image.size))
                 item["pixel_values"] = image_tensor(view, self.resolution)
-            text = self.prompts[crop.defect].object.text
+            text = self.prompts[crop.defect].defect.text
             items.append(item | {"prompt": text, "seed": derive_seed(self.seed, "validation", i)})
         return items
 

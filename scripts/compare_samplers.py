@@ -41,7 +41,7 @@ VARIANTS = {
 def measure(args: argparse.Namespace, path: Path, seed: int) -> list[dict]:
     """Metrics of each image that each variant generates with the LoRA at `path`; `seed` sets parts, masks, noise."""
     lora = read_lora(path)
-    part, [(defect, prompt)] = lora.record["object"], lora.record["prompts"].items()
+    part, [(defect, prompt)] = lora.record["object"], lora.prompts().items()
     good, _ = drawn_pairs([(part, None)], args.images, args.resolution, derive_seed(seed, "good"))
     _, masks = drawn_pairs([(part, defect)], args.images, args.resolution, derive_seed(seed, "unseen"))
     segmenter = UNet2DModel.from_pretrained(args.segmenter)

@@ -46,7 +46,7 @@ CELL = 192  # px
 def generate(args: argparse.Namespace, path: Path, seed: int, squeezenet: torch.nn.Sequential | None) -> list[dict]:
     """`args.images` good parts, each with its candidates and their measures; `seed` sets parts, masks and noise."""
     lora = read_lora(path)
-    part, [(defect, prompt)] = lora.record["object"], lora.record["defect_prompts"].items()
+    part, [(defect, prompt)] = lora.record["object"], lora.prompts().items()
     good, _ = drawn_pairs([(part, None)], args.images, args.resolution, derive_seed(seed, "good"))
     _, masks = drawn_pairs([(part, defect)], args.images, args.resolution, derive_seed(seed, "unseen"))
     pipe = StableDiffusionInpaintPipeline.from_pretrained(args.base, dtype=torch.float32, safety_checker=None)

@@ -2,8 +2,7 @@
 # From nothing to a contact sheet of generated defects, on a CPU and without a download of models or images.
 #     bash scripts/demo.sh [output folder, default demo]
 # VENV names another environment to use or make (default .venv).
-# On so small a base, LoRA on all layers and the defect prompt give better holes than the commands' defaults, which are
-# the paper's: LoRA on attention and the object prompt.
+# On so small a base, LoRA on all layers gives better holes than the commands' default, the paper's LoRA on attention.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-demo}"
@@ -20,7 +19,7 @@ export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
     --cache_latents 8 --validation_steps 0 --checkpointing_steps 40 --resume_from_checkpoint latest
 "$venv/bin/python" generate_defectfill.py --lora "$out/lora" --image "$out/data/nut/train/good" \
     --mask_source references --reference_data "$out/data/nut" --output_dir "$out/generated" \
-    --generation_prompt defect --num_candidates 4 --num_inference_steps 20 --selection ssim+likeness
+    --num_candidates 4 --num_inference_steps 20 --selection ssim+likeness
 "$venv/bin/python" - "$out" <<'END'
 import json, sys
 record = json.load(open(f"{sys.argv[1]}/lora/run_record.json"))

@@ -35,7 +35,7 @@ def inpaint_noise(pipe: StableDiffusionInpaintPipeline, lora: LoraFile, resoluti
     cells = resolution // pipe.vae_scale_factor
     mask = torch.zeros(1, 1, cells, cells)
     mask[..., : cells // 2, :] = 1
-    prompt = next(iter(lora.record.get("prompts", {}).values()), "A photo")
+    prompt = next(iter(lora.prompts().values()), "A photo")
     return inpaint(pipe, image, mask, prompt, [[0]], num_inference_steps=4)[0, 0]
 
 
@@ -121,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
             )
             compare_weights(written, pipe, args.single_file)
         say(f"{args.single_file}: the same weights in one file")
-    for defect, prompt in lora.record.get("prompts", {}).items():
+    for defect, prompt in lora.prompts().items():
         say(f"Prompt for {defect}: {prompt}")
 
 

@@ -53,7 +53,7 @@ def literals(card: str) -> list[str]:
 
 def model_card(folder, text: str, defect: str = "hole") -> str:
     record = {
-        "base": text, "revision": text, "object": text, "prompts": {defect: text, "b": "A photo of b"},
+        "base": text, "revision": text, "object": text, "defect_prompts": {defect: text, "b": "A photo of b"},
         "steps": 1, "resolution": 512, "zoom": None, "rank": 4, "conv_rank": 0, "alpha": 4.0, "lora_targets": text,
         "seed": 0,
     }  # fmt: skip

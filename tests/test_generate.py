@@ -300,7 +300,7 @@ def test_a_run_leaves_images_masks_scores_and_a_contact_sheet(trained, inputs, t
         [crop] = line["windows"]
         assert crop["box"] == [0, 0, *good.shape[1::-1]]
         assert len(crop["scores"]) == 3 and crop["chosen"] == int(np.argmax(crop["scores"]))
-        assert line["prompt"] == "A nut with sks"
+        assert line["prompt"] == "A photo of sks"
     seeds = [s for line in lines for s in line["windows"][0]["candidate_seeds"]]
     assert len(set(seeds)) == 9
     sheet = Image.open(out / "contact_sheet.png")
@@ -372,7 +372,7 @@ def test_several_defects_need_a_choice(train, inputs, tmp_path):
         with pytest.raises(InputError, match="Did you mean 'scratch'"):
             generate(*argv, "--defect", "scrtch", *more)
     generate(*argv, "--defect", "scratch")
-    assert {line["prompt"] for line in read_lines(tmp_path / "out/manifest.jsonl")} == {"A bolt with scratch"}
+    assert {line["prompt"] for line in read_lines(tmp_path / "out/manifest.jsonl")} == {"A photo of scratch"}
 
 
 @pytest.mark.slow

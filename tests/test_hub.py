@@ -31,7 +31,7 @@ def test_a_push_is_private_and_holds_the_lora_and_its_card_alone(hub, train, dat
     card = files["README.md"].decode()
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "diffusers" and "base_model" not in head  # a local base has no name on the Hub
-    assert 'pipe.load_lora_weights("ann/nut-hole")' in card and "`A nut with sks`" in card and "CC BY-NC-SA" in card
+    assert 'pipe.load_lora_weights("ann/nut-hole")' in card and "`A photo of sks`" in card and "CC BY-NC-SA" in card
 
 
 def test_the_default_name_is_the_output_folders(hub, train, tmp_path):

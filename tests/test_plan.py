@@ -145,9 +145,9 @@ def test_several_loras_and_defects_paint_their_share_each(trained, several, good
     lines = read_lines(out / "manifest.jsonl")
     made = [(line["name"], line["prompt"]) for line in lines]
     assert made == [
-        ("000-hole", "A nut with sks"), ("001-hole", "A nut with sks"),
-        ("000-hole-0001", "A bolt with hole"), ("001-hole-0001", "A bolt with hole"),
-        ("000-scratch", "A bolt with scratch"), ("001-scratch", "A bolt with scratch"),
+        ("000-hole", "A photo of sks"), ("001-hole", "A photo of sks"),
+        ("000-hole-0001", "A photo of hole"), ("001-hole-0001", "A photo of hole"),
+        ("000-scratch", "A photo of scratch"), ("001-scratch", "A photo of scratch"),
     ]  # fmt: skip
     assert len({line["lora_sha256"] for line in lines}) == 2
     alone = tmp_path / "alone"
@@ -160,27 +160,29 @@ def test_several_loras_and_defects_paint_their_share_each(trained, several, good
 def test_the_defect_prompt_of_each_lora(trained, several, good, tmp_path):
     out = tmp_path / "out"
     argv = ["--image", good / "000.png", "--mask_source", "random", *FAST]
-    defect = ["--generation_prompt", "defect", "--output_dir", out]
-    generate("--lora", trained, several, "--defect", "hole", "scratch", *argv, *defect)
+    generate("--lora", trained, several, "--defect", "hole", "scratch", *argv, "--output_dir", out)
     lines = read_lines(out / "manifest.jsonl")
     assert [line["prompt"] for line in lines] == ["A photo of sks", "A photo of hole", "A photo of scratch"]
     assert {line["generation_prompt"] for line in lines} == {"defect"}
-    generate("--lora", trained, *argv, "--output_dir", tmp_path / "object")
+    of_object = ["--generation_prompt", "object", "--output_dir", tmp_path / "object"]
+    generate("--lora", trained, *argv, *of_object)
+    assert {line["prompt"] for line in read_lines(tmp_path / "object/manifest.jsonl")} == {"A nut with sks"}
     assert (out / "images/000-hole.png").read_bytes() != (tmp_path / "object/images/000.png").read_bytes()
     with pytest.raises(
         InputError, match="DF320 generation_prompt: the run was started with 'object', now it is 'defect'"
     ):
-        generate("--lora", trained, *argv, *defect[:2], "--output_dir", tmp_path / "object")
+        generate("--lora", trained, *argv, *of_object[2:])
 
 
-def test_a_lora_without_defect_prompts_is_refused(trained, good, tmp_path, monkeypatch):
-    monkeypatch.setattr(g, "load_pipeline", None)
+def test_a_lora_without_defect_prompts_generates_with_its_others(trained, good, tmp_path):
     with safe_open(trained / LORA_FILE, "pt") as file:
         header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     record = json.loads(header["defectfill"])
     del record["defect_prompts"]
     save_file(tensors, tmp_path / "old.safetensors", metadata=header | {"defectfill": json.dumps(record)})
     argv = ["--lora", tmp_path / "old.safetensors", "--image", good, "--mask_source", "random", *FAST]
+    generate(*argv, "--output_dir", tmp_path / "old")
+    assert {line["prompt"] for line in read_lines(tmp_path / "old/manifest.jsonl")} == {"A nut with sks"}
     with pytest.raises(InputError, match="DF411 .*has no defect prompts; give --prompt"):
         generate(*argv, "--generation_prompt", "defect", "--output_dir", tmp_path / "out")
 

@@ -141,7 +141,7 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         tags=["lora", "stable-diffusion-inpainting", "defect-generation", "defectfill"],
         **({} if local else {"base_model": record["base"], "base_model_relation": "adapter"}),
     )
-    of_record = "revision prompts steps resolution zoom rank conv_rank alpha lora_targets seed".split()
+    of_record = "revision steps resolution zoom rank conv_rank alpha lora_targets seed".split()
     card = ModelCard.from_template(
         data,
         template_str=CARD,
@@ -151,6 +151,7 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         repo_id=repo_id or "path/to/this/folder",
         images=images,
         batch_size=batch_size,
+        prompts=record["defect_prompts"],
         **{key: record[key] for key in of_record},
     )
     with atomic_write(folder / "README.md") as temporary:

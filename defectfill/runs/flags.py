@@ -99,10 +99,10 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         "train_defectfill.py and of kohya's scripts do.")  # fmt: skip
     add(
         "--generation_prompt",
-        choices=["object", "defect"],
-        default="object",
-        help="Prompt to generate with, of the two that the LoRA was trained with: object names part and defect "
-        "('A nut with sks'), defect only the defect ('A photo of sks').",
+        choices=["defect", "object"],
+        help="Prompt to generate with, of the two that the LoRA was trained with: defect names only the defect "
+        "('A photo of sks'), object the part too ('A nut with sks'). Default: defect; object for LoRAs of older "
+        "versions that have no other.",
     )
     add("--prompt", help="Prompt to generate with, in place of the LoRA's own.")
     add(

@@ -110,7 +110,7 @@ def choose_defects(request: GenerationRequest, loras: Sequence[LoraFile]) -> lis
     """
     chosen = []
     for lora in loras:
-        prompts = lora.record.get("prompts", {})
+        prompts = lora.prompts()
         alone = len(loras) == 1 or not prompts
         wanted = [d for d in request.defect or [None] if d is None or d in prompts or alone]
         if not wanted:
@@ -125,21 +125,17 @@ def choose_defects(request: GenerationRequest, loras: Sequence[LoraFile]) -> lis
     return chosen
 
 
-# The LoRA's record holds the prompts of both passes, by defect type.
-RECORDED_PROMPTS = {"object": "prompts", "defect": "defect_prompts"}
-
-
 def choose_prompt(
-    lora: LoraFile, defect: str | None, prompt: str | None, generation_prompt: str
+    lora: LoraFile, defect: str | None, prompt: str | None, generation_prompt: str | None
 ) -> tuple[str | None, str]:
-    """(defect type, prompt): the prompt given, or the object or defect prompt of the LoRA's record."""
-    prompts = lora.record.get("prompts", {})
+    """(defect type, prompt): the prompt given, or that of the LoRA's record, of the pass named or else its own."""
+    prompts = lora.prompts()
     if defect is None and len(prompts) == 1:
         defect = next(iter(prompts))
     if prompt and (defect is None or defect in prompts or not prompts):
         return defect, prompt
     if defect in prompts:
-        of_pass = lora.record.get(RECORDED_PROMPTS[generation_prompt], {})
+        of_pass = lora.prompts(generation_prompt)
         if defect not in of_pass:
             what = f"has no {generation_prompt} prompts"
             raise InputError(Problem("DF411", lora.path, what, "give --prompt"))
@@ -185,7 +181,7 @@ def make_recipe(
         "object": lora.record.get("object"),
         "defect": defect,
         "prompt": prompt,
-        "generation_prompt": None if request.prompt else request.generation_prompt,
+        "generation_prompt": None if request.prompt else request.generation_prompt or lora.best_pass,
         "lora_sha256": lora.sha256,
         **({} if request.lora_alpha is None else {"lora_alpha": request.lora_alpha}),
         **({} if request.lora_scale is None else {"lora_scale": request.lora_scale}),

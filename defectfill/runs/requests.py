@@ -16,7 +16,7 @@ class GenerationRequest:
     lora: list[str]
     lora_alpha: float | None  # of files that do not tell their own
     prompt: str | None
-    generation_prompt: str  # object or defect: which of the LoRA's own prompts, without `prompt`
+    generation_prompt: str | None  # defect or object: which of the LoRA's own prompts, without `prompt`
     prompt_noise: float
     lora_scale: list[float] | None  # one strength, or least and greatest; None: 1
     num_images: int | None  # of each defect type; None: one an image

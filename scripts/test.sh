@@ -2,6 +2,7 @@
 # Makes a virtual environment from the lock, constraints.txt, and runs style checks and all tests. Arguments go to pytest.
 #     bash scripts/test.sh [-k resume]
 #     bash scripts/test.sh --quick [-k resume]     # without the tests marked slow, a few minutes
+#     bash scripts/test.sh --full [-k signals]     # with every variant of the faults, half an hour more
 #     bash scripts/test.sh --newest [-k resume]    # the tests alone, with what a resolver takes without the lock
 # VENV names another environment to use or make (default .venv); --newest makes .venv-newest anew.
 set -euo pipefail

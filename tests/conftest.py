@@ -32,6 +32,17 @@ from defectfill.selection import LPIPS_FILES  # noqa: E402
 torch.set_num_threads(1)  # two threads are no faster at this size, and sums stay the same everywhere
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also the tests marked full")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")

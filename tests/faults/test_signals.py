@@ -1,6 +1,7 @@
 """Real commands, alone and under `accelerate launch`, that are signalled at any moment: all processes end, and the
 folder's lock is free."""
 
+import functools
 import os
 import re
 import signal
@@ -131,12 +132,15 @@ def is_free(folder: Path) -> bool:
         return False
 
 
+FULL = functools.partial(pytest.param, marks=pytest.mark.full)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "generate"])
 @pytest.mark.parametrize(
     "moment, number",
-    [("import", signal.SIGTERM), ("import", signal.SIGINT), ("lock", signal.SIGTERM), ("work", signal.SIGTERM),
-     ("work", signal.SIGINT)],
+    [("import", signal.SIGTERM), FULL("import", signal.SIGINT), FULL("lock", signal.SIGTERM),
+     FULL("work", signal.SIGTERM), ("work", signal.SIGINT)],
 )  # fmt: skip
 def test_a_signal_ends_a_process_with_its_number_and_says_how_to_go_on(start, name, moment, number):
     command = start(name, 0)
@@ -157,14 +161,14 @@ def test_a_signal_ends_a_process_with_its_number_and_says_how_to_go_on(start, na
 
 
 LAUNCHED = [
-    ("at once", signal.SIGTERM), ("child", signal.SIGKILL), ("import", signal.SIGINT), ("lock", signal.SIGKILL),
-    ("work", signal.SIGTERM), ("work", signal.SIGKILL),
+    FULL("at once", signal.SIGTERM), FULL("child", signal.SIGKILL), ("import", signal.SIGINT),
+    FULL("lock", signal.SIGKILL), ("work", signal.SIGTERM), FULL("work", signal.SIGKILL),
 ]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "generate"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [FULL(1), 2])
 @pytest.mark.parametrize("moment, number", LAUNCHED)
 def test_no_process_outlives_its_launcher(start, name, ranks, moment, number):
     command = start(name, ranks)

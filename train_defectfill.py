@@ -502,6 +502,8 @@ def make_models(
     vae.enable_slicing()  # one image at a time: encoding needs little memory, and a latent depends on no other image
     if args.channels_last:
         unet.to(memory_format=torch.channels_last), vae.to(memory_format=torch.channels_last)
+    if args.torch_compile:
+        unet.compile_repeated_blocks()
     for model in (unet, text_encoder, vae):
         model.to(device)
     return Models(unet, text_encoder, vae, noise_scheduler, store, prepared.tokens)
@@ -746,7 +748,7 @@ IDENTITY = (
     "num_random_boxes", "rank", "lora_alpha", "lora_targets", "conv_rank", "lora_dropout", "seed", "train_batch_size",
     "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps",
     "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "allow_tf32",
-    "channels_last",
+    "channels_last", "torch_compile",
 )  # fmt: skip
 
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from drawn import write_image
 from folders import make_mvtec, make_seed_layout
 from PIL import Image
 from runs import in_clean_process, options, read_lines, reset_accelerate
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 from toy_model import RESOLUTION, toy_pipeline
 
 import train_defectfill
@@ -450,6 +451,25 @@ def test_channels_last_reaches_the_convolutions_and_trains_alike(train, plain_ru
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in seen)
     assert not any(weight.is_contiguous() for weight in seen)
     losses = [[line["loss"] for line in read_lines(run / "losses.jsonl")] for run in (out, plain_run)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]], ids=["", "checkpointing"])
+def test_compiled_blocks_train_alike(train, plain_run, tmp_path, monkeypatch, more):
+    """The maps of L_attn are recorded inside them. No C++ compiler is needed."""
+    compile_blocks = UNet2DConditionModel.compile_repeated_blocks
+    monkeypatch.setattr(
+        UNet2DConditionModel, "compile_repeated_blocks", lambda unet: compile_blocks(unet, backend="aot_eager")
+    )
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    out = train("--torch_compile", *more, output=tmp_path / "other")
+    assert counters["stats"]["unique_graphs"]
+    losses = [
+        [line[k] for line in read_lines(run / "losses.jsonl") for k in train_defectfill.LOSSES]
+        for run in (out, plain_run)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

@@ -328,6 +328,15 @@ def check_unoccupied(output_dir: Path, which: str | None) -> None:
         raise InputError(occupied(output_dir, found, bool(which)))
 
 
+# Options that the first versions of training did not have, with the values that make it train as they did.
+BEFORE = {
+    "cache_latents": 0, "channels_last": False, "conv_rank": None, "high_noise_power": 0.0,
+    "lora_targets": "attention", "noise_offset": 0.0, "prompt_noise": 0.0, "snr_gamma": None, "timestep_bias_begin": 0, "timestep_bias_end": 1000,
+    "timestep_bias_multiplier": 1.0, "timestep_bias_portion": 0.25, "timestep_bias_strategy": "none",
+    "torch_compile": False,
+}  # fmt: skip
+
+
 def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_steps: int) -> Path | None:
     """The checkpoint to resume, if it was made with the same options; None to start from scratch.
 
@@ -344,7 +353,7 @@ def find_resume(output_dir: Path, which: str | None, identity: dict, max_train_s
             logger.info("No checkpoint to resume from: starting a new run")
         return None
     state = read_json(checkpoint / STATE_FILE, StateFile, "DF310")
-    check_identity(state["identity"], identity)
+    check_identity(BEFORE | state["identity"], identity)
     if state["step"] > max_train_steps:
         what = f"the checkpoint is already at step {state['step']}"
         raise InputError(Problem("DF321", f"--max_train_steps {max_train_steps}", what))

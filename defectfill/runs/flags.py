@@ -572,6 +572,9 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
         help="Use the attention of xformers, which needs CUDA. PyTorch's own is the default.")
     add("--channels_last", action="store_true",
         help="Keep UNet and VAE in the channels-last memory layout, which can be faster on a GPU.")
+    add("--torch_compile", action="store_true",
+        help="Compile the UNet's transformer blocks, which can be faster on a GPU. The first step then takes minutes, "
+             "so it pays in long runs only. Needs a C++ compiler. Changes losses by rounding.")
     add("--allow_tf32", action="store_true", help="Allow TF32 matrix products, on Ampere GPUs and later.")
 
     add = group("output and checkpoints")

@@ -3,7 +3,6 @@
 `golden/` is as that version left it, with /old/base in place of the base's path.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import torch
 from drawn import write_image
 from toy_model import toy_pipeline
 
+import train_defectfill as t
 from defectfill.lora import LORA_FILE, add_lora, load_lora, lora_parameters, read_lora
-from defectfill.runs.checkpoint import check_identity, find_checkpoint, load, restore
+from defectfill.runs.checkpoint import BEFORE, check_identity, find_checkpoint, load, restore
 from defectfill.runs.manifest import ManifestLine, PlanLine, read_lines, write_table
 from defectfill.runs.plan import check_plan
 from defectfill.runs.record import LossLog
@@ -45,7 +45,11 @@ def test_a_checkpoint_is_resumed():
     assert find_checkpoint(CHECKPOINT.parent, "latest") == CHECKPOINT
     saved = load(CHECKPOINT)
     state = restore(saved, parameters, optimizer, scheduler, None)
-    check_identity(state["identity"], json.loads((CHECKPOINT / "state.json").read_text())["identity"])
+    argv = "--train_data_dir x --output_dir x --resolution 32 --rank 1 --lora_alpha 2 --lr_warmup_steps 2"
+    options = vars(t.parse_args([*argv.split(), "--train_batch_size", "2"]))
+    today = state["identity"] | {name: options[name] for name in t.IDENTITY if name != "gradient_accumulation_steps"}
+    check_identity(BEFORE | state["identity"], today)
+    assert today.keys() > state["identity"].keys() | {"torch_compile"}
     assert state["step"] == 3 and len(optimizer.state) == len(parameters)
     assert [group["lr"] for group in optimizer.param_groups] == [2e-4, 4e-5]
 

@@ -2,12 +2,9 @@
 
 import json
 import os
-import random
-import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 from offline import ROOT
@@ -19,7 +16,7 @@ import torch
 from drawn import COLOURS, write_image, write_mask
 from folders import make_mvtec
 from PIL import Image
-from runs import content, fork, generate, options, read_lines, reset_accelerate, wait_for
+from runs import content, generate, options, read_lines, reset_accelerate
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.spatial.distance import cdist
@@ -530,7 +527,7 @@ def test_gates_that_cannot_work_are_refused(trained, good, tmp_path, flags, word
     assert words in capsys.readouterr().err
 
 
-# Processes and kills
+# Processes
 
 
 @pytest.mark.slow
@@ -546,47 +543,6 @@ def test_two_machines_make_the_same_bytes_as_one_process(trained, good, tmp_path
     assert [done.returncode for done in ends] == [0, 0], ends
     assert content(tmp_path / "two") == content(tmp_path / "one")
     assert not list((tmp_path / "two").glob("manifest-part-*"))
-
-
-def stub_paint(pipe, images, grids, prompt, seeds, **_):
-    """Candidates that are noise of their seeds."""
-    size = images.shape[-1]
-    noise = [[torch.rand(3, size, size, generator=torch.Generator().manual_seed(s)) for s in row] for row in seeds]
-    return torch.stack([torch.stack(row) for row in noise])
-
-
-def kill_at_random(argv, out, kills: int) -> int:
-    """Starts the run again and again, each time until so many more images are there; returns how many were killed."""
-    rng, killed = random.Random(0), 0
-    for _ in range(kills):
-        pid = fork(lambda: generate(*argv))
-        wanted = len([*out.glob("images/*.png")]) + rng.randrange(6)
-        while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if len([*out.glob("images/*.png")]) >= wanted:
-                break
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.1))
-        os.kill(pid, signal.SIGKILL)
-        killed += wait_for(pid) == -signal.SIGKILL
-    return killed
-
-
-@pytest.mark.slow
-def test_whatever_the_moment_of_a_kill_nothing_is_lost_or_twice(trained, good, tmp_path, monkeypatch):
-    monkeypatch.setattr(g, "load_pipeline", lambda *args: type("Pipe", (), {
-        "vae_scale_factor": 4, "unload_lora_weights": lambda self: None})())  # fmt: skip
-    monkeypatch.setattr(g, "load_lora", lambda *args: None)
-    monkeypatch.setattr(g, "inpaint", stub_paint)
-    monkeypatch.setattr(g, "reconstruct", lambda pipe, images: images / 2 + 0.5)
-    argv = ["--lora", trained, "--image", good, "--mask_source", "random", "--num_images", 60, *FAST]
-    argv += ["--batch_size", 6]
-    generate(*argv, "--output_dir", tmp_path / "whole")
-    out = tmp_path / "killed"
-    killed = kill_at_random([*argv, "--output_dir", out], out, 8)
-    assert killed >= 3 and any((out / "images").iterdir())
-    generate(*argv, "--output_dir", out)
-    assert content(out) == content(tmp_path / "whole")
-    assert {f.name for f in out.iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
 
 
 def test_masks_come_from_what_is_given(capsys):

@@ -39,8 +39,7 @@ STEPS, IMAGES = 8, 60  # of a run
 class Command(NamedTuple):
     name: str
     start: Callable[[Path], None]  # runs it in a folder, from where that is
-    reached: Callable[[Path, int, int], bool]  # (folder, what was saved at the start, random): whether to kill it now
-    longest: float  # seconds from then to the kill, at most
+    reached: Callable[[Path, int, int], bool]  # (folder, what was saved at the start, random): whether to kill it soon
     saved: Callable[[Path], tuple[int, list[str]]]  # how much a folder holds, and what of it is amiss
     results: Callable[[Path], dict]  # what two runs must have in common
 
@@ -69,7 +68,7 @@ def training(base: Path, data: Path) -> Command:
         reset_accelerate()
         train_defectfill.main(train_defectfill.parse_args(options(base, data, out, *more.split())))
 
-    return Command("training", start, reached, 0.15, saved, results)
+    return Command("training", start, reached, saved, results)
 
 
 def stub_paint(pipe, images, grids, prompt, seeds, **_) -> torch.Tensor:
@@ -80,7 +79,7 @@ def stub_paint(pipe, images, grids, prompt, seeds, **_) -> torch.Tensor:
 
 
 def generation(lora: Path, good: Path) -> Command:
-    """Everything real but the models; killed within 0.1 s after up to five more images."""
+    """Everything real but the models; killed soon after up to five more images."""
     argv = ["--lora", lora, "--image", good, "--mask_source", "random", "--num_images", IMAGES, "--batch_size", 6]
 
     def start(out: Path) -> None:  # in a child: the stubs need not be taken back
@@ -98,7 +97,7 @@ def generation(lora: Path, good: Path) -> Command:
 
     reached = lambda out, saved, wait: len([*out.glob("images/*.png")]) >= saved + wait
     results = lambda out: content(out) | {"names": sorted(os.listdir(out))}
-    return Command("generation", start, reached, 0.1, saved, results)
+    return Command("generation", start, reached, saved, results)
 
 
 def is_killed(command: Command, out: Path, rng: random.Random | None) -> bool:
@@ -107,7 +106,7 @@ def is_killed(command: Command, out: Path, rng: random.Random | None) -> bool:
     pid = fork(lambda: command.start(out))
     while rng and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         if command.reached(out, at_start, wait):
-            time.sleep(rng.uniform(0, command.longest))
+            time.sleep(rng.uniform(0, 0.15))
             os.kill(pid, signal.SIGKILL)
             break
         time.sleep(0.0005)
@@ -144,9 +143,7 @@ def main() -> None:
         toy_pipeline().save_pretrained(folder / "base")
         for command in (training(folder / "base", data), generation(folder / "training/whole", data / "train/good")):
             (place := folder / command.name).mkdir()
-            began = time.monotonic()
-            table = storm(command, place, kills)
-            print(f"{command.name}: {table}, {time.monotonic() - began:.0f} s", flush=True)
+            print(command.name, storm(command, place, kills), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ from defectfill_dataset.codes import CODES
 from defectfill_scripts import write_docs
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PAGES += [ROOT / "scripts/tiny_base/README.md"]
 SCRIPT = re.compile(r"(?:scripts/)?(\w+)\.py$")
 ELIDED = ["--image", "i", "--mask", "m", "--output_dir", "o"]  # stands for "..." in a command
@@ -133,3 +136,13 @@ def test_every_flag_has_a_sentence_of_its_own():
             words = " ".join(help_text.split())
             assert len(words) > 11 and words[0].isupper() or words.startswith("auto"), (name, flag, words)
             assert words.endswith(".") and not words.startswith(("Of ", "As in")), (name, flag, words)
+
+
+def test_the_tests_that_hold_promises_exist():
+    text = (ROOT / "docs/reliability.md").read_text()
+    for file, name in re.findall(r"tests/([\w/]+\.py)::(\w+)", text):
+        functions = {node.name for node in ast.walk(ast.parse((ROOT / "tests" / file).read_text()))
+                     if isinstance(node, ast.FunctionDef)}  # fmt: skip
+        assert name in functions, f"tests/{file}::{name}"
+    rows = [f"P{n}" for n in range(1, 13)] + [f"F{n:02}" for n in range(1, 46)] + [f"S{n:02}" for n in range(1, 25)]
+    assert re.findall(r"^\| ([PFS]\d+) \|", text, re.M) == rows

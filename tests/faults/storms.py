@@ -1,4 +1,4 @@
-"""Storms of SIGKILL: on training while it writes checkpoints, on generation at any moment; nothing may be lost.
+"""Storms of SIGKILL, most of them while training writes checkpoints or generation images; nothing may be lost.
 
 python tests/faults/storms.py --kills 500
 """
@@ -101,12 +101,12 @@ def generation(lora: Path, good: Path) -> Command:
 
 
 def is_killed(command: Command, out: Path, rng: random.Random | None) -> bool:
-    """Starts the command and kills it; False if it ends first, as it does without `rng`."""
-    at_start, wait = command.saved(out)[0], rng.randrange(6) if rng else 0
+    """Starts the command and kills it, one time in seven at any moment; False if it ends first, or without `rng`."""
+    at_start, wait = command.saved(out)[0], rng.randrange(7) if rng else 0
     pid = fork(lambda: command.start(out))
     while rng and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-        if command.reached(out, at_start, wait):
-            time.sleep(rng.uniform(0, 0.15))
+        if wait == 6 or command.reached(out, at_start, wait):
+            time.sleep(rng.uniform(0, 2 if wait == 6 else 0.15))
             os.kill(pid, signal.SIGKILL)
             break
         time.sleep(0.0005)

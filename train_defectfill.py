@@ -855,8 +855,8 @@ def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator:
         args.output_dir, matrices, args.use_8bit_adam, range(done, args.max_train_steps), args.checkpointing_steps,
         args.checkpoints_total_limit, args.validation_steps, 4 * args.resolution**2 * args.num_validation_images,
     )  # fmt: skip
-    write_json(args.output_dir / "split.json", prepared.split)
     write_json(args.output_dir / "run_record.json", run_record(vars(args), prepared.identity, prepared.data))
+    write_json(args.output_dir / "split.json", prepared.split)
     options = {k: v for k, v in prepared.identity.items() if k in IDENTITY}
     logs.start_trackers(accelerator, args.output_dir / args.logging_dir, options)
     return checkpoint

@@ -254,8 +254,9 @@ def main(args: argparse.Namespace) -> None:
     with exclusive_lock(args.output_dir):
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         write_json(args.output_dir / "options.json", options)
-        if not (args.output_dir / "data").exists():
-            make_demo_data.main(["--output_dir", f"{args.output_dir}/data", "--good", "4", "--size", "256"])
+        for part in {case.partition(":")[0] for case in args.cases}:
+            if not (args.output_dir / "data" / part).exists():
+                make_demo_data.main(["--output_dir", f"{args.output_dir}/data", "--good", "4", "--parts", part])
         results_file = args.output_dir / "results.jsonl"
         run_all(args, results_file)
         results = read_results(results_file)

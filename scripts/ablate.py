@@ -29,7 +29,7 @@ from defectfill.runs.files import exclusive_lock, write_json
 from defectfill.sampling import ddim, inpaint
 from defectfill.seam import feather_alpha
 from defectfill_dataset import derive_seed, pool_mask, tensor_image
-from defectfill_dataset.commands import say
+from defectfill_dataset.commands import Parser, say
 from defectfill_dataset.text import numbered_lines, parse_json, read_json, read_text
 from defectfill_scripts import make_demo_data
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
@@ -226,7 +226,7 @@ def samples(args: argparse.Namespace, results: list[dict]) -> Image.Image:
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--base", required=True, metavar="DIR", help="Base made by make_tiny_base.py.")
     add("--segmenter", required=True, metavar="DIR", help="Segmenter made by train_segmenter.py.")

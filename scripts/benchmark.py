@@ -61,7 +61,7 @@ from defectfill_dataset import (
     tokenize_prompts,
     upsample_mask,
 )
-from defectfill_dataset.commands import exit_on_input_error, say
+from defectfill_dataset.commands import Parser, exit_on_input_error, say
 from defectfill_scripts.train_segmenter import drawn_pairs
 
 
@@ -478,7 +478,7 @@ def bench_generation(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="train|generate")
     numbers = {
         "train": (

@@ -17,7 +17,7 @@ from defectfill.runs.disks import told_if_unwritable
 from defectfill.runs.files import save_image, write_json
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.checks import skippable
-from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error, say
+from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, say
 from defectfill_dataset.errors import did_you_mean, folded, one_line
 from defectfill_dataset.report import ObjectReport, check_object, check_prompts
 from defectfill_dataset.sheets import contact_sheet
@@ -37,7 +37,7 @@ detail that the model can generate. Zoomed: in the smallest crop that training m
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("data_dir", metavar="DIR", help="Folder of one object, or a folder above several.")
     add_reading_flags(add, "DIR")

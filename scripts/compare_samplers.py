@@ -20,7 +20,7 @@ from defectfill.lora import load_lora, read_lora
 from defectfill.runs.files import atomic_write
 from defectfill.sampling import SCHEDULERS, inpaint
 from defectfill_dataset import derive_seed, pool_mask
-from defectfill_dataset.commands import say
+from defectfill_dataset.commands import Parser, say
 from defectfill_scripts.ablate import defect_features, figures_of
 from defectfill_scripts.train_segmenter import drawn_pairs
 
@@ -102,7 +102,7 @@ def table(lines: list[dict]) -> str:
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--base", required=True, metavar="DIR", help="Base made by make_tiny_base.py.")
     add("--segmenter", required=True, metavar="DIR", help="Segmenter made by train_segmenter.py.")

@@ -27,7 +27,7 @@ from defectfill.sampling import ddim, inpaint, reconstruct
 from defectfill.seam import feather_alpha
 from defectfill.selection import choose_candidate, measure, ssim_score
 from defectfill_dataset import derive_seed, load_defect_pairs, pool_mask, tensor_image
-from defectfill_dataset.commands import say
+from defectfill_dataset.commands import Parser, say
 from defectfill_dataset.samples import make_crops
 from defectfill_dataset.text import read_json, read_text
 from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
@@ -170,7 +170,7 @@ def read_labels(file: Path, order: list[int]) -> torch.Tensor:
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--base", required=True, metavar="DIR", help="Base made by make_tiny_base.py.")
     add("--segmenter", required=True, metavar="DIR", help="Segmenter made by train_segmenter.py.")

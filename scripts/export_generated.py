@@ -22,7 +22,7 @@ from defectfill.runs.disks import NOTHING_WRITTEN, told_if_unwritable
 from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill_dataset import InputError, Problem
 from defectfill_dataset.checks import inspect_row, outside_links
-from defectfill_dataset.commands import HelpFormatter, exit_on_input_error, say
+from defectfill_dataset.commands import Parser, exit_on_input_error, say
 from defectfill_dataset.writers.datasets import WRITERS
 from defectfill_dataset.writers.exports import (
     EXPORTERS,
@@ -145,7 +145,7 @@ def write(splits: dict[str, list[ExportImage]], args: argparse.Namespace) -> Non
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("generated", type=Path, nargs="+", metavar="GENERATED", help="Folders that generate_defectfill.py wrote.")
     add(

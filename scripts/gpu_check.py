@@ -478,7 +478,9 @@ def page(check: Check, results: list[dict]) -> str:
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--output_dir", type=Path, metavar="DIR", default=Path("gpu-check"), help="Default: %(default)s.")
     add(

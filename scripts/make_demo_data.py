@@ -453,7 +453,9 @@ def render(part: str, defect: str | None, size: int, seed: tuple[int, ...]) -> t
 
 
 def main(input_args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--size", type=int, default=256, metavar="PX", help="Side of an image. Default: %(default)s.")
     parser.add_argument(

@@ -61,7 +61,7 @@ from defectfill_dataset import (
     to_words,
     upsample_mask,
 )
-from defectfill_dataset.commands import exit_on_input_error
+from defectfill_dataset.commands import Parser, exit_on_input_error
 from defectfill_dataset.masks import bounds
 from defectfill_dataset.readers import image_files
 from defectfill_dataset.text import Schema, read_json
@@ -728,7 +728,7 @@ def load_scenes(file: Path, make: Callable[[], Scenes]) -> Scenes:
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
 
     def add(name: str, default=None, help: str = "", metavar: str = "N", **options) -> None:
         if default is not None:

@@ -22,7 +22,7 @@ from defectfill.runs.flags import add_base_flags
 from defectfill.sampling import inpaint, load_pipeline
 from defectfill.single_file import save_single_file
 from defectfill_dataset import InputError, Problem
-from defectfill_dataset.commands import HelpFormatter, exit_on_input_error, say
+from defectfill_dataset.commands import Parser, exit_on_input_error, say
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -86,7 +86,7 @@ def merged_pipeline(args: argparse.Namespace, lora: LoraFile) -> tuple[StableDif
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("lora", metavar="LORA", help="LoRA folder, file or Hub id.")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="New folder for the pipeline.")

@@ -25,7 +25,7 @@ from defectfill.runs.flags import add_hub_flags
 from defectfill.runs.hub import PUBLISHED_DATA, check_hub, push
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.checks import outside_links
-from defectfill_dataset.commands import HelpFormatter, add_reading_flags, exit_on_input_error, say
+from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, say
 from defectfill_dataset.readers import Row
 from defectfill_dataset.report import check_object
 from defectfill_dataset.writers.datasets import WRITERS, read_examples
@@ -83,7 +83,7 @@ def write(splits: Splits, args: argparse.Namespace, repo_id: str | None) -> None
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("data_dir", metavar="DIR", help="Folder of one object, or a folder above several.")
     add(

@@ -25,7 +25,7 @@ from defectfill.runs.plan import MOST_IMAGES
 from defectfill.runs.report import stack
 from defectfill.runs.source_images import repeat_seed
 from defectfill_dataset import Problem, binarise, find_foreground, load_image, load_mask_rows, principal_axis
-from defectfill_dataset.commands import HelpFormatter, exit_on_input_error, say
+from defectfill_dataset.commands import Parser, exit_on_input_error, say
 from defectfill_dataset.masks import bounds
 from defectfill_dataset.synthesis.foreground import cover_defect
 from defectfill_dataset.synthesis.locations import CLEARANCE, locate, map_object
@@ -77,7 +77,7 @@ def quartiles(values: list[float], form: str) -> str:
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add_input_flags(parser)
     parser.add_argument(
         "--number", type=int, metavar="N", help="Number of masks to sample. Default: one for each image."

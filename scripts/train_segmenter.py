@@ -8,7 +8,6 @@ UNet2DModel; its timestep is always 0. A killed run goes on where it was.
 Shapes: B images, R side. Images are in [-1, 1], masks 1 inside the defect.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 from defectfill.runs.files import exclusive_lock, write_json
 from defectfill_dataset import derive_seed
+from defectfill_dataset.commands import Parser
 from defectfill_scripts.make_demo_data import PARTS, render
 from defectfill_scripts.make_tiny_base import fit
 
@@ -81,7 +81,7 @@ def iou(found: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 def main(input_args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
     parser.add_argument("--pairs", type=int, default=80, metavar="N", help="Pairs of each type. Default: %(default)s.")

@@ -65,7 +65,9 @@ def documents() -> dict[str, str]:
 
 
 def main(input_args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.parse_args(input_args)
     folder = Path(__file__).resolve().parents[1] / "docs"
     (folder / "help").mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from folders import write_lines
 from defectfill.runs import checkpoint
 from defectfill_dataset import commands
 from defectfill_dataset.errors import one_line
-from defectfill_scripts import check_data, export_generated, prepare_data, preview_masks
+from defectfill_scripts import check_data, export_generated, merge_lora, prepare_data, preview_masks
 
 
 EVIL = "a\x1b[31m\x07\nForged line\r\x1b]8;;http:evil\x07b\x1b]8;;\x07\u202ec\x9b2J\u2028d"
@@ -147,3 +147,14 @@ def test_one_function_prints():
                 known = [isinstance(a, ast.Constant) or ast.unparse(a).startswith("json.dumps(") for a in node.args]
                 found += [] if all(known) else [f"{file.name}: {ast.unparse(node)}"]
     assert [line.partition(":")[0] for line in found] == ["commands.py"], found
+
+
+def test_no_command_takes_a_shortened_flag(capsys):
+    """--lora is not --lora_alpha."""
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("defectfill*/**/*.py")]:
+        for call in file.read_text().split("ArgumentParser(")[1:]:
+            head = call.partition("\n\n")[0]
+            assert "allow_abbrev=False" in head or head.startswith("):"), file  # or the class that sets it
+    with pytest.raises(SystemExit):
+        merge_lora.parse_args(["lora", "--output_dir", "x", "--lora", "y"])
+    assert "unrecognized arguments: --lora y" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from diffusers.utils import is_bitsandbytes_available, is_xformers_available
 from pydantic import ConfigDict
 
 from defectfill_dataset import InputError, Problem
-from defectfill_dataset.commands import HelpFormatter, Parser, add_reading_flags, seed
+from defectfill_dataset.commands import Parser, add_reading_flags, seed
 from defectfill_dataset.synthesis.shapes import SHAPES
 from defectfill_dataset.text import Schema, numbered_lines, parse_json, read_text
 
@@ -72,7 +72,7 @@ def parse_generation_args(description: str, input_args: list[str] | None = None)
         InputError: a `--cases` file that cannot be used (DF160, DF416).
     """
     usage = "%(prog)s --lora LORA --image IMAGES (--reference_data DIR | --mask MASKS) --output_dir DIR [flags]"
-    parser = Parser(usage=usage, description=description, formatter_class=HelpFormatter)
+    parser = Parser(usage=usage, description=description)
     add_request_flags(parser)
     add_command_flags(parser)
     args = parser.parse_args(input_args)
@@ -454,7 +454,7 @@ LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_
 def parse_training_args(description: str, input_args: list[str] | None = None) -> argparse.Namespace:
     """The flags of `train_defectfill.py`."""
     usage = "%(prog)s --train_data_dir DIR --output_dir DIR [flags]"
-    parser = Parser(usage=usage, description=description, formatter_class=HelpFormatter)
+    parser = Parser(usage=usage, description=description)
 
     def group(title: str) -> Callable:
         return parser.add_argument_group(title).add_argument

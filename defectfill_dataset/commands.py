@@ -54,8 +54,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Reports wrong flags as `tell` does, and takes none in a shortened form: `--lora` is not `--lora_alpha`."""
 
-    def __init__(self, **options):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+    def __init__(self, *args, **options):
+        super().__init__(*args, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         tell(f"{self.format_usage()}{self.prog}: error: {one_line(message)}")

@@ -23,7 +23,6 @@ Shapes: B samples, P pairs, N candidates of each, S side of the images, G of the
 import argparse
 import csv
 import dataclasses
-import functools
 import platform
 import statistics
 import time
@@ -220,10 +219,11 @@ def encode_apart(vae: AutoencoderKL, batch: dict, logged_passes: int) -> ImageLa
 
 @dataclasses.dataclass
 class TrainingBench:
-    """Models with LoRA, an optimizer, and a batch that every step takes."""
+    """Models with LoRA, an optimizer, and a batch, with its latents, that every step takes."""
 
     models: training.Models
     batch: dict
+    latents: ImageLatents
     optimizer: torch.optim.Optimizer
     dtype: torch.dtype
 
@@ -258,14 +258,6 @@ class TrainingBench:
         self.optimizer.zero_grad()
         return loss.detach()
 
-    @functools.cached_property
-    @torch.no_grad()
-    def latents(self) -> ImageLatents:
-        """Of the batch."""
-        return encode_images(
-            self.models.vae, self.batch["pixel_values"], [self.batch["mask"], self.batch["random_mask"]]
-        )
-
 
 def prompt_for_each_sample(models: training.Models, batch: dict) -> tuple[training.Models, dict]:
     """The same, with a row of tokens for each sample and pass, as if all prompts were distinct."""
@@ -297,7 +289,9 @@ def make_training_bench(args: argparse.Namespace, device: torch.device) -> Train
     batch = {k: v.to(device) for k, v in batch.items()} | {k: v.long() for k, v in numbers.items()}
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     models = training.Models(pipe.unet, pipe.text_encoder, pipe.vae, scheduler, store, tokens)
-    return TrainingBench(models, batch, optimizer, dtype)
+    with torch.no_grad():
+        latents = encode_images(pipe.vae, batch["pixel_values"], [batch["mask"], batch["random_mask"]])
+    return TrainingBench(models, batch, latents, optimizer, dtype)
 
 
 @torch.no_grad()

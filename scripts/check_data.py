@@ -14,14 +14,13 @@ import unicodedata
 from pathlib import Path
 
 from defectfill.runs.disks import told_if_unwritable
-from defectfill.runs.files import save_image, write_json
+from defectfill.runs.files import is_record, save_image, write_json
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.checks import skippable
 from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, say
 from defectfill_dataset.errors import did_you_mean, folded, one_line
 from defectfill_dataset.report import ObjectReport, check_object, check_prompts
 from defectfill_dataset.sheets import contact_sheet
-from defectfill_dataset.text import read_json
 
 
 AGAIN = "make room on the disk and run the same command again, or leave out --output_dir"
@@ -111,11 +110,7 @@ def check_own(folder: Path | None, objects: list[str]) -> None:
     """Raises InputError (DF192) if the folder holds what would be written over, and no report of ours."""
     names = [REPORT, *(f"{name}.png" for name in objects)]
     found = [name for name in names if folder and (folder / name).exists()]
-    try:
-        report = read_json(folder / REPORT) if folder and found else None
-    except InputError:
-        report = None
-    if found and not (isinstance(report, dict) and {"resolution", "objects"} <= report.keys()):
+    if found and not is_record(folder / REPORT, "resolution", "objects"):
         what = f"holds {', '.join(found[:4])} of something else"
         raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import defectfill.quiet  # noqa: F401
 
 from defectfill_dataset.codes import CODES
+from defectfill_dataset.commands import Parser
 
 
 COMMANDS = ("train_defectfill", "generate_defectfill", *(
@@ -65,10 +66,7 @@ def documents() -> dict[str, str]:
 
 
 def main(input_args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.parse_args(input_args)
+    Parser(description=__doc__).parse_args(input_args)
     folder = Path(__file__).resolve().parents[1] / "docs"
     (folder / "help").mkdir(exist_ok=True)
     for name, text in documents().items():

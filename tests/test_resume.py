@@ -465,26 +465,6 @@ def test_a_second_signal_ends_at_once():
     assert wait_for(fork(two_signals)) == 128 + signal.SIGTERM
 
 
-def test_the_process_ends_with_its_launcher(monkeypatch):
-    """SIGTERM to `accelerate launch` kills only the launcher."""
-    from defectfill.runs.signals import StopSignal
-
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    read, write = os.pipe()
-
-    def process():
-        stop = StopSignal()
-        os.write(write, b"ready")
-        for _ in range(200):
-            if stop.number is None:
-                time.sleep(0.1)
-        os.write(write, f" {stop.number}".encode())
-
-    assert wait_for(fork(lambda: (fork(process), os.read(read, 5)))) == 0
-    os.close(write)
-    assert os.read(read, 9) == f" {signal.SIGUSR1:d}".encode()
-
-
 def test_a_process_without_a_launcher_outlives_its_parent(monkeypatch):
     """`nohup python train_defectfill.py &` and a closed terminal."""
     from defectfill.runs import signals

@@ -19,7 +19,7 @@ from defectfill_dataset.text import Schema, read_json
 
 from ..lora import LORA_FILE, portable_name, read_lora
 from .disks import refuge_in
-from .files import TEMPORARY, atomic_write, flush, rename, write_json
+from .files import TEMPORARY, atomic_write, flush, is_record, rename, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -296,11 +296,7 @@ RECORDS = ("split.json", "run_record.json", "losses.jsonl", "validation")
 
 def is_run(output_dir: Path) -> bool:
     """Whether a run of ours has started in the folder: its record says so, which is written first."""
-    try:
-        record = read_json(output_dir / "run_record.json", Schema)
-    except InputError:
-        return False
-    return {"options", "data_sha256", "versions"} <= record.keys()
+    return is_record(output_dir / "run_record.json", "options", "data_sha256", "versions")
 
 
 def in_the_way(output_dir: Path) -> list[str]:

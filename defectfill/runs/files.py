@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from defectfill_dataset import InputError, Problem
+from defectfill_dataset.text import Schema, read_json
 
 
 TEMPORARY = ".tmp-defectfill-"  # prefix of every unfinished file and folder
@@ -94,6 +95,14 @@ def save_image(image: Image.Image, path: Path, exif: bytes = b"") -> None:
     """Writes a PNG file atomically and quickly; `exif` is its only metadata."""
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", exif=exif, compress_level=1)
+
+
+def is_record(file: Path, *keys: str) -> bool:
+    """Whether a file is a JSON object with these keys, as a record of ours is."""
+    try:
+        return set(keys) <= read_json(file, Schema).keys()
+    except InputError:
+        return False
 
 
 def visible_files(folder: Path) -> dict[str, Path]:

@@ -26,11 +26,10 @@ from defectfill_dataset.text import (
     is_of,
     numbered_lines,
     parse_json,
-    read_json,
     read_text,
 )
 
-from .files import atomic_write
+from .files import atomic_write, is_record
 from .source_images import SourceImage
 from .speed import SPEED
 
@@ -111,12 +110,8 @@ def check_own(folder: Path) -> None:
 
     The settings tell one of ours; they are written first.
     """
-    try:
-        settings = read_json(folder / SETTINGS, Schema)
-        if {"base", "resolution", "num_candidates"} <= settings.keys():
-            return
-    except InputError:
-        pass
+    if is_record(folder / SETTINGS, "base", "resolution", "num_candidates"):
+        return
     found = [kind for kind in KINDS if (folder / kind).is_dir() and any((folder / kind).iterdir())]
     found += [name for name in (SETTINGS, PLAN, MANIFEST, TABLE, REPORT, SHEET, SPEED) if (folder / name).exists()]
     found += [file.name for file in sorted(folder.glob(PARTS))]

@@ -259,9 +259,11 @@ def test_signals_are_as_before_once_it_is_left():
     assert [signal.getsignal(number) for number in signals.STOPPING] == before
 
 
-def test_where_the_system_cannot_a_thread_watches_the_launcher(monkeypatch):
+@pytest.mark.parametrize("platform", [sys.platform, "darwin"])
+def test_the_process_ends_with_its_launcher(monkeypatch, platform):
+    """SIGTERM to `accelerate launch` kills only the launcher. Where the system cannot, a thread watches it."""
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(signals.sys, "platform", "darwin")
+    monkeypatch.setattr(signals.sys, "platform", platform)
     read, write = os.pipe()
 
     def process():

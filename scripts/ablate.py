@@ -13,6 +13,7 @@ and samples.png are made from them.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import defectfill.quiet  # noqa: F401
@@ -24,15 +25,16 @@ from diffusers import StableDiffusionInpaintPipeline, UNet2DModel
 from PIL import Image
 
 import train_defectfill
-from defectfill.lora import load_lora, read_lora
+from defectfill.base_model import read_base
+from defectfill.lora import LoraFile, load_lora, read_lora
 from defectfill.runs.files import exclusive_lock, write_json
-from defectfill.sampling import ddim, inpaint
+from defectfill.sampling import inpaint, load_pipeline
 from defectfill.seam import feather_alpha
-from defectfill_dataset import derive_seed, pool_mask, tensor_image
+from defectfill_dataset import derive_seed, tensor_image
 from defectfill_dataset.commands import Parser, say
 from defectfill_dataset.text import numbered_lines, parse_json, read_json, read_text
 from defectfill_scripts import make_demo_data
-from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
+from defectfill_scripts.train_segmenter import drawn_pairs, iou, latent_masks, segment
 
 
 # Of scripts/demo.sh.
@@ -103,11 +105,8 @@ def figures_of(segmenter: UNet2DModel, images: torch.Tensor, masks: torch.Tensor
 
 
 def run_folder(args: argparse.Namespace, line: dict) -> Path:
-    return (
-        args.output_dir
-        / "runs"
-        / "-".join(f"{line[k]}" for k in ("variant", "part", "defect", "seed")).replace(" ", "-")
-    )
+    words = (str(line[k]) for k in ("variant", "part", "defect", "seed"))
+    return args.output_dir / "runs" / "-".join(words).replace(" ", "-")
 
 
 def train(args: argparse.Namespace, part: str, defect: str, options: list[str], seed: int, folder: Path) -> dict:
@@ -129,21 +128,29 @@ def inpaint_parts(
     args: argparse.Namespace, lora: Path | None, prompt: str, good: torch.Tensor, masks: torch.Tensor, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, 3, R, R) good parts with a defect inpainted inside each mask, one candidate each: feathered, and exact."""
-    pipe = StableDiffusionInpaintPipeline.from_pretrained(args.base, dtype=torch.float32, safety_checker=None)
-    pipe.scheduler = ddim(pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    if lora:
-        load_lora(pipe, read_lora(lora))
+    pipe = load_base(args.base, read_lora(lora) if lora else None)
+    grids = latent_masks(masks, args.resolution // pipe.vae_scale_factor)
     feathered, exact = [], []
     for i, (image, mask) in enumerate(zip(good, masks)):
-        grid = pool_mask(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor)
         seeds = [[derive_seed(seed, "ablation", i)]]
         steps, guidance = args.num_inference_steps, args.guidance_scale
-        candidates = inpaint(pipe, image[None], grid[None], prompt, seeds, steps, guidance)
-        alpha = torch.from_numpy(feather_alpha(mask[0].numpy() > 0.5)) / 255
-        feathered.append(torch.lerp(image, candidates[0, 0] * 2 - 1, alpha))
-        exact.append(torch.where(mask > 0.5, candidates[0, 0] * 2 - 1, image))
+        candidate = inpaint(pipe, image[None], grids[i][None], prompt, seeds, steps, guidance)[0, 0] * 2 - 1
+        feathered.append(feather(image, candidate, mask))
+        exact.append(torch.where(mask > 0.5, candidate, image))
     return torch.stack(feathered), torch.stack(exact)
+
+
+def load_base(base: str, lora: LoraFile | None) -> StableDiffusionInpaintPipeline:
+    """The base's pipeline with DDIM on the CPU, in fp32, with the LoRA if there is one."""
+    pipe = load_pipeline(read_base(base), None, "no", torch.device("cpu"))
+    if lora:
+        load_lora(pipe, lora)
+    return pipe
+
+
+def feather(image: torch.Tensor, candidates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(..., 3, R, R) candidates blended into the (3, R, R) image inside the (1, R, R) mask."""
+    return torch.lerp(image, candidates, torch.from_numpy(feather_alpha(mask[0].numpy() > 0.5)) / 255)
 
 
 def read_results(file: Path) -> list[dict]:
@@ -223,6 +230,17 @@ def samples(args: argparse.Namespace, results: list[dict]) -> Image.Image:
     """Images of the first seed: a row for each variant and case."""
     files = [run_folder(args, line) / "pictures.png" for line in results if line["seed"] == 0]
     return Image.fromarray(np.concatenate([np.asarray(Image.open(file)) for file in files]))
+
+
+def add_comparison_flags(add: Callable, images: int) -> None:
+    """The flags of the scripts that compare what LoRAs of this one generate."""
+    add("--base", required=True, metavar="DIR", help="Base made by make_tiny_base.py.")
+    add("--segmenter", required=True, metavar="DIR", help="Segmenter made by train_segmenter.py.")
+    lora_help = "LoRAs in the runs/ of an output folder of ablate.py, of one defect type each."
+    add("--lora", nargs="+", type=Path, required=True, metavar="DIR", help=lora_help)
+    add("--images", type=int, default=images, metavar="N", help="Good parts for each LoRA.")
+    add("--resolution", type=int, default=128, metavar="PX", help="Side of the images.")
+    add("--seed", type=int, default=0, metavar="N", help="Of parts, masks and noise.")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

@@ -61,7 +61,7 @@ from defectfill_dataset import (
     upsample_mask,
 )
 from defectfill_dataset.commands import Parser, exit_on_input_error, say
-from defectfill_scripts.train_segmenter import drawn_pairs
+from defectfill_scripts.train_segmenter import drawn_pairs, latent_masks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def make_training_bench(args: argparse.Namespace, device: torch.device) -> Train
     size, n = args.resolution, args.train_batch_size
     images, masks = drawn_pairs([("nut", "hole")], n, size, seed=1)
     grid = size // pipe.vae_scale_factor
-    mask = torch.stack([pool_mask(mask[0].numpy() > 0.5, grid) for mask in masks])
+    mask = latent_masks(masks, grid)
     boxes = np.random.default_rng(0)
     random_mask = torch.stack([pool_mask(boxes_mask(random_boxes(boxes), grid), grid) for _ in range(n)])
     batch = {"pixel_values": images, "mask": mask, "random_mask": random_mask}
@@ -426,7 +426,7 @@ def bench_generation(args: argparse.Namespace, device: torch.device) -> None:
     pipe = load(args.base, device, "fp16" if device.type == "cuda" else "no")
     images, _ = drawn_pairs([("nut", None)], args.images, args.resolution, seed=1)
     _, masks = drawn_pairs([("nut", "hole")], args.images, args.resolution, seed=2)
-    grids = torch.stack([pool_mask(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor) for mask in masks])
+    grids = latent_masks(masks, args.resolution // pipe.vae_scale_factor)
     seeds = [[derive_seed(0, i, k) for k in range(args.num_candidates)] for i in range(args.images)]
     pairs, schedule = Pairs(images.to(pipe.device), grids.to(pipe.device), seeds), pipe.scheduler
     variants = make_variants(args.num_inference_steps, args.fast_steps, args.num_candidates, args.batch_size)

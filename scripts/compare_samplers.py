@@ -14,15 +14,15 @@ import defectfill.quiet  # noqa: F401
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionInpaintPipeline, UNet2DModel
+from diffusers import UNet2DModel
 
-from defectfill.lora import load_lora, read_lora
+from defectfill.lora import read_lora
 from defectfill.runs.files import atomic_write
 from defectfill.sampling import SCHEDULERS, inpaint
-from defectfill_dataset import derive_seed, pool_mask
+from defectfill_dataset import derive_seed
 from defectfill_dataset.commands import Parser, say
-from defectfill_scripts.ablate import defect_features, figures_of
-from defectfill_scripts.train_segmenter import drawn_pairs
+from defectfill_scripts.ablate import add_comparison_flags, defect_features, figures_of, load_base
+from defectfill_scripts.train_segmenter import drawn_pairs, latent_masks
 
 
 # Scheduler, steps, whether guided, and where; the first is what the others are compared with.
@@ -47,10 +47,8 @@ def measure(args: argparse.Namespace, path: Path, seed: int) -> list[dict]:
     segmenter = UNet2DModel.from_pretrained(args.segmenter)
     others = drawn_pairs([(part, defect)], 2 * args.images, args.resolution, derive_seed(seed, "real"))
     real = defect_features(segmenter, *others)
-    pipe = StableDiffusionInpaintPipeline.from_pretrained(args.base, dtype=torch.float32, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    load_lora(pipe, lora)
-    grids = torch.stack([pool_mask(m[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor) for m in masks])
+    pipe = load_base(args.base, lora)
+    grids = latent_masks(masks, args.resolution // pipe.vae_scale_factor)
     seeds = [[derive_seed(seed, "noise", i)] for i in range(args.images)]
     rows: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
@@ -104,21 +102,9 @@ def table(lines: list[dict]) -> str:
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--base", required=True, metavar="DIR", help="Base made by make_tiny_base.py.")
-    add("--segmenter", required=True, metavar="DIR", help="Segmenter made by train_segmenter.py.")
-    add(
-        "--lora",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="LoRAs of ablate.py, of one defect type each.",
-    )
+    add_comparison_flags(add, images=8)
     add("--output", type=Path, required=True, metavar="FILE.md")
-    add("--images", type=int, default=8, metavar="N", help="Good parts for each LoRA. Default: %(default)s.")
-    add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
     add("--guidance_scale", type=float, default=2.0, metavar="X", help="Default: %(default)s.")
-    add("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")
     return parser.parse_args(input_args)
 
 

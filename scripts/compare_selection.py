@@ -16,21 +16,21 @@ import defectfill.quiet  # noqa: F401
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionInpaintPipeline, UNet2DModel
+from diffusers import UNet2DModel
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from defectfill.likeness import Likeness, read_squeezenet, squeezenet_features, vae_features
-from defectfill.lora import load_lora, read_lora
+from defectfill.lora import read_lora
 from defectfill.runs.files import atomic_write, write_json
-from defectfill.sampling import ddim, inpaint, reconstruct
-from defectfill.seam import feather_alpha
+from defectfill.sampling import inpaint, reconstruct
 from defectfill.selection import choose_candidate, measure, ssim_score
-from defectfill_dataset import derive_seed, load_defect_pairs, pool_mask, tensor_image
+from defectfill_dataset import derive_seed, load_defect_pairs, tensor_image
 from defectfill_dataset.commands import Parser, say
 from defectfill_dataset.samples import make_crops
 from defectfill_dataset.text import read_json, read_text
-from defectfill_scripts.train_segmenter import drawn_pairs, iou, segment
+from defectfill_scripts.ablate import add_comparison_flags, feather, load_base
+from defectfill_scripts.train_segmenter import drawn_pairs, iou, latent_masks, segment
 
 
 CANDIDATES = 4  # of each image
@@ -49,11 +49,8 @@ def generate(args: argparse.Namespace, path: Path, seed: int, squeezenet: torch.
     part, [(defect, prompt)] = lora.record["object"], lora.prompts().items()
     good, _ = drawn_pairs([(part, None)], args.images, args.resolution, derive_seed(seed, "good"))
     _, masks = drawn_pairs([(part, defect)], args.images, args.resolution, derive_seed(seed, "unseen"))
-    pipe = StableDiffusionInpaintPipeline.from_pretrained(args.base, dtype=torch.float32, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = ddim(pipe.scheduler)
-    load_lora(pipe, lora)
-    grids = torch.stack([pool_mask(mask[0].numpy() > 0.5, args.resolution // pipe.vae_scale_factor) for mask in masks])
+    pipe = load_base(args.base, lora)
+    grids = latent_masks(masks, args.resolution // pipe.vae_scale_factor)
     references = load_defect_pairs(path.parents[1] / "data" / part)["train"].filter(
         lambda row: row["defect"] == defect
     )
@@ -67,18 +64,19 @@ def generate(args: argparse.Namespace, path: Path, seed: int, squeezenet: torch.
         seeds = [derive_seed(seed, "candidate", i, j) for j in range(CANDIDATES)]
         candidates = inpaint(pipe, image[None], grids[i][None], prompt, [seeds], args.num_inference_steps)[0]
         source, rebuilt = image / 2 + 0.5, reconstruct(pipe, image[None])[0]
-        alpha = torch.from_numpy(feather_alpha(mask[0].numpy() > 0.5)) / 255
         kept = {}
-        for scorer in (ssim_score, None):
-            for name, likeness in [*likenesses.items(), ("", None)]:
-                measures = measure(candidates, source, rebuilt, mask, scorer, None, likeness)
-                if scorer or likeness:
-                    words = ["ssim"] * bool(scorer) + [f"likeness, {name}"] * bool(likeness)
-                    kept["+".join(words)] = choose_candidate(measures, [None] * CANDIDATES)
+        for name, likeness in likenesses.items():
+            measures = measure(candidates, source, rebuilt, mask, ssim_score, None, likeness)
+            ways = {
+                f"ssim+likeness, {name}": measures,
+                "ssim": measures._replace(reference_distances=None),
+                f"likeness, {name}": measures._replace(scored=False),
+            }
+            kept |= {way: choose_candidate(of_way, [None] * CANDIDATES) for way, of_way in ways.items()}
         found.append(
             {
                 "line": {"part": part, "defect": defect, "image": i, "seeds": seeds, "kept": kept},
-                "pictures": torch.lerp(source, candidates, alpha) * 2 - 1,
+                "pictures": feather(source, candidates, mask) * 2 - 1,
                 "mask": mask,
             }
         )
@@ -172,16 +170,10 @@ def read_labels(file: Path, order: list[int]) -> torch.Tensor:
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--base", required=True, metavar="DIR", help="Base made by make_tiny_base.py.")
-    add("--segmenter", required=True, metavar="DIR", help="Segmenter made by train_segmenter.py.")
-    help = "LoRAs in the runs/ of an output folder of ablate.py, of one defect type each."
-    add("--lora", nargs="+", type=Path, required=True, metavar="DIR", help=help)
+    add_comparison_flags(add, images=13)
     add("--output_dir", type=Path, required=True, metavar="DIR")
     add("--likeness_net", type=Path, metavar="FILE", help="SqueezeNet 1.0 as safetensors, compared too.")
-    add("--images", type=int, default=13, metavar="N", help="Good parts for each LoRA. Default: %(default)s.")
-    add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
     add("--num_inference_steps", type=int, default=20, metavar="N", help="DDIM steps. Default: %(default)s.")
-    add("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")
     return parser.parse_args(input_args)
 
 

@@ -20,7 +20,7 @@ from diffusers import UNet2DModel
 from tqdm.auto import tqdm
 
 from defectfill.runs.files import exclusive_lock, write_json
-from defectfill_dataset import derive_seed
+from defectfill_dataset import derive_seed, pool_mask
 from defectfill_dataset.commands import Parser
 from defectfill_scripts.make_demo_data import PARTS, render
 from defectfill_scripts.make_tiny_base import fit
@@ -51,6 +51,11 @@ def drawn_pairs(kinds: list, number: int, size: int, seed: int) -> tuple[torch.T
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1)
         masks.append(torch.from_numpy(np.array(mask))[None] / 255 if mask else torch.zeros(1, size, size))
     return torch.stack(images), torch.stack(masks)
+
+
+def latent_masks(masks: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, 1, size, size): which cells of the latent grid (B, 1, R, R) masks touch."""
+    return torch.stack([pool_mask(mask[0].numpy() > 0.5, size) for mask in masks])
 
 
 class Segmentation(torch.nn.Module):

@@ -1,7 +1,7 @@
 """Train a small inpainting base of the classes of Stable Diffusion 2 inpainting, from scratch, without a download.
 
     python scripts/make_tiny_base.py --output_dir my-base                       # of the demo's parts
-    python scripts/make_tiny_base.py --output_dir my-base --data_dir my-good-images
+    python scripts/make_tiny_base.py --output_dir my-base --data_dir my-good-images --base scripts/tiny_base
     python scripts/make_tiny_base.py --output_dir random-base --random_weights  # nothing learnt: to see code run
 
 Pictures are drawn (make_demo_data.py) or read from a folder. On some of them a plain mark is drawn (a dark spot, a
@@ -41,12 +41,13 @@ from scipy import ndimage
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from defectfill.base_model import read_base
 from defectfill.latents import encode_images
 from defectfill.noise_levels import error_weights, prediction_target
 from defectfill.random_base import make_tokenizer
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
-from defectfill.sampling import assemble_pipeline, composite, ddim, inpaint
+from defectfill.sampling import assemble_pipeline, composite, ddim, inpaint, load_pipeline
 from defectfill_dataset import (
     InputError,
     Problem,
@@ -669,6 +670,13 @@ def main(args: argparse.Namespace) -> None:
     sizes = Sizes(resolution=args.resolution, prediction_type=args.prediction_type)
     set_seed(args.seed)
     pipe = build_pipeline(sizes)
+    if args.base:
+        pipe = load_pipeline(read_base(str(args.base)), None, "no", torch.device("cpu"))
+        if (kind := pipe.scheduler.config.prediction_type) != args.prediction_type:
+            found = f"--prediction_type {args.prediction_type}, of a base that predicts {kind}"
+            raise InputError(Problem("DF183", f"--base {args.base}", found, f"give --prediction_type {kind}"))
+        for module in (pipe.vae, pipe.unet, pipe.text_encoder):
+            module.requires_grad_(True)
     if args.random_weights:
         return pipe.save_pretrained(args.output_dir)
     work_dir = args.output_dir / "work"
@@ -747,6 +755,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         metavar="PX",
         help="Learn from random squares of --data_dir's images, up to this side.",
     )
+    add("--base", type=Path, metavar="DIR", help="Go on from this base's weights, which takes far fewer steps.")
     switch("--random_weights", "Save the untrained pipeline and stop.")
     switch("--scenes_only", "Make the training images and stop; a later run uses them.")
     parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction",

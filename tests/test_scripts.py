@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from offline import ROOT
 
@@ -69,6 +70,7 @@ def test_a_random_base_is_made_from_the_command_line_and_needs_nothing_of_ours(t
     subprocess.run([*command, "--resolution", "64"], cwd=tmp_path, check=True, capture_output=True)
     code = """
 import sys
+from pathlib import Path
 from diffusers import StableDiffusionInpaintPipeline
 pipe = StableDiffusionInpaintPipeline.from_pretrained(sys.argv[1])
 print(pipe.unet.config.in_channels, pipe.unet.config.sample_size * pipe.vae_scale_factor,
@@ -96,6 +98,11 @@ def make_base(*argv) -> None:
     reset_accelerate()
 
 
+def make_random_base(folder: Path) -> Path:
+    make_base("--output_dir", folder, *SMALL, "--seed", 1, "--random_weights")
+    return folder
+
+
 @pytest.mark.slow
 def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     make_base("--output_dir", tmp_path / "whole", *SMALL)
@@ -115,6 +122,15 @@ def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch
         (one,), (other,) = ((tmp_path / run / part).glob("*.safetensors") for run in ("whole", "killed"))
         one, other = load_file(one), load_file(other)
         assert all(torch.equal(one[k], other[k]) and one[k].dtype == torch.float16 for k in one.keys() | other.keys())
+    more = [*SMALL, "--vae_steps", 2, "--base", tmp_path / "whole"]
+    make_base("--output_dir", tmp_path / "more", *more)  # goes on from the weights, not from random ones
+    with pytest.raises(InputError, match="DF183"):
+        make_base("--output_dir", tmp_path / "other", *more, "--prediction_type", "epsilon")
+    random, whole, more = (
+        load_file(tmp_path / run / "unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].float()
+        for run in (make_random_base(tmp_path / "random"), "whole", "more")
+    )
+    assert 0 < (more - whole).norm() < 0.3 * (random - whole).norm()
     figures = json.loads((tmp_path / "whole/figures.json").read_text())
     assert figures["reconstruction_psnr"] > 0 and figures["inpainting_psnr"] > 0
     assert Image.open(tmp_path / "whole/samples.png").height == 4 * 32

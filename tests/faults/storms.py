@@ -106,7 +106,7 @@ def is_killed(command: Command, out: Path, rng: random.Random | None) -> bool:
     pid = fork(lambda: command.start(out))
     while rng and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         if wait == 6 or command.reached(out, at_start, wait):
-            time.sleep(rng.uniform(0, 2 if wait == 6 else 0.15))
+            time.sleep(rng.uniform(0, 2 if wait == 6 else 0.06))
             os.kill(pid, signal.SIGKILL)
             break
         time.sleep(0.0005)
@@ -115,13 +115,13 @@ def is_killed(command: Command, out: Path, rng: random.Random | None) -> bool:
 
 
 def storm(command: Command, folder: Path, kills: int) -> dict[str, int]:
-    """Run after run, each killed and started again until it ends; how many kills, and what was lost."""
+    """Run after run, each killed and started again until it ends, to `kills` inside a write; how many, and what was lost."""
     rng, table = random.Random(0), dict.fromkeys(["kills", "in a write", "lost", "damaged", "runs", "unequal"], 0)
     assert not is_killed(command, folder / "whole", None)
     expected = command.results(folder / "whole")
-    while table["kills"] < kills:
+    while table["in a write"] < kills:
         out, before, began = folder / f"run-{table['runs']}", 0, time.time()
-        while is_killed(command, out, rng if table["kills"] < kills else None):
+        while is_killed(command, out, rng if table["in a write"] < kills else None):
             now, amiss = command.saved(out)
             table["kills"] += 1
             table["in a write"] += any(f.stat().st_mtime > began for f in out.rglob(f"{TEMPORARY}*"))
@@ -135,7 +135,7 @@ def storm(command: Command, folder: Path, kills: int) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=500, help="of each command")
+    parser.add_argument("--kills", type=int, default=500, help="inside a write, of each command")
     kills = parser.parse_args().kills
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

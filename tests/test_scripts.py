@@ -107,6 +107,16 @@ def make_random_base(folder: Path) -> Path:
 def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     make_base("--output_dir", tmp_path / "whole", *SMALL)
 
+    more = [*SMALL, "--vae_steps", 2, "--base", tmp_path / "whole"]
+    make_base("--output_dir", tmp_path / "more", *more)  # goes on from the weights, not from random ones
+    with pytest.raises(InputError, match="DF183"):
+        make_base("--output_dir", tmp_path / "other", *more, "--prediction_type", "epsilon")
+    random, whole, more = (
+        load_file(tmp_path / run / "unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].float()
+        for run in (make_random_base(tmp_path / "random"), "whole", "more")
+    )
+    assert 0 < (more - whole).norm() < 0.3 * (random - whole).norm()
+
     def killed_run():  # dies between the two stages of the UNet
         fit, calls = make_tiny_base.fit, []
         make_tiny_base.fit = lambda *args: (calls.append(1), fit(*args), len(calls) == 3 and os._exit(9))
@@ -122,15 +132,6 @@ def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch
         (one,), (other,) = ((tmp_path / run / part).glob("*.safetensors") for run in ("whole", "killed"))
         one, other = load_file(one), load_file(other)
         assert all(torch.equal(one[k], other[k]) and one[k].dtype == torch.float16 for k in one.keys() | other.keys())
-    more = [*SMALL, "--vae_steps", 2, "--base", tmp_path / "whole"]
-    make_base("--output_dir", tmp_path / "more", *more)  # goes on from the weights, not from random ones
-    with pytest.raises(InputError, match="DF183"):
-        make_base("--output_dir", tmp_path / "other", *more, "--prediction_type", "epsilon")
-    random, whole, more = (
-        load_file(tmp_path / run / "unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].float()
-        for run in (make_random_base(tmp_path / "random"), "whole", "more")
-    )
-    assert 0 < (more - whole).norm() < 0.3 * (random - whole).norm()
     figures = json.loads((tmp_path / "whole/figures.json").read_text())
     assert figures["reconstruction_psnr"] > 0 and figures["inpainting_psnr"] > 0
     assert Image.open(tmp_path / "whole/samples.png").height == 4 * 32

@@ -1,0 +1,367 @@
+"""The report of an evaluation, as JSON, Markdown and one HTML page: figures, verdicts, curves, what was missed."""
+
+import base64
+import dataclasses
+import html
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from safetensors.numpy import load_file
+
+from defectfill_dataset.errors import one_line
+from defectfill_dataset.text import read_json
+
+from ..runs.cards import markdown_text
+from ..runs.files import atomic_write, write_json
+from .arms import CONTROLS
+from .figures import (
+    FigureOfParts,
+    Region,
+    false_finds,
+    missed_defects,
+    missed_of_parts,
+    paired_bootstrap_of,
+    pixel_ap_of_parts,
+    verdict,
+)
+from .views import View
+
+
+# figure -> (its name, whether more is better)
+FIGURES = {
+    "pixel_ap": ("pixel AP", True),
+    "pixel_auroc": ("pixel AUROC", True),
+    "pixel_f1_max": ("pixel F1-max", True),
+    "pro": ("PRO", True),
+    "image_auroc": ("image AUROC", True),
+    "missed": ("missed at 1 % false alarms", False),
+    "smallest_found": ("smallest found, px", False),
+    "accuracy": ("accuracy", True),
+    "macro_f1": ("macro F1", True),
+}
+COMPARED: dict[str, Callable[[np.ndarray, np.ndarray], FigureOfParts]] = {
+    "pixel_ap": pixel_ap_of_parts,
+    "missed": missed_of_parts,
+}
+SHOWN, CELL = 24, 128  # views of a sheet, and their side
+Table = list[list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The detectors of one arm, bank and seed."""
+
+    setting: str
+    arm: str
+    bank: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}/{self.arm.replace(' ', '-').replace(',', '')}-b{self.bank}-s{self.seed}"
+
+    def file(self, folder: Path) -> Path:
+        """Its figures, written last."""
+        return folder / f"{self.name}.json"
+
+
+@dataclasses.dataclass
+class Results:
+    """What the runs of one setting gave.
+
+    Args:
+        tested: the N views that were tested on.
+        figures: of each run.
+        maps: what reads a run's (N, R, R) scores.
+        of_parts: the compared figures of a run, as functions of the parts.
+    """
+
+    tested: Sequence[View]
+    figures: dict[Run, dict]
+    maps: Callable[[Run], np.ndarray]
+    of_parts: dict[tuple[Run, str], FigureOfParts] = dataclasses.field(default_factory=dict)
+
+    @property
+    def arms(self) -> list[str]:
+        return list(dict.fromkeys(run.arm for run in self.figures))
+
+    def of(self, arm: str) -> dict[tuple[int, int], Run]:
+        """The arm's runs by (seed, bank)."""
+        return {(run.seed, run.bank): run for run in self.figures if run.arm == arm}
+
+    @property
+    def masks(self) -> np.ndarray:
+        return np.stack([view.mask for view in self.tested])
+
+    def figure(self, run: Run, key: str) -> FigureOfParts:
+        """A figure of `COMPARED`, of any of the parts with all of their views."""
+        if (run, key) not in self.of_parts:
+            self.of_parts[run, key] = by_group(COMPARED[key](self.maps(run), self.masks), self.tested)
+        return self.of_parts[run, key]
+
+    def values(self, arm: str, key: str) -> list[float]:
+        """A figure of each of the arm's runs that has it."""
+        return [value for run in self.of(arm).values() if (value := self.figures[run].get(key)) is not None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def figure_table(results: Results) -> Table:
+    """A row for each arm: mean and standard deviation of each figure over seeds and banks."""
+    keys = [key for key in FIGURES if any(results.values(arm, key) for arm in results.arms)]
+    rows = [["arm", "runs", *(FIGURES[key][0] for key in keys)]]
+    for arm in results.arms:
+        cells = []
+        for key in keys:
+            values = results.values(arm, key)
+            digits = 1 if key == "smallest_found" else 3
+            cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}" if values else "none")
+        rows.append([arm, str(len(results.of(arm))), *cells])
+    return rows
+
+
+def by_group(figure: FigureOfParts, tested: Sequence[View]) -> FigureOfParts:
+    """The figure of a set of parts, each with all of its views."""
+    groups = sorted({view.group for view in tested})
+    places = [np.array([i for i, view in enumerate(tested) if view.group == group]) for group in groups]
+    return lambda chosen: figure(np.concatenate([places[i] for i in chosen]))
+
+
+def compare(results: Results, arm: str, control: str, key: str, resamples: int) -> dict:
+    """How much better the arm is than the control, paired by seed; parts and seeds are resampled.
+
+    Args:
+        key: of `COMPARED`.
+
+    Returns:
+        difference (positive is better), low and high of its 95 % interval, verdict.
+    """
+    sign = 1 if FIGURES[key][1] else -1
+    theirs = {seed: run for (seed, _), run in results.of(control).items()}
+    pairs = [(run, theirs[seed]) for (seed, _), run in results.of(arm).items() if seed in theirs]
+
+    def signed(run: Run) -> FigureOfParts:
+        figure = results.figure(run, key)
+        return lambda chosen: sign * figure(chosen)
+
+    groups = len({view.group for view in results.tested})
+    b, a = ([signed(pair[side]) for pair in pairs] for side in (0, 1))
+    difference, low, high = paired_bootstrap_of(a, b, groups, resamples)
+    return {"difference": difference, "low": low, "high": high, "verdict": verdict(low, high)}
+
+
+def comparison_table(comparisons: dict[tuple[str, str, str], dict]) -> Table:
+    """A row for each arm and control: its gain in each compared figure, and the verdict."""
+    rows = [["arm", "against", *(f"better in {FIGURES[key][0]} by [95 %]" for key in COMPARED)]]
+    for arm, control in dict.fromkeys((arm, control) for arm, control, _ in comparisons):
+        found = [comparisons[arm, control, key] for key in COMPARED]
+        rows.append(
+            [arm, control]
+            + [f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]: {c['verdict']}" for c in found]
+        )
+    return rows
+
+
+def markdown_table(rows: Table) -> str:
+    lines = ["| " + " | ".join(markdown_text(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+
+
+def html_table(rows: Table) -> str:
+    head, *body = ["".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows]
+    return f"<table><tr>{head.replace('<td>', '<th>')}" + "".join(f"<tr>{row}" for row in body) + "</table>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def curves(by_setting: dict[str, Results], key: str) -> Image.Image | None:
+    """A figure of each arm against the number of references and of generated images; None without such a series."""
+    from matplotlib.figure import Figure
+
+    def axis(setting: str, letter: str) -> str:
+        return next(part[1:] for part in setting.split("-") if part.startswith(letter))
+
+    series = {
+        "reference images of a type": [s for s in by_setting if axis(s, "n") == "all"],
+        "generated images": [s for s in by_setting if axis(s, "k") == axis(list(by_setting)[-1], "k")],
+    }
+    series = {what: settings for what, settings in series.items() if len(settings) > 1}
+    if not series:
+        return None
+    figure = Figure(figsize=(6 * len(series), 4))
+    for place, (what, settings) in enumerate(series.items(), 1):
+        plot = figure.add_subplot(1, len(series), place)
+        letter = "k" if what.startswith("reference") else "n"
+        settings = sorted(settings, key=lambda s: float(axis(s, letter).replace("all", "inf")))
+        names = [axis(s, letter) for s in settings]
+        for arm in by_setting[settings[0]].arms:
+            means = [np.mean(by_setting[s].values(arm, key)) for s in settings]
+            spreads = [np.std(by_setting[s].values(arm, key)) for s in settings]
+            plot.errorbar(names, means, spreads, marker="o", capsize=3, label=arm)
+        plot.set_xlabel(what)
+        plot.set_ylabel(FIGURES[key][0])
+    plot.legend(fontsize=8)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110, bbox_inches="tight")
+    return Image.open(stream).convert("RGB")
+
+
+def sheet(views: Sequence[View], regions: Sequence[Region]) -> Image.Image | None:
+    """The first views with such a region, its box in red; None if there is none."""
+    shown = regions[:SHOWN]
+    if not shown:
+        return None
+    columns = min(len(shown), 8)
+    canvas = Image.new("RGB", (columns * (CELL + 4), -(-len(shown) // columns) * (CELL + 4)), "white")
+    for i, region in enumerate(shown):
+        view = views[region.part]
+        cell = Image.fromarray(view.image).resize((CELL, CELL))
+        left, top, right, bottom = (round(x * CELL / len(view.image)) for x in region.box)
+        ImageDraw.Draw(cell).rectangle((left - 2, top - 2, right + 1, bottom + 1), outline="red")
+        canvas.paste(cell, (i % columns * (CELL + 4), i // columns * (CELL + 4)))
+    return canvas
+
+
+def embedded(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Misses
+
+
+def write_misses(file: Path, results: Results, arm: str) -> int:
+    """Writes the defects that most runs of an arm miss, a line of JSON each; returns their number.
+
+    A line has the image's name, the defect's box in the image's pixels, its area there, and the share of runs.
+    """
+    masks, counts = results.masks, dict[Region, int]()
+    runs = list(results.of(arm).values())
+    for run in runs:
+        for region in missed_defects(results.maps(run), masks, results.figures[run]["threshold"]):
+            counts[region] = counts.get(region, 0) + 1
+    lines = []
+    for region, count in sorted(counts.items()):
+        if 2 * count > len(runs):
+            view = results.tested[region.part]
+            left, top, right, bottom = view.box
+            scale = np.array([right - left, bottom - top]) / len(view.image)
+            box = (np.array(region.box).reshape(2, 2) * scale + (left, top)).round().astype(int).ravel().tolist()
+            area = round(float(region.area * scale.prod()))
+            lines.append({"image": view.source, "box": box, "area": area, "missed_by": count / len(runs)})
+    with atomic_write(file) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return len(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>DefectFill: does it help? {title}</title>
+<style>body {{ font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto }} tr {{ border-bottom: 1px solid #ccc }}
+td, th {{ padding: .2em .6em; text-align: left }} img {{ max-width: 100% }}</style>
+<h1>{title}</h1>
+{body}
+"""
+
+
+def read_results(folder: Path, runs: Sequence[Run], tested: Sequence[View]) -> dict[str, Results]:
+    """The results of each setting, whose runs lie in a folder."""
+
+    def maps(run: Run) -> np.ndarray:
+        return load_file(folder / f"{run.name}.safetensors")["maps"].astype(np.float32)
+
+    found: dict[str, Results] = {}
+    for run in runs:
+        results = found.setdefault(run.setting, Results(tested, {}, maps))
+        results.figures[run] = read_json(run.file(folder))
+    return found
+
+
+def write_report(
+    output_dir: Path, title: str, runs: Sequence[Run], tested: Sequence[View], notes: Sequence[str], resamples=2000
+) -> str:
+    """Writes report.json, report.md, report.html and misses.jsonl; returns the verdicts as text.
+
+    Args:
+        runs: whose files are in `output_dir / "detect"`.
+        tested: the views that they were tested on.
+        notes: what a reader must know.
+    """
+    by_setting = read_results(output_dir / "detect", runs, tested)
+    groups = len({view.group for view in tested})
+    defects = sum(view.mask.any() for view in tested)
+    about = [f"{defects} test views with defects and {len(tested) - defects} good ones, of {groups} parts.", *notes]
+    parts: list[tuple[str, Table | Image.Image | None]] = []
+    record: dict = {"title": title, "notes": about, "settings": {}}
+    verdicts = []
+    for setting, results in by_setting.items():
+        generated = [arm for arm in results.arms if arm not in CONTROLS]
+        controls = [arm for arm in results.arms if arm in CONTROLS]
+        comparisons = {
+            (arm, control, key): compare(results, arm, control, key, resamples)
+            for arm in generated
+            for control in controls
+            for key in COMPARED
+        }
+        parts += [
+            (f"Figures, {setting}", figure_table(results)),
+            (f"Verdicts, {setting}", comparison_table(comparisons)),
+        ]
+        record["settings"][setting] = {
+            "figures": {arm: {key: results.values(arm, key) for key in FIGURES} for arm in results.arms},
+            "comparisons": [dict(zip(("arm", "control", "figure"), key)) | c for key, c in comparisons.items()],
+        }
+        verdicts += [
+            f"{setting}: {arm} against {control}, {FIGURES[key][0]}: {c['verdict']} "
+            f"({c['difference']:+.3f}, 95 % from {c['low']:+.3f} to {c['high']:+.3f})"
+            for (arm, control, key), c in comparisons.items()
+        ]
+        for arm in ("real repeated", *generated[:1]):
+            if run := results.of(arm).get((0, 0)):
+                maps, threshold = results.maps(run), results.figures[run]["threshold"]
+                missed = missed_defects(maps, results.masks, threshold)
+                found = false_finds(maps, results.masks, threshold)
+                parts.append((f"Missed by {arm}, {setting}: {len(missed)}", sheet(tested, missed)))
+                parts.append((f"False finds of {arm}, {setting}: {len(found)}", sheet(tested, found)))
+        if generated:
+            record["settings"][setting]["misses"] = write_misses(
+                output_dir / f"misses-{setting}.jsonl", results, generated[0]
+            )
+    parts += [(f"Curves: {FIGURES[key][0]}", curves(by_setting, key)) for key in COMPARED]
+    write_json(output_dir / "report.json", record)
+    with atomic_write(output_dir / "report.md") as temporary:
+        temporary.write_text("".join(as_markdown(title, about, parts)))
+    with atomic_write(output_dir / "report.html") as temporary:
+        temporary.write_text(PAGE.format(title=html.escape(title), body="\n".join(as_html(about, parts))))
+    return "\n".join(verdicts)
+
+
+def as_markdown(title: str, about: Sequence[str], parts: Sequence[tuple]) -> Iterator[str]:
+    """The tables; pictures are in the page alone."""
+    yield f"# {markdown_text(one_line(title))}\n\n" + "".join(f"- {markdown_text(one_line(n))}\n" for n in about)
+    for head, content in parts:
+        if isinstance(content, list):
+            yield f"\n## {markdown_text(head)}\n\n{markdown_table(content)}"
+
+
+def as_html(about: Sequence[str], parts: Sequence[tuple]) -> Iterator[str]:
+    yield "<ul>" + "".join(f"<li>{html.escape(note)}" for note in about) + "</ul>"
+    for head, content in parts:
+        if content is not None:
+            yield f"<h2>{html.escape(head)}</h2>" + (
+                html_table(content) if isinstance(content, list) else embedded(content)
+            )

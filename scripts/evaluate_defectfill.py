@@ -1,0 +1,503 @@
+"""Measure whether generated images help a detector, against the controls that they have to beat.
+
+    python scripts/evaluate_defectfill.py detect --data_dir nut --bank defectfill=generated --output_dir evaluation
+    python scripts/evaluate_defectfill.py quality --data_dir nut --bank defectfill=generated --output_dir evaluation \\
+        --feature_net squeezenet1_0.safetensors
+    python scripts/evaluate_defectfill.py run --data_dir nut --output_dir evaluation \\
+        --pretrained_model_name_or_path scripts/tiny_base       # trains, generates, then all of the above
+
+`detect` trains a segmenter, and a classifier where there are several types, in each arm: on the real defects alone,
+the same repeated, strongly augmented, copied and pasted, and with generated images of each bank. All arms have the
+same number of steps, the same schedule and the same seeds, and nothing is chosen on the test parts. `quality` compares
+generated images with real ones. Both first look for test images and test masks among what is learnt, by content.
+Everything is kept, so that the same command goes on after a kill; report.md, report.html and report.json are written
+last.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import defectfill.quiet  # noqa: F401
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from safetensors.numpy import save_file
+from tqdm.auto import tqdm
+
+from defectfill.evaluation.arms import Backgrounds, Pool, bank_pool, control_pools, paste_views
+from defectfill.evaluation.detectors import (
+    Recipe,
+    can_load_pretrained,
+    classify,
+    main_types,
+    score_maps,
+    train_classifier,
+    train_segmenter,
+)
+from defectfill.evaluation.figures import class_figures, part_figures, pixel_figures
+from defectfill.evaluation.report import Run, write_report
+from defectfill.evaluation.views import (
+    RealViews,
+    View,
+    Viewing,
+    bank_images,
+    bank_views,
+    find_leaks,
+    real_views,
+)
+from defectfill.runs import checkpoint as checkpoints
+from defectfill.runs.files import atomic_write, exclusive_lock, write_json
+from defectfill_dataset import (
+    InputError,
+    Problem,
+    RunError,
+    defect_types,
+    derive_seed,
+    load_defect_pairs,
+    load_image,
+    select_defects,
+    single_types,
+    split_names,
+)
+from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, say
+from defectfill_dataset.text import Schema, read_json
+
+
+SYNTHETIC_ALONE = "alone"
+K = "{k}"  # in the folder of a bank: the number of reference images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One point of the curves.
+
+    Args:
+        references: reference images of each type; None for all.
+        number: generated images; None for all of the bank.
+    """
+
+    references: int | None
+    number: int | None
+
+    @property
+    def name(self) -> str:
+        return f"k{self.references or 'all'}-n{self.number or 'all'}"
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """The real images, and all that the arms are made of."""
+
+    args: argparse.Namespace
+    data: DatasetDict
+    viewing: Viewing
+    views: RealViews
+
+    def references(self, setting: Setting) -> list[View]:
+        """The training views of the setting's reference images."""
+        names = reference_names(self.data, self.viewing.defects, setting.references, self.args.seed)
+        return [view for view in self.views.train if view.source in names]
+
+    def pools(self, setting: Setting) -> Iterator[tuple[str, int, Callable[[], Pool]]]:
+        """(arm, bank, what makes its pool) of every arm."""
+        references, good = self.references(setting), self.views.train_good
+        banks = {
+            name: [self.bank(folder, setting) for folder in bank_folders(folders, setting)]
+            for name, folders in self.args.bank.items()
+        }
+        (first, *_), seed = banks.values(), self.args.seed
+        backgrounds = Backgrounds(self.data["good"], self.views.good_rows[0], self.viewing)
+        folder = bank_folders(next(iter(self.args.bank.values())), setting)[0]
+        images = {name: np.asarray(image) for name, image, _ in bank_images(folder, self.viewing.defects)}
+        pasted = paste_views([(view, images[view.source]) for view in first[0]], references, backgrounds, seed)
+        for arm, make in control_pools(references, good, pasted, len(first[0])).items():
+            if arm != "copy-paste" or pasted:
+                yield arm, 0, make
+        for name, folders in banks.items():
+            for bank, generated in enumerate(folders):
+                yield name, bank, lambda g=generated: bank_pool(references, good, g, self.args.real_share)
+                if self.args.synthetic_alone:
+                    yield f"{name}, {SYNTHETIC_ALONE}", bank, lambda g=generated: bank_pool([], good, g)
+
+    def bank(self, folder: Path, setting: Setting) -> list[View]:
+        """The views of the first so many of its images."""
+        views = bank_views(folder, self.viewing, self.args.seed)
+        names = list(dict.fromkeys(view.source for view in views))[: setting.number]
+        return [view for view in views if view.source in names]
+
+    def digest(self, setting: Setting) -> str:
+        """sha256 of all that the detectors learn from and are tested on."""
+        digest = hashlib.sha256()
+        views = self.views
+        banks = [
+            self.bank(folder, setting)
+            for folders in self.args.bank.values()
+            for folder in bank_folders(folders, setting)
+        ]
+        for part in (self.references(setting), views.train_good, views.test, views.test_good, *banks):
+            for view in part:
+                digest.update(view.image.tobytes() + view.labels.tobytes())
+        return digest.hexdigest()
+
+
+def bank_folders(folders: Sequence[str], setting: Setting) -> list[Path]:
+    """A bank's folders; where its name holds {k}, those of the setting's number of references."""
+    return [Path(folder.replace(K, str(setting.references or "all"))) for folder in folders]
+
+
+def reference_names(data: DatasetDict, defects: Sequence[str], number: int | None, seed: int) -> set[str]:
+    """So many training images of each type, or all; fewer are always among more."""
+    rows = [(name, d) for name, d in zip(data["train"]["source_file"], data["train"]["defect"]) if d in defects]
+    if number is None:
+        return {name for name, _ in rows}
+    chosen: set[str] = set()
+    for defect in defects:
+        names = sorted({name for name, d in rows if d == defect})
+        order = np.random.default_rng(derive_seed(seed, "references", defect)).permutation(len(names))
+        have = len(chosen.intersection(names))
+        free = [names[i] for i in order if names[i] not in chosen]
+        chosen.update(free[: max(number - have, 0)])
+    return chosen
+
+
+def settings_of(args: argparse.Namespace) -> list[Setting]:
+    """Every number of references with all generated images, and every number of images with the most references."""
+    ks = args.references or [None]
+    found = [Setting(k, None) for k in ks] + [Setting(ks[-1], n) for n in args.numbers]
+    return list(dict.fromkeys(found))
+
+
+def prepare(args: argparse.Namespace) -> Evaluation:
+    """Reads the data.
+
+    Raises:
+        InputError: data that cannot be used, or fewer references than asked for (DF352).
+    """
+    data = load_defect_pairs(
+        args.data_dir, args.object, args.split, None, args.layout, args.mask_classes, args.skip_problems
+    )
+    defects = tuple(sorted(args.defect or single_types(defect_types(data))))
+    select_defects(data, defects)
+    group = re.compile(args.group) if args.group else None
+    viewing = Viewing(args.resolution, args.window, group, defects)
+    views = real_views(data, viewing, args.views_per_good, args.seed)
+    for defect in defects:
+        have = len({n for n, d in zip(data["train"]["source_file"], data["train"]["defect"]) if d == defect})
+        if max(args.references or [1]) > have:
+            what = f"only {have} training images show {defect}"
+            raise InputError(Problem("DF352", f"--references {max(args.references)}", what, "give fewer"))
+    return Evaluation(args, data, viewing, views)
+
+
+def check_leaks(evaluation: Evaluation) -> list[str]:
+    """What of the test side is learnt; the protocol `paper` allows the masks.
+
+    Raises:
+        InputError: anything else (DF353).
+    """
+    args = evaluation.args
+    banks = {
+        str(folder): folder
+        for folders in args.bank.values()
+        for setting in settings_of(args)
+        for folder in bank_folders(folders, setting)
+    }
+    leaks = find_leaks(evaluation.data, evaluation.viewing, evaluation.views.good_rows[1], banks)
+    allowed = [leak for leak in leaks if args.protocol == "paper" and leak.what.startswith("masks")]
+    refused = [leak for leak in leaks if leak not in allowed]
+    if refused:
+        fix = "leave them out: figures on what was learnt are worth nothing"
+        raise InputError(
+            *(Problem("DF353", leak.what, f"{leak.number}, such as {leak.example}", fix) for leak in refused)
+        )
+    return [f"{leak.what}: {leak.number}" for leak in allowed]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# detect
+
+
+def detect(args: argparse.Namespace) -> None:
+    evaluation = prepare(args)
+    notes = check_leaks(evaluation)
+    recipe = Recipe(args.steps, args.batch_size, args.learning_rate, args.encoder, args.classifier, args.pretrained,
+                    torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # fmt: skip
+    if recipe.pretrained and not can_load_pretrained(recipe):
+        recipe = recipe._replace(pretrained=False)
+    folder = args.output_dir / "detect"
+    options = {"recipe": [str(x) for x in recipe], "protocol": args.protocol}
+    options |= {"data": {setting.name: evaluation.digest(setting) for setting in settings_of(args)}}
+    check_options(folder, options | {"arms": {name: len(folders) for name, folders in args.bank.items()}})
+    jobs = [
+        (setting, arm, bank, make, seed)
+        for setting in settings_of(args)
+        for arm, bank, make in evaluation.pools(setting)
+        for seed in range(args.seeds)
+    ]
+    jobs.sort(key=lambda job: job[4])  # all arms with one seed, before the next
+    for setting, arm, bank, make, seed in tqdm(jobs, desc="Detectors", mininterval=5):
+        run = Run(setting.name, arm, bank, seed)
+        if not run.file(folder).exists():
+            train_and_test(run, make(), evaluation, recipe, folder)
+    views = evaluation.views
+    notes += [f"{views.left_out} test images were left out: defects of other types lie too near"] * bool(
+        views.left_out
+    )
+    notes += ["the detectors start from random weights"] * (not recipe.pretrained)
+    title = f"{args.object or args.data_dir.name}: {', '.join(evaluation.viewing.defects)}"
+    runs = [Run(setting.name, arm, bank, seed) for setting, arm, bank, _, seed in jobs]
+    say(write_report(args.output_dir, title, runs, [*views.test, *views.test_good], notes))
+
+
+def check_options(folder: Path, options: dict) -> None:
+    """Keeps what decides the results; raises InputError (DF320) if the folder has results of something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (file := folder / "options.json").exists():
+        checkpoints.check_identity(read_json(file, Schema, "DF310"), options)
+    write_json(file, options)
+
+
+def train_and_test(run: Run, pool: Pool, evaluation: Evaluation, recipe: Recipe, folder: Path) -> None:
+    """Trains the arm's detectors and writes their scores and figures."""
+    tested = [*evaluation.views.test, *evaluation.views.test_good]
+    images, masks = np.stack([view.image for view in tested]), np.stack([view.mask for view in tested])
+    seed = derive_seed(evaluation.args.seed, "detector", run.seed)  # the same for all arms
+    maps = score_maps(train_segmenter(pool, recipe, seed), images, recipe).astype(np.float16)
+    figures = pixel_figures(maps.astype(np.float32), masks) | part_figures(maps.astype(np.float32), masks)
+    if len(defects := evaluation.viewing.defects) > 1:
+        classes = classify(train_classifier(pool, len(defects), recipe, seed), images, recipe)
+        true = main_types(torch.from_numpy(np.stack([view.labels for view in tested]))).numpy()
+        figures |= class_figures(classes, true)
+    run.file(folder).parent.mkdir(exist_ok=True)
+    with atomic_write(folder / f"{run.name}.safetensors") as temporary:
+        save_file({"maps": maps}, temporary)
+    write_json(run.file(folder), figures)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains and generates what is missing, then `quality`, if a network for it is given, and `detect`."""
+    evaluation = prepare(args)
+    work = args.output_dir / "work"
+    with exclusive_lock(work):
+        options = {"train_args": args.train_args, "generate_args": args.generate_args}
+        options |= {"filter_args": args.filter_args, "base": args.pretrained_model_name_or_path}
+        check_options(work, options | {"images": args.num_images, "defects": list(evaluation.viewing.defects)})
+        write_good(evaluation, work / "good")
+        for k in args.references or [None]:
+            for bank in range(args.banks):
+                make_bank(evaluation, work / f"k{k or 'all'}", k, bank)
+    banks = range(args.banks)
+    args.bank = {"defectfill": [f"{work}/k{K}/defectfill-{bank}" for bank in banks]}
+    args.bank |= {arm: [f"{work}/k{K}/{arm.replace(' ', '-')}-0"] for arm in ablations(args)}
+    if args.feature_net:
+        pass
+    detect(args)
+
+
+def ablations(args: argparse.Namespace) -> dict[str, str]:
+    """Banks made without a part of the method, and the arguments that leave it out."""
+    found = {"selection off": f"{args.generate_args} {args.filter_args} --selection none --num_candidates 1"}
+    return found | ({"filters off": args.generate_args} if args.filter_args else {})
+
+
+def write_good(evaluation: Evaluation, folder: Path) -> None:
+    """The good images of the training side, as files to generate into."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in evaluation.views.good_rows[0]:
+        if not (file := folder / f"{i:05d}.png").exists():
+            with atomic_write(file) as temporary:
+                load_image(evaluation.data["good"][i]["image"]).save(temporary, format="PNG")
+
+
+def make_bank(evaluation: Evaluation, folder: Path, k: int | None, bank: int) -> None:
+    """A LoRA of `k` references and its images; of the first bank also those of the `ablations`."""
+    args, data, defects = evaluation.args, evaluation.data, evaluation.viewing.defects
+    folder.mkdir(parents=True, exist_ok=True)
+    train = reference_names(data, defects, k, args.seed)
+    names = split_names(data)
+    unused = sorted({*names["train"]} - train)
+    write_json(folder / "split.json", {"train": sorted(train), "test": names["test"], "skipped": unused})
+    source = ["--split", folder / "split.json", "--layout", args.layout, "--defect", *defects]
+    source += ["--object", args.object] if args.object else []
+    source += ["--mask_classes", *args.mask_classes] if args.mask_classes else []
+    source += ["--skip_problems"] if args.skip_problems else []
+    lora = folder / f"lora-{bank}"
+    start([
+        "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no",
+        "--dynamo_backend", "no", "-m", "train_defectfill", "--train_data_dir", args.data_dir, *source,
+        "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, "--output_dir", lora, "--seed", bank,
+        "--resume_from_checkpoint", "latest", *shlex.split(args.train_args),
+    ], lora / "pytorch_lora_weights.safetensors")  # fmt: skip
+    whole = f"{args.generate_args} {args.filter_args}"
+    for arm, arguments in {"defectfill": whole, **({} if bank else ablations(args))}.items():
+        out = folder / f"{arm.replace(' ', '-')}-{bank}"
+        start([
+            "generate_defectfill", "--lora", lora, "--image", args.output_dir / "work/good", "--mask_source",
+            "references", "--reference_data", args.data_dir, *source, "--num_images", args.num_images,
+            "--seed", bank, "--output_dir", out, *shlex.split(arguments),
+        ], out / "summary.html")  # fmt: skip
+
+
+def start(command: Sequence[object], result: Path) -> None:
+    """Runs a module of ours, unless its result is there.
+
+    Raises:
+        RunError: it failed.
+    """
+    if not result.exists():
+        words = [sys.executable, "-m", *(str(word) for word in command)]
+        say(shlex.join(words))
+        if code := subprocess.run(words).returncode:
+            raise RunError(f"{shlex.join(words)} ended with exit code {code}. Run the same command again to go on.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def bank_argument(text: str) -> tuple[str, list[str]]:
+    name, equal, folders = text.partition("=")
+    if not (name and equal and folders):
+        raise argparse.ArgumentTypeError(f"'{text}' must be NAME=FOLDER or NAME=FOLDER,FOLDER")
+    return name, folders.split(",")
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, what in (
+        ("detect", "train detectors in every arm, and compare them"),
+        ("quality", "compare generated images with real ones"),
+        ("run", "train LoRAs, generate banks, then quality and detect"),
+    ):
+        command = commands.add_parser(name, help=what, description=what)
+        add_data_flags(command.add_argument)
+        if name == "run":
+            add_run_flags(command.add_argument)
+        else:
+            command.add_argument("--bank", type=bank_argument, action="append", required=True, metavar="NAME=FOLDER",
+                                 help="Generated images of an arm, several banks with commas between; a folder of "
+                                 "generate_defectfill.py or any dataset. {k} stands for the number of references. "
+                                 "May be given several times; copy-paste takes the places of the first.")  # fmt: skip
+        if name != "quality":
+            add_detector_flags(command.add_argument)
+        command.add_argument("--feature_net", type=Path, metavar="FILE", required=name == "quality",
+                             help="SqueezeNet 1.0 in a safetensors file, for the image quality.")  # fmt: skip
+    args = parser.parse_args(input_args)
+    if args.command != "run":
+        args.bank = dict(args.bank)
+    return args
+
+
+def add_data_flags(add: Callable) -> None:
+    add("--data_dir", type=Path, required=True, metavar="DIR", help="Real images, in any layout that training reads.")
+    add("--output_dir", type=Path, required=True, metavar="DIR")
+    add("--object", metavar="NAME", help="Object in --data_dir, if it holds several.")
+    add("--defect", nargs="+", metavar="NAME", help="Defect types. Default: all.")
+    add(
+        "--split",
+        default="auto",
+        metavar="RULE|FILE",
+        help="Which defects are learnt from; the others test: auto, first_third, or a split.json.",
+    )
+    add_reading_flags(add, "--data_dir")
+    add("--group", metavar="REGEX",
+        help="What in an image's name tells its part or board, which is never on both sides: the first group, or the "
+        "whole match. Default: each image is a part.")  # fmt: skip
+    add(
+        "--window",
+        type=int,
+        metavar="PX",
+        help="Look at squares of this side, so that small defects are visible. Default: at whole images.",
+    )
+    add("--resolution", type=int, default=128, metavar="PX", help="Side of what the detectors see.")
+    add("--views_per_good", type=int, default=1, metavar="N", help="Windows of each good image.")
+    add(
+        "--protocol",
+        choices=["clean", "paper"],
+        default="clean",
+        help="clean: no mask of a generated image may be a test mask. paper: they may, and the report says so.",
+    )
+    add(
+        "--references",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="Reference images of each type; several make a curve. Default: all.",
+    )
+    add(
+        "--numbers",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="Generated images; several make a curve. All of them are always measured.",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="Everything random follows from it.")
+
+
+def add_detector_flags(add: Callable) -> None:
+    add("--seeds", type=int, default=5, metavar="N", help="Detectors of each arm and bank.")
+    add("--steps", type=int, default=300, metavar="N", help="Training steps of each.")
+    add("--batch_size", type=int, default=8, metavar="N")
+    add("--learning_rate", type=float, default=1e-3, metavar="X")
+    add(
+        "--encoder",
+        default="tu-mobilenetv3_small_050",
+        metavar="NAME",
+        help="Encoder of the segmenter, of segmentation_models_pytorch.",
+    )
+    add("--classifier", default="mobilenetv3_small_050", metavar="NAME", help="Classifier of types, of timm.")
+    add("--pretrained", action="store_true", help="Start both from ImageNet's weights, if they can be had.")
+    add(
+        "--real_share",
+        type=float,
+        metavar="X",
+        help="Share of real defects among the defects drawn, with generated ones. Default: as there are.",
+    )
+    add("--synthetic_alone", action="store_true", help="Arms with generated defects and no real ones, too.")
+
+
+def add_run_flags(add: Callable) -> None:
+    add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID", help="Base inpainting model.")
+    add("--num_images", type=int, default=100, metavar="N", help="Images of each defect type in a bank.")
+    add("--banks", type=int, default=2, metavar="N", help="Banks, each of a LoRA and images of other seeds.")
+    add("--train_args", default="", metavar="FLAGS", help="Further flags of train_defectfill.py, in quotes.")
+    add("--generate_args", default="", metavar="FLAGS", help="Further flags of generate_defectfill.py, in quotes.")
+    add(
+        "--filter_args",
+        default="--min_change 2 --max_deviation 2",
+        metavar="FLAGS",
+        help="The quality filters, which one bank does without.",
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(args.output_dir):
+        {"detect": detect, "run": run}[args.command](args)
+
+
+def command() -> None:
+    exit_on_input_error(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    command()

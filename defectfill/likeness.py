@@ -46,7 +46,7 @@ def vae_features(vae: AutoencoderKL) -> FeatureNet:
 SQUEEZENET_LEVELS = (1, 5, 10, 12)
 
 
-def read_squeezenet(file: Path) -> torch.nn.Sequential:
+def read_squeezenet(file: Path, flag: str = "--likeness_net") -> torch.nn.Sequential:
     """The layers of a SqueezeNet 1.0, in fp32, from a safetensors file with torchvision's names.
 
     Raises:
@@ -54,22 +54,39 @@ def read_squeezenet(file: Path) -> torch.nn.Sequential:
     """
     from torchvision.models import squeezenet1_0  # not at the top: training does without it
 
-    model = squeezenet1_0(weights=None)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return read_weights(squeezenet1_0(weights=None), "squeezenet1_0", file, flag).features.eval().requires_grad_(False)
+
+
+def read_weights(model: torch.nn.Module, name: str, file: Path, flag: str) -> torch.nn.Module:
+    """One of torchvision's models with the weights of a safetensors file, which has torchvision's names.
+
+    The counters of batch norm may be absent, as in torchvision's older files.
+
+    Args:
+        name: torchvision's name of the model, for the message.
+        flag: the option that names the file, for the message.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else (DF347).
+    """
+
+    def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+        counted = "num_batches_tracked"
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.endswith(counted)}
+
+    shapes = shapes_of(model.state_dict())
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            Problem("DF347", f"--likeness_net {file}", f"not a whole safetensors file: {error}")
-        ) from error
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        raise InputError(Problem("DF347", f"{flag} {file}", f"not a whole safetensors file: {error}")) from error
+    found = shapes_of(tensors)
+    wrong = sorted(tensor for tensor in shapes.keys() | found.keys() if shapes.get(tensor) != found.get(tensor))
     if wrong:
-        name = wrong[0]
-        what = f"{len(wrong)} tensors are not SqueezeNet 1.0's: {name} is {found.get(name)}, not {shapes.get(name)}"
-        raise InputError(Problem("DF347", f"--likeness_net {file}", what, "give torchvision's squeezenet1_0"))
-    model.load_state_dict(tensors)
-    return model.features.eval().requires_grad_(False)
+        first = wrong[0]
+        what = f"{len(wrong)} tensors are not those of {name}: {first} is {found.get(first)}, not {shapes.get(first)}"
+        raise InputError(Problem("DF347", f"{flag} {file}", what, f"give torchvision's {name}"))
+    model.load_state_dict({tensor: tensors[tensor] for tensor in shapes}, strict=False)
+    return model
 
 
 def squeezenet_features(layers: torch.nn.Sequential, device: torch.device) -> FeatureNet:

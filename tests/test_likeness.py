@@ -7,22 +7,14 @@ import pytest
 import torch
 from drawn import write_image, write_mask
 from folders import make_mvtec
+from networks import make_squeezenet
 from runs import FAST, content, generate, read_lines
-from safetensors.torch import save_file
-from torchvision.models import squeezenet1_0
 from toy_model import RESOLUTION, toy_pipeline
 
 import generate_defectfill as g
 from defectfill import likeness
 from defectfill.selection import Measures, choose_candidate
 from defectfill_dataset import CropRule, InputError, image_tensor, load_defect_pairs, make_crops, pool_mask
-
-
-def make_squeezenet(path, **changes):
-    torch.manual_seed(0)
-    tensors = {name: tensor.half() for name, tensor in squeezenet1_0(weights=None).state_dict().items()} | changes
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
-    return path
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ ARROWS = {name: imports(name) for name in MODULES}
 
 def floor(name: str) -> int:
     """0 for the data, 1 for the method, 2 for what carries a run, 3 for the commands."""
-    if name.startswith("defectfill.runs"):
+    if name.startswith(("defectfill.runs", "defectfill.evaluation")):
         return 2
     return {"defectfill_dataset": 0, "defectfill": 1}.get(name.partition(".")[0], 3)
 

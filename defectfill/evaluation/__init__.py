@@ -1,1 +1,1 @@
-"""Whether generated images help a detector, and how near they are to real ones."""
+"""What generated images are worth: figures of detectors, and the quality of the images."""

@@ -29,6 +29,7 @@ import defectfill.quiet  # noqa: F401
 import numpy as np
 import torch
 from datasets import DatasetDict
+from PIL import Image
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
@@ -43,7 +44,8 @@ from defectfill.evaluation.detectors import (
     train_segmenter,
 )
 from defectfill.evaluation.figures import class_figures, part_figures, pixel_figures
-from defectfill.evaluation.report import Run, write_report
+from defectfill.evaluation.quality import NETWORKS, Features, defect_crop, kid, nearest, quality_figures
+from defectfill.evaluation.report import Run, markdown_table, write_report
 from defectfill.evaluation.views import (
     RealViews,
     View,
@@ -55,12 +57,14 @@ from defectfill.evaluation.views import (
 )
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
+from defectfill.runs.manifest import ManifestLine, read_lines
 from defectfill_dataset import (
     InputError,
     Problem,
     RunError,
     defect_types,
     derive_seed,
+    image_tensor,
     load_defect_pairs,
     load_image,
     select_defects,
@@ -287,6 +291,97 @@ def train_and_test(run: Run, pool: Pool, evaluation: Evaluation, recipe: Recipe,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# quality
+
+
+def quality(args: argparse.Namespace) -> None:
+    """Compares each bank with the real images, whole views and crops around the defects."""
+    evaluation = prepare(args)
+    notes = check_leaks(evaluation)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    features = Features(args.network, args.feature_net, device, "--feature_net")
+    record: dict = {"notes": notes, "banks": {}}
+    for setting in settings_of(args):
+        references = Defects.of(evaluation.references(setting), features)
+        held_out = Defects.of(evaluation.views.test, features)
+        for name, folders in args.bank.items():
+            for bank, folder in enumerate(bank_folders(folders, setting)):
+                generated = Defects.of(evaluation.bank(folder, setting), features)
+                key = f"{setting.name}, {name}, bank {bank}"
+                record["banks"][key], best = compare_images(features, references, held_out, generated, folder, args)
+                sheet = sorted_sheet(generated.views, best)
+                sheet.save(args.output_dir / f"quality-{setting.name}-{name.replace(' ', '-')}-{bank}.png")
+    write_json(args.output_dir / "quality.json", record)
+    say(*write_quality(args.output_dir / "quality.md", record).splitlines())
+
+
+@dataclasses.dataclass
+class Defects:
+    """Views with defects, whole and cropped, as tensors in [-1, 1], and what a network sees inside the masks."""
+
+    views: list[View]
+    whole: torch.Tensor  # (N, 3, R, R)
+    local: torch.Tensor  # (N, 3, R, R)
+    described: torch.Tensor  # (N, F)
+
+    @classmethod
+    def of(cls, views: list[View], features: Features) -> "Defects":
+        side = len(views[0].image)
+        pictures = [Image.fromarray(view.image) for view in views]
+        crops = [defect_crop(picture, view.mask, side) for picture, view in zip(pictures, views)]
+        local, masks = (torch.stack(x) for x in zip(*crops))
+        whole = torch.stack([image_tensor(picture, side) for picture in pictures])
+        return cls(views, whole, local, features.of_defects(local, masks))
+
+
+def compare_images(
+    features: Features, references: Defects, held_out: Defects, generated: Defects, folder: Path, args
+) -> tuple[dict, torch.Tensor]:
+    """A bank's figures, and the (N,) distance of each generated defect to the nearest held-out one."""
+    sizes = dict(subset_size=args.kid_subset_size, subsets=args.kid_subsets, seed=args.seed)
+    figures: dict = {
+        kind: quality_figures(features, *(getattr(x, kind) for x in (references, held_out, generated)), **sizes)
+        for kind in ("whole", "local")
+    }
+    figures["references"] = kid(features.pooled(held_out.local), features.pooled(references.local), **sizes)[0]
+    to_references, _ = nearest(generated.described, references.described)
+    to_held_out, _ = nearest(generated.described, held_out.described)
+    real, _ = nearest(held_out.described, references.described)
+    figures["to the nearest reference"] = to_references.mean().item()
+    figures["to the nearest held-out defect"] = to_held_out.mean().item()
+    figures["held-out defects to the nearest reference"] = real.mean().item()
+    closest = to_references < real.min()
+    figures["nearer to a reference than any held-out defect is"] = closest.float().mean().item()
+    manifest = read_lines(folder / "manifest.jsonl", ManifestLine)
+    steps = [line["seam_step"] for line in manifest if line.get("seam_step") is not None]
+    figures["seam step, grey levels"] = float(np.mean(steps)) if steps else None
+    return figures, to_held_out
+
+
+def sorted_sheet(views: Sequence[View], distances: torch.Tensor) -> Image.Image:
+    """Three rows: the nearest to a held-out defect, the middle ones, the furthest."""
+    order, columns = distances.argsort().tolist(), min(8, len(views))
+    middle = (len(order) - columns) // 2
+    rows = [order[:columns], order[middle : middle + columns], order[-columns:]]
+    return Image.fromarray(np.concatenate([np.concatenate([views[i].image for i in row], axis=1) for row in rows]))
+
+
+def write_quality(file: Path, record: dict) -> str:
+    """Markdown, a row for each bank."""
+    rows = [["bank", "KID", "local KID", "KID of the references", "IC-LPIPS", "local IC-LPIPS", "to a reference",
+             "to a held-out defect", "held-out to a reference", "memorized", "seam"]]  # fmt: skip
+    for key, bank in record["banks"].items():
+        names = [bank["whole"]["kid"], bank["local"]["kid"], bank["references"], bank["whole"]["ic_lpips"],
+                 bank["local"]["ic_lpips"], *list(bank.values())[3:]]  # fmt: skip
+        rows.append([key, *("none" if x is None else f"{x:.3f}" for x in names)])
+    one = next(iter(record["banks"].values()))["whole"]
+    text = f"Features of {one['network']}; KID on {one['kid_subsets']} subsets of {one['kid_subset_size']}.\n\n"
+    text += markdown_table(rows)
+    file.write_text(text)
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # run
 
 
@@ -306,7 +401,7 @@ def run(args: argparse.Namespace) -> None:
     args.bank = {"defectfill": [f"{work}/k{K}/defectfill-{bank}" for bank in banks]}
     args.bank |= {arm: [f"{work}/k{K}/{arm.replace(' ', '-')}-0"] for arm in ablations(args)}
     if args.feature_net:
-        pass
+        quality(args)
     detect(args)
 
 
@@ -397,8 +492,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
                                  "May be given several times; copy-paste takes the places of the first.")  # fmt: skip
         if name != "quality":
             add_detector_flags(command.add_argument)
-        command.add_argument("--feature_net", type=Path, metavar="FILE", required=name == "quality",
-                             help="SqueezeNet 1.0 in a safetensors file, for the image quality.")  # fmt: skip
+        if name != "detect":
+            add_quality_flags(command.add_argument, required=name == "quality")
     args = parser.parse_args(input_args)
     if args.command != "run":
         args.bank = dict(args.bank)
@@ -475,6 +570,16 @@ def add_detector_flags(add: Callable) -> None:
     add("--synthetic_alone", action="store_true", help="Arms with generated defects and no real ones, too.")
 
 
+def add_quality_flags(add: Callable, required: bool) -> None:
+    add(
+        "--feature_net", type=Path, metavar="FILE", required=required,
+        help="Weights of --network with torchvision's names, as safetensors. run leaves quality out without it.",
+    )  # fmt: skip
+    add("--network", choices=[*NETWORKS], default="squeezenet", help="Network of the features.")
+    add("--kid_subset_size", type=int, default=50, metavar="N", help="Images in a subset of KID.")
+    add("--kid_subsets", type=int, default=100, metavar="N")
+
+
 def add_run_flags(add: Callable) -> None:
     add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID", help="Base inpainting model.")
     add("--num_images", type=int, default=100, metavar="N", help="Images of each defect type in a bank.")
@@ -492,7 +597,7 @@ def add_run_flags(add: Callable) -> None:
 def main(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(args.output_dir):
-        {"detect": detect, "run": run}[args.command](args)
+        {"detect": detect, "quality": quality, "run": run}[args.command](args)
 
 
 def command() -> None:

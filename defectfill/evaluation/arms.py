@@ -190,7 +190,7 @@ def control_pools(
 
 
 def bank_pool(
-    references: Sequence[View], good: Sequence[View], generated: Sequence[View], share: float | None
+    references: Sequence[View], good: Sequence[View], generated: Sequence[View], share: float | None = None
 ) -> Pool:
     """The references, generated views and good ones; `share` is that of the references among the defects drawn."""
     views = [*references, *generated, *good]

@@ -76,6 +76,7 @@ class Features:
 
     def __init__(self, network: str, file: Path, device: torch.device, flag: str = "--likeness_net"):
         self.name = NETWORKS[network]
+        self.unit_length = network != "inception"  # whose KID is published as its features are
         self.net: FeatureNet
         if network == "squeezenet":
             self.net = squeezenet_features(read_squeezenet(file, flag), device)
@@ -84,8 +85,12 @@ class Features:
 
     @torch.no_grad()
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, F) on the CPU: the mean of the last level over each of the (N, 3, S, S) images."""
-        return torch.cat(in_batches(lambda x: self.net(x)[-1].mean(dim=(2, 3)).cpu(), images, IMAGES_AT_ONCE))
+        """(N, F) on the CPU: the mean of the last level over each of the (N, 3, S, S) images.
+
+        Of other networks than Inception the squares of a row are 1 on average, so that KID is of a handy size.
+        """
+        pooled = torch.cat(in_batches(lambda x: self.net(x)[-1].mean(dim=(2, 3)).cpu(), images, IMAGES_AT_ONCE))
+        return F.normalize(pooled.float(), dim=1) * pooled.shape[1] ** 0.5 if self.unit_length else pooled
 
     def of_defects(self, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """(N, F) on the CPU: what the defects of (N, 3, S, S) images look like inside their (N, 1, S, S) masks.

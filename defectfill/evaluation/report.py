@@ -5,6 +5,7 @@ import dataclasses
 import html
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -168,8 +169,12 @@ def comparison_table(comparisons: dict[tuple[str, str, str], dict]) -> Table:
     return rows
 
 
+PLAIN = re.compile(r"[\w %±+.,:-]*(\[[\d.,% +-]+\][\w :]*)?")  # what Markdown shows as it is
+
+
 def markdown_table(rows: Table) -> str:
-    lines = ["| " + " | ".join(markdown_text(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    cells = [[cell if PLAIN.fullmatch(cell) else markdown_text(cell) for cell in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
 

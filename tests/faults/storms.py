@@ -115,7 +115,7 @@ def is_killed(command: Command, out: Path, rng: random.Random | None) -> bool:
 
 
 def storm(command: Command, folder: Path, kills: int) -> dict[str, int]:
-    """Run after run, each killed and started again until it ends, to `kills` inside a write; how many, and what was lost."""
+    """Run after run, each killed and started again until it ends, up to `kills` inside a write; what was lost."""
     rng, table = random.Random(0), dict.fromkeys(["kills", "in a write", "lost", "damaged", "runs", "unequal"], 0)
     assert not is_killed(command, folder / "whole", None)
     expected = command.results(folder / "whole")

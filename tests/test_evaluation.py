@@ -1,0 +1,345 @@
+"""evaluate_defectfill.py: views, leaks, arms, and the command at toy size."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn import COLOURS
+from networks import make_squeezenet
+from PIL import Image
+from toy_model import toy_pipeline
+
+from defectfill.evaluation import detectors
+from defectfill.evaluation.arms import Backgrounds, Pool, bank_pool, control_pools, cut_pieces, paste_views, pasted
+from defectfill.evaluation.report import Run
+from defectfill.evaluation.views import View, Viewing, bank_views, find_leaks, real_views
+from defectfill_dataset import InputError, load_defect_pairs, random_mask
+from defectfill_scripts import evaluate_defectfill as evaluate
+
+
+def viewing(window=None, group=None, defects=("hole",), resolution=32) -> Viewing:
+    return Viewing(resolution, window, re.compile(group) if group else None, defects)
+
+
+def squares(*boxes, size=64) -> np.ndarray:
+    """(size, size) uint8 with (left, top, side, label) squares."""
+    labels = np.zeros((size, size), np.uint8)
+    for left, top, side, label in boxes:
+        labels[top : top + side, left : left + side] = label
+    return labels
+
+
+def noise(size=64, seed=0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def plain_view(value: int, labels: np.ndarray | None = None, side: int = 32) -> View:
+    labels = np.zeros((side, side), np.uint8) if labels is None else labels
+    return View("x", "x", (0, 0, side, side), np.full((side, side, 3), value, np.uint8), labels)
+
+
+def put(root: Path, image: str, seed: int, mask: str | None = None, defect: str = "hole", size: int = 48) -> None:
+    """A picture of noise of its own; with a blob of its own, if it has a mask."""
+    rng = np.random.default_rng(seed)
+    pixels = np.array((150, 90, 60)) + rng.integers(-15, 16, (size, size, 3))
+    for file in (root / image, *([root / mask] if mask else [])):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if mask:
+        inside = random_mask(rng, size, size)
+        pixels[inside] = COLOURS[defect]
+        Image.fromarray(inside).convert("L").save(root / mask)
+    Image.fromarray(pixels.astype(np.uint8)).save(root / image)
+
+
+def make_object(root: Path, defects=("hole",)) -> Path:
+    """Nine pictures of each type and eight good ones, in MVTec AD's layout."""
+    for i in range(9):
+        for place, defect in enumerate(defects):
+            name = f"{i:03d}"
+            put(root, f"test/{defect}/{name}.png", 100 * place + i, f"ground_truth/{defect}/{name}_mask.png", defect)
+    for i in range(8):
+        put(root, f"train/good/{i:03d}.png", 1000 + i)
+    return root
+
+
+@pytest.fixture
+def nut(tmp_path) -> Path:
+    return make_object(tmp_path / "nut")
+
+
+@pytest.fixture
+def bank(tmp_path, nut) -> Path:
+    """Images as if generated into the good ones that train, in the plain layout of images and masks."""
+    folder, data = tmp_path / "bank", load_defect_pairs(nut)
+    rows = real_views(data, viewing(), 1, 0).good_rows[0]
+    for i in range(6):
+        put(folder, f"images/hole/{i}.png", 2000 + i, f"masks/hole/{i}.png")
+        inside = np.array(Image.open(folder / f"masks/hole/{i}.png")) > 0
+        pixels = np.array(data["good"][rows[i % len(rows)]]["image"].convert("RGB"))
+        pixels[inside] = (20, 20, 20)
+        Image.fromarray(pixels).save(folder / f"images/hole/{i}.png")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views
+
+
+def test_each_defect_lies_whole_in_one_window_at_least_and_other_types_in_none():
+    labels = squares((3, 3, 5, 1), (6, 50, 4, 1), (50, 50, 6, 2))
+    others = squares((50, 3, 6, 1)) > 0
+    found = [
+        *viewing(window=24, resolution=24, defects=("hole", "stain")).defect_views("a", noise(), labels, others, 0)
+    ]
+    assert len(found) == 3 and sorted(int(view.labels.max()) for view in found) == [1, 1, 2]
+    assert {int((view.labels > 0).sum()) for view in found} == {25, 16, 36}
+    assert not any(others[view.box[1] : view.box[3], view.box[0] : view.box[2]].any() for view in found)
+    for view in found:  # what is seen is what is there
+        left, top, right, bottom = view.box
+        assert np.array_equal(view.image, np.asarray(noise())[top:bottom, left:right])
+
+
+def test_a_defect_too_near_another_type_is_in_no_window():
+    labels, others = squares((20, 20, 5, 1)), squares((26, 20, 5, 1)) > 0
+    assert [*viewing(window=32).defect_views("a", noise(), labels, others, 0)] == []
+    assert [*viewing().defect_views("a", noise(), labels, others, 0)] == []
+    assert len([*viewing().defect_views("a", noise(), labels, np.zeros_like(others), 0)]) == 1
+
+
+def test_a_thin_defect_survives_the_smaller_view():
+    labels = squares(size=64)
+    labels[10, :] = 1
+    (view,) = viewing(resolution=16).defect_views("a", noise(), labels, None, 0)
+    assert view.mask[2].all() and view.mask.sum() == 16
+
+
+def test_a_part_on_both_sides_is_refused_and_a_group_must_be_in_every_name(nut):
+    data = load_defect_pairs(nut)
+    with pytest.raises(InputError, match="DF351.*1 parts"):
+        real_views(data, viewing(group="test"), 1, 0)
+    with pytest.raises(InputError, match="DF350"):
+        real_views(data, viewing(group="board-7"), 1, 0)
+
+
+def test_good_images_go_with_their_part(nut):
+    data, view = load_defect_pairs(nut), viewing()
+    found = real_views(data, view, 2, 0)
+    assert {v.group for v in found.train} & {v.group for v in found.test} == set()
+    assert {v.group for v in found.train_good} & {v.group for v in found.test_good} == set()
+    assert len(found.train_good) + len(found.test_good) == 8  # whole images: one view each
+    by_number = viewing(group=r"(\d)\D*$")  # 000.png of hole and of good are one part
+    found = real_views(data, by_number, 1, 0)
+    assert {v.group for v in found.train + found.train_good} & {v.group for v in found.test + found.test_good} == set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaks
+
+
+def leaks(nut: Path, bank: Path) -> list[str]:
+    data = load_defect_pairs(nut)
+    return [
+        leak.what for leak in find_leaks(data, viewing(), real_views(data, viewing(), 1, 0).good_rows[1], {"b": bank})
+    ]
+
+
+def test_test_images_and_test_masks_are_found_by_content(nut, bank):
+    assert leaks(nut, bank) == []
+    data = load_defect_pairs(nut)
+    test_good = real_views(data, viewing(), 1, 0).good_rows[1][0]
+    data["good"][test_good]["image"].convert("RGB").save(bank / "images/hole/0.png")
+    assert leaks(nut, bank) == ["images of b were painted into test images"]
+    mask = max((np.array(row["mask"].convert("L")) for row in data["test"]), key=np.sum)
+    Image.fromarray(np.roll(mask, (2, 3), (0, 1))).save(bank / "masks/hole/1.png")
+    assert leaks(nut, bank)[1:] == ["masks of b are test masks"]
+    shutil.copy(nut / "test/hole/008.png", nut / "test/hole/000.png")  # a test image under a training name
+    assert leaks(nut, bank)[0] == "training images are test images"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arms
+
+
+def test_a_pool_draws_by_copies_and_moves_masks_with_their_images():
+    labels = squares((2, 3, 6, 1), size=32)
+    image = np.where(labels[..., None] > 0, 250, 10).astype(np.uint8).repeat(3, axis=2)
+    view = View("a", "a", (0, 0, 32, 32), image, labels)
+    for augmented in (False, True):
+        pool = Pool([view, plain_view(100)], [3, 1], [augmented, False])
+        images, found = pool.batch(400, 5)
+        again, _ = pool.batch(400, 5)
+        assert images.equal(again) and not images.equal(pool.batch(400, 6)[0])
+        drawn = (found > 0).flatten(1).any(dim=1)
+        assert 0.68 < drawn.float().mean() < 0.82
+        inside = images[drawn].float().mean(dim=3)[found[drawn] > 0]
+        assert (inside > 120).float().mean() > 0.9
+    assert len({tuple(row.flatten().tolist()) for row in Pool([view]).batch(60, 0)[1]}) == 4  # mirrored both ways
+
+
+def test_all_arms_but_the_first_see_as_many_defects_as_the_generated_one():
+    good, references = [plain_view(0)] * 10, [plain_view(1, squares((2, 2, 4, 1), size=32))] * 2
+    generated = [plain_view(2, squares((2, 2, 4, 1), size=32))] * 6
+    pools = {name: make() for name, make in control_pools(references, good, generated, 6).items()}
+    pools["generated"] = bank_pool(references, good, generated)
+    share = {
+        name: float(p.copies[(p.labels > 0).flatten(1).any(1)].sum() / p.copies.sum()) for name, p in pools.items()
+    }
+    assert share.pop("real") == pytest.approx(2 / 12)
+    assert len(share) == 4 and all(value == pytest.approx(8 / 18) for value in share.values())
+    half = bank_pool(references, good, generated, 0.5).copies
+    assert half[:2].sum() == pytest.approx(4) and half[2:8].sum() == pytest.approx(4) and half[8:].sum() == 10
+
+
+def test_copy_and_paste_puts_a_real_defect_of_the_type_in_the_same_place():
+    red = np.full((32, 32, 3), 10, np.uint8)
+    reference = squares((4, 4, 8, 2), size=32)
+    red[reference > 0] = (200, 0, 0)
+    pieces = cut_pieces([View("r", "r", (0, 0, 32, 32), red, reference)])
+    place = squares((20, 18, 6, 2), size=32)
+    image, labels = pasted(np.full((32, 32, 3), 90, np.uint8), place, pieces, 0)
+    assert np.array_equal(labels, place) and (image[20:22, 22:24] == (200, 0, 0)).all()
+    assert (image[:16] == 90).all()  # nothing elsewhere
+
+
+def test_pasted_defects_lie_on_the_good_image_under_the_generated_one(nut, bank):
+    data = load_defect_pairs(nut)
+    view = viewing(resolution=48)
+    views = real_views(data, view, 1, 0)
+    backgrounds = Backgrounds(data["good"], views.good_rows[0], view)
+    generated = bank_views(bank, view, 0)
+    found = paste_views([(v, v.image) for v in generated], views.train, backgrounds, 0)
+    assert len(found) == 6
+    for new, old in zip(found, generated):
+        assert new.mask.any() and not np.array_equal(new.image[old.mask], old.image[old.mask])
+        untouched = ~old.mask & ~new.mask
+        untouched[1:-1, 1:-1] &= untouched[:-2, 1:-1] & untouched[2:, 1:-1]  # but a seam of a pixel
+        assert (np.abs(new.image.astype(int) - old.image)[untouched].max(axis=-1) > 0).mean() < 0.02
+    foreign = Image.effect_noise((48, 48), 90).convert("RGB")
+    assert paste_views([(generated[0], np.asarray(foreign))], views.train, backgrounds, 0) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+FAST = "--resolution 32 --steps 2 --batch_size 2 --encoder tu-mobilenetv3_small_050".split()
+
+
+def run(*argv) -> None:
+    evaluate.main(evaluate.parse_args([str(a) for a in argv]))
+
+
+def test_detect_is_kept_goes_on_and_refuses_other_options(nut, bank, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    argv = ["detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", out, "--seeds", 2, *FAST]
+    train, trained = evaluate.train_and_test, []
+
+    def killed(run: Run, *more) -> None:
+        if len(trained) == 5:
+            raise KeyboardInterrupt
+        trained.append(run)
+        train(run, *more)
+
+    monkeypatch.setattr(evaluate, "train_and_test", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(*argv)
+    assert len(trained) == 5 and {r.seed for r in trained} == {0}  # every arm once, before the next seed
+    assert {r.arm for r in trained} == {"real", "real repeated", "real augmented", "copy-paste", "ours"}
+    monkeypatch.setattr(evaluate, "train_and_test", lambda *a: (trained.append(a[0]), train(*a)))
+    run(*argv)
+    assert len(trained) == 10 == len({*trained})  # none twice
+    assert "ours against real repeated, pixel AP: " in capsys.readouterr().out
+    record = json.loads((out / "report.json").read_text())["settings"]["kall-nall"]
+    assert len(record["figures"]["ours"]["pixel_ap"]) == 2 and len(record["comparisons"]) == 4 * 2
+    assert {c["verdict"] for c in record["comparisons"]} <= {"gain", "no gain", "loss"}
+    page = (out / "report.html").read_text()
+    assert "<table>" in page and "Missed by ours" in page
+    assert "| real repeated | 2 |" in (out / "report.md").read_text()
+    with pytest.raises(InputError, match="DF320 recipe"):
+        run(*argv, "--learning_rate", 0.5)
+    put(bank, "images/hole/0.png", 99, "masks/hole/0.png")
+    with pytest.raises(InputError, match="DF320 data"):
+        run(*argv)
+
+
+def test_curves_classes_and_synthetic_alone(tmp_path, bank, nut):
+    data = make_object(tmp_path / "two", ("hole", "stain"))
+    for i in range(6):
+        put(bank, f"images/stain/{i}.png", 3000 + i, f"masks/stain/{i}.png", "stain")
+    argv = ["detect", "--data_dir", data, "--bank", f"ours={bank},{bank}", "--output_dir", tmp_path / "out", *FAST]
+    run(*argv, "--seeds", 1, "--references", 2, 3, "--numbers", 4, "--synthetic_alone")
+    settings = json.loads((tmp_path / "out/report.json").read_text())["settings"]
+    assert [*settings] == ["k2-nall", "k3-nall", "k3-n4"]
+    figures = settings["k3-nall"]["figures"]
+    assert len(figures["ours"]["macro_f1"]) == 2 == len(figures["ours, alone"]["pixel_ap"])  # two banks
+    assert "Curves: pixel AP" in (tmp_path / "out/report.html").read_text()
+    with pytest.raises(InputError, match="DF352.*only 3 training images"):
+        run(*argv, "--references", 4)
+
+
+def test_leaks_end_the_command_before_anything_is_trained(nut, bank, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "train_and_test", None)
+    largest = max((np.array(Image.open(f)) for f in nut.glob("ground_truth/hole/00[3-8]_mask.png")), key=np.sum)
+    Image.fromarray(largest).save(bank / "masks/hole/1.png")
+    argv = ["detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", tmp_path / "out", *FAST]
+    with pytest.raises(InputError, match="DF353 masks of .* are test masks"):
+        run(*argv)
+    with pytest.raises(TypeError):  # goes on to train
+        run(*argv, "--protocol", "paper")
+
+
+def test_pretrained_weights_that_cannot_be_had_are_told(caplog):
+    recipe = detectors.Recipe(1, 2, 1e-3, "resnet18", "resnet18", True, "cpu")
+    assert not detectors.can_load_pretrained(recipe) and "start from random weights" in caplog.text
+
+
+def test_quality_names_the_network_and_knows_copies(nut, bank, tmp_path, capsys):
+    net = make_squeezenet(tmp_path / "squeezenet.safetensors")
+    copies = tmp_path / "copies"  # the references themselves
+    for i in range(3):
+        (copies / "images/hole").mkdir(parents=True, exist_ok=True)
+        (copies / "masks/hole").mkdir(parents=True, exist_ok=True)
+        shutil.copy(nut / f"test/hole/{i:03d}.png", copies / f"images/hole/{i}.png")
+        shutil.copy(nut / f"ground_truth/hole/{i:03d}_mask.png", copies / f"masks/hole/{i}.png")
+        shutil.copy(nut / f"test/hole/{i:03d}.png", copies / f"images/hole/{i}b.png")
+        shutil.copy(nut / f"ground_truth/hole/{i:03d}_mask.png", copies / f"masks/hole/{i}b.png")
+    run("quality", "--data_dir", nut, "--bank", f"ours={bank}", "--bank", f"copies={copies}", "--output_dir",
+        tmp_path / "out", "--resolution", 32, "--feature_net", net, "--kid_subsets", 5)  # fmt: skip
+    assert "SqueezeNet 1.0" in capsys.readouterr().out
+    banks = json.loads((tmp_path / "out/quality.json").read_text())["banks"]
+    memorized = "nearer to a reference than any held-out defect is"
+    assert banks["kall-nall, copies, bank 0"][memorized] == 1 > banks["kall-nall, ours, bank 0"][memorized]
+    assert banks["kall-nall, copies, bank 0"]["to the nearest reference"] < 1e-3
+    assert Image.open(tmp_path / "out/quality-kall-nall-ours-0.png").height == 3 * 32
+
+
+@pytest.mark.slow
+def test_run_trains_generates_and_goes_on(tmp_path, monkeypatch, nut):
+    toy_pipeline().save_pretrained(tmp_path / "base")
+    argv = ["run", "--data_dir", nut, "--output_dir", tmp_path / "out", *FAST, "--seeds", 1, "--banks", 1,
+            "--num_images", 2, "--pretrained_model_name_or_path", tmp_path / "base",
+            "--train_args", "--resolution 32 --max_train_steps 2 --validation_steps 0",
+            "--generate_args", "--num_candidates 2 --num_inference_steps 2 --selection ssim",
+            "--filter_args", "--min_change 0.01 --max_attempts 1"]  # fmt: skip
+    run(*argv)
+    figures = json.loads((tmp_path / "out/report.json").read_text())["settings"]["kall-nall"]["figures"]
+    assert {"defectfill", "selection off", "filters off", "copy-paste"} <= {*figures}
+    split = json.loads((tmp_path / "out/work/kall/split.json").read_text())
+    assert len(split["train"]) == 3 and len(split["test"]) == 6
+    monkeypatch.setattr(evaluate.subprocess, "run", None)  # nothing is made again
+    run(*argv)
+
+
+def test_names_in_a_report_are_text(tmp_path):
+    from defectfill.evaluation.report import html_table, markdown_table
+
+    rows = [["arm"], ["<script>alert(1)</script>"], ["[a](http://b)"], ["+0.1 [-0.2, +0.3]: no gain"]]
+    assert "<script>" not in html_table(rows) + markdown_table(rows)
+    assert "](http" not in markdown_table(rows) and "| +0.1 [-0.2, +0.3]: no gain |" in markdown_table(rows)
+
+
+def test_a_picture_of_another_size_is_no_leak(nut, bank):
+    put(bank, "images/hole/0.png", 99, "masks/hole/0.png", size=64)
+    assert leaks(nut, bank) == []

@@ -45,7 +45,7 @@ from defectfill.evaluation.detectors import (
 )
 from defectfill.evaluation.figures import class_figures, part_figures, pixel_figures
 from defectfill.evaluation.quality import NETWORKS, Features, defect_crop, kid, nearest, quality_figures
-from defectfill.evaluation.report import Run, markdown_table, write_report
+from defectfill.evaluation.report import Run, markdown_table, results_for_card, write_report
 from defectfill.evaluation.views import (
     RealViews,
     View,
@@ -56,6 +56,7 @@ from defectfill.evaluation.views import (
     real_views,
 )
 from defectfill.runs import checkpoint as checkpoints
+from defectfill.runs.cards import add_results
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
 from defectfill.runs.manifest import ManifestLine, read_lines
 from defectfill_dataset import (
@@ -262,7 +263,10 @@ def detect(args: argparse.Namespace) -> None:
     notes += ["the detectors start from random weights"] * (not recipe.pretrained)
     title = f"{args.object or args.data_dir.name}: {', '.join(evaluation.viewing.defects)}"
     runs = [Run(setting.name, arm, bank, seed) for setting, arm, bank, _, seed in jobs]
-    say(write_report(args.output_dir, title, runs, [*views.test, *views.test_good], notes))
+    say(*write_report(args.output_dir, title, runs, [*views.test, *views.test_good], notes))
+    if args.lora:
+        found = results_for_card(read_json(args.output_dir / "report.json"), runs[0].setting, next(iter(args.bank)))
+        add_results(args.lora, title, found)
 
 
 def check_options(folder: Path, options: dict) -> None:
@@ -402,6 +406,7 @@ def run(args: argparse.Namespace) -> None:
     args.bank |= {arm: [f"{work}/k{K}/{arm.replace(' ', '-')}-0"] for arm in ablations(args)}
     if args.feature_net:
         quality(args)
+    args.lora = work / f"k{settings_of(args)[0].references or 'all'}" / "lora-0"
     detect(args)
 
 
@@ -492,6 +497,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
                                  "May be given several times; copy-paste takes the places of the first.")  # fmt: skip
         if name != "quality":
             add_detector_flags(command.add_argument)
+        if name == "detect":
+            command.add_argument("--lora", type=Path, metavar="DIR",
+                                 help="LoRA folder whose card gets the figures of the first arm.")  # fmt: skip
         if name != "detect":
             add_quality_flags(command.add_argument, required=name == "quality")
     args = parser.parse_args(input_args)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drawn import COLOURS
+from huggingface_hub import ModelCard
 from networks import make_squeezenet
 from PIL import Image
 from toy_model import toy_pipeline
@@ -233,7 +234,10 @@ def run(*argv) -> None:
 
 def test_detect_is_kept_goes_on_and_refuses_other_options(nut, bank, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    argv = ["detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", out, "--seeds", 2, *FAST]
+    (lora := tmp_path / "lora").mkdir()
+    (lora / "README.md").write_text("---\ntags: [lora]\n---\n# A LoRA\n")
+    argv = ["detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", out, "--lora", lora]
+    argv += ["--seeds", 2, *FAST]
     train, trained = evaluate.train_and_test, []
 
     def killed(run: Run, *more) -> None:
@@ -257,6 +261,11 @@ def test_detect_is_kept_goes_on_and_refuses_other_options(nut, bank, tmp_path, m
     page = (out / "report.html").read_text()
     assert "<table>" in page and "Missed by ours" in page
     assert "| real repeated | 2 |" in (out / "report.md").read_text()
+    run(*argv)  # writes the report and the card again
+    results = {r.metric_type: r.metric_value for r in ModelCard.load(lora / "README.md").data.eval_results}
+    ap, control = (np.mean(record["figures"][arm]["pixel_ap"]) for arm in ("ours", "real repeated"))
+    assert len(results) == 4 and results["pixel_ap"] == pytest.approx(ap, abs=1e-4)
+    assert results["pixel_ap_gain"] == pytest.approx(ap - control, abs=0.01)  # of quantised scores
     with pytest.raises(InputError, match="DF320 recipe"):
         run(*argv, "--learning_rate", 0.5)
     put(bank, "images/hole/0.png", 99, "masks/hole/0.png")

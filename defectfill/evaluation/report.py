@@ -298,8 +298,8 @@ def read_results(folder: Path, runs: Sequence[Run], tested: Sequence[View]) -> d
 
 def write_report(
     output_dir: Path, title: str, runs: Sequence[Run], tested: Sequence[View], notes: Sequence[str], resamples=2000
-) -> str:
-    """Writes report.json, report.md, report.html and misses.jsonl; returns the verdicts as text.
+) -> list[str]:
+    """Writes report.json, report.md, report.html and the misses of each setting; returns the verdicts as text.
 
     Args:
         runs: whose files are in `output_dir / "detect"`.
@@ -352,7 +352,20 @@ def write_report(
         temporary.write_text("".join(as_markdown(title, about, parts)))
     with atomic_write(output_dir / "report.html") as temporary:
         temporary.write_text(PAGE.format(title=html.escape(title), body="\n".join(as_html(about, parts))))
-    return "\n".join(verdicts)
+    return verdicts
+
+
+def results_for_card(report: dict, setting: str, arm: str) -> dict[str, tuple[str, float]]:
+    """What report.json says of an arm, as a model card's results: each compared figure, and its gain on repetition."""
+    figures, found = report["settings"][setting]["figures"][arm], {}
+    for key in COMPARED:
+        name = f"{FIGURES[key][0]} of a segmenter trained on real and generated defects"
+        found[key] = (name, float(np.mean(figures[key])))
+    for compared in report["settings"][setting]["comparisons"]:
+        if compared["arm"] == arm and compared["control"] == "real repeated":
+            name = f"{FIGURES[compared['figure']][0]}: better than on as many repeated real defects by"
+            found[f"{compared['figure']}_gain"] = (name, compared["difference"])
+    return found
 
 
 def as_markdown(title: str, about: Sequence[str], parts: Sequence[tuple]) -> Iterator[str]:

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from defectfill_dataset import file_digest
 from defectfill_dataset.errors import one_line
@@ -154,6 +154,23 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         prompts=record["defect_prompts"],
         **{key: record[key] for key in of_record},
     )
+    with atomic_write(folder / "README.md") as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+
+
+def add_results(folder: Path, dataset: str, results: dict[str, tuple[str, float]]) -> None:
+    """Puts figures into the model-index of a LoRA's card, in place of those of the same dataset.
+
+    Args:
+        results: metric type -> its name and value.
+    """
+    card = ModelCard.load(folder / "README.md")
+    others = [result for result in card.data.eval_results or [] if result.dataset_name != dataset]
+    card.data.model_name = card.data.model_name or "DefectFill LoRA"
+    card.data.eval_results = others + [
+        EvalResult("image-segmentation", "defect images", dataset, kind, round(value, 4), metric_name=name)
+        for kind, (name, value) in results.items()
+    ]
     with atomic_write(folder / "README.md") as temporary:
         temporary.write_text(str(card), encoding="utf-8")
 

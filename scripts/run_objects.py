@@ -182,15 +182,18 @@ class Children:
     def __init__(self):
         self.running: set[subprocess.Popen] = set()
         self.lock = threading.RLock()
-        self.number = 0  # of the signal
+        self.number, self.since = 0, 0.0  # of the first signal
         for number in signals.STOPPING:
             signal.signal(number, self.stop)
 
     def stop(self, number, frame) -> None:
         """The signal's handler."""
         # SIGUSR1 because the system may signal them too, and two others would end them without a checkpoint.
-        passed_on = signal.SIGKILL if self.number else signals.GENTLE or signal.SIGTERM
-        self.number = self.number or number
+        passed_on = signals.GENTLE or signal.SIGTERM
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > signals.TOGETHER:  # not the same wish, sent twice
+            passed_on = signal.SIGKILL
         with self.lock:
             for process in self.running:
                 process.send_signal(passed_on)
@@ -238,6 +241,8 @@ def run_stages(job: Job, args: argparse.Namespace, children: Children, gpu: str 
         record = read_job(job)
         seconds = time.monotonic() - began + (record[stage]["seconds"] if record[stage] else 0)
         record[stage] = {"command": argv, "seconds": round(seconds, 1), "done": status == 0}
+        if stage == "train" and record["generate"]:
+            record["generate"]["done"] = False  # it was with another LoRA
         record["failed"] = bool(status) and not children.number
         write_json(job.folder / JOB, record)
         if status:

@@ -144,6 +144,44 @@ def test_a_job_that_fails_is_named_and_the_others_go_on(tmp_path, control, objec
     assert [line["status"] for line in summary(out)] == ["done"] * 3
 
 
+def test_a_stop_between_training_anew_and_generating_is_noticed(tmp_path, control, objects, monkeypatch):
+    argv = [objects, "--output_dir", tmp_path / "out", "--objects", "nut"]
+    assert run(*argv) is None
+
+    def killed(job):
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_objects, "link_images", killed)
+        assert run(*argv, "--train_args=--rank 3") == "killed"
+    assert run(*argv, "--train_args=--rank 3") is None and names(control) == [*STEPS[:2], *STEPS[:2]]
+
+
+def test_a_second_signal_kills_unless_it_is_the_same_wish(tmp_path, control, objects, monkeypatch):
+    (control / "wait").touch()
+
+    def send():
+        wait_until(lambda: list(control.glob("waiting-*")))
+        [process] = (int(file.name.split("-")[1]) for file in control.glob("waiting-*"))
+        os.kill(process, signal.SIGSTOP)  # so that it ends by SIGKILL alone
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: sent)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        sent.append(not Path(f"/proc/{process}/stat").read_text().split()[2] == "Z")
+        monkeypatch.setattr(run_objects.signals, "TOGETHER", 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sent, stop = [], run_objects.Children.stop
+    noted = lambda self, *given: (stop(self, *given), sent.append("signal"))
+    monkeypatch.setattr(run_objects.Children, "stop", noted)
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert run(objects, "--output_dir", tmp_path / "out") == 143
+    sender.join()
+    assert sent == ["signal", "signal", True, "signal"] and not list(control.glob("stopped-*"))
+
+
 def test_shares_are_disjoint_and_complete(tmp_path, control, objects, monkeypatch):
     out = tmp_path / "out"
     assert run(objects, "--output_dir", out, "--shard", "0/2") is None

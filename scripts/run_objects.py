@@ -357,7 +357,8 @@ def print_plan(jobs: list[Job], args: argparse.Namespace) -> None:
     todo = [(job, stages) for job in jobs if (stages := to_do(job, args))]
     say(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them done")
     for job, stages in todo:
-        say(job.name, *(f"    {shlex.join([*COMMANDS[stage][1:], *argv])}" for stage, argv in stages.items()))
+        commands = [["python", *COMMANDS[stage][1:], *argv] for stage, argv in stages.items()]
+        say(job.name, *(f"    {shlex.join(words)}" for words in commands))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -53,6 +53,7 @@ from defectfill.noise_levels import (
 )
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs import disks, logs
+from defectfill.runs.batch_size import fit_batch_size
 from defectfill.runs.cards import write_model_card
 from defectfill.runs.files import atomic_write, clear_leftovers, save_image, write_json
 from defectfill.runs.flags import check_training_args, parse_training_args
@@ -80,6 +81,7 @@ from defectfill_dataset import (
     defect_types,
     derive_seed,
     heat_overlay,
+    held_out_rows,
     image_tensor,
     load_defect_pairs,
     load_prepared,
@@ -351,7 +353,6 @@ def training_losses(models: Models, batch: dict, sample: NoiseSample, options: L
 LOSSES = ("loss", "l_def", "l_obj", "l_attn")
 PASSES = ("defect", "object")
 X0_TIMESTEPS = (999, 900, 800, 600, 400)
-HELD_OUT = 16  # defects that are measured after training
 MAX_SKIPPED_STEPS = 30  # in a row; a loss scale of 65536 is down to nothing by then
 
 
@@ -577,9 +578,17 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         saved = from_main_process(lambda: checkpoints.load(prepared.checkpoint), accelerator.is_main_process)
         state = checkpoints.restore(saved, parameters, optimizer, lr_scheduler, accelerator.scaler)
         del saved
-        step, before = state["step"], state["before"]
     else:
-        step, before = 0, measure_whole(samples)
+        state = {"step": 0, "before": measure_whole(samples)}
+    step, before, known_size = state["step"], state["before"], state.get("train_batch_size")
+    models.unet.train(), models.text_encoder.train()
+
+    def try_batch(size: int) -> None:
+        batch = collate([next(samples.references())] * size, device)
+        training_losses(bare_models, batch, sample_noise(bare_models, batch), options)["loss"].backward()
+
+    if args.auto_find_batch_size:
+        args.train_batch_size = fit_batch_size(accelerator, try_batch, parameters, args.train_batch_size, known_size)
     accumulation = accelerator.gradient_accumulation_steps
     schedule = sampling_schedule(
         step * accumulation, args.max_train_steps * accumulation, args.train_batch_size,
@@ -594,7 +603,6 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     )
     sums, skipped, clock = torch.zeros(len(LOSSES), device=device), 0, StepClock()
-    models.unet.train(), models.text_encoder.train()
     for keys, batch in load_batches(samples, schedule, args.dataloader_num_workers, stop):
         batch = cache.load(batch) if cache else on_device(batch, device)
         torch.manual_seed(derive_seed(args.seed, "dropout", *keys[0][:2]))
@@ -611,8 +619,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
                 terms = dict(zip(LOSSES, means))
                 clock.tick()
                 images = [samples.crops[i].source_file for i in batch["index"].tolist()]
-                scaled = accelerator.scaler is not None
-                stop_if_not_finite(step + 1, terms, norm, images, scaled, log, args.output_dir)
+                stop_if_not_finite(step + 1, terms, norm, images, bool(accelerator.scaler), log, args.output_dir)
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -652,8 +659,8 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         log.flush()
-        after = {"after": measure_whole(samples), "held_out": measure_whole(prepared.held_out)}
-        measures = {"before": before, **after, **log.summary(), "speed": clock.summary(device)}
+        measures = {"before": before, "after": measure_whole(samples), "held_out": measure_whole(prepared.held_out)}
+        measures |= log.summary() | {"speed": clock.summary(device), "gradient_accumulation_steps": accumulation}
         training.failed.extend([] if log.complete else [log.path.name])
         with checkpoints.last_save(args.output_dir):
             finish(args, prepared, training, accelerator, measures, time.time() - began)
@@ -670,7 +677,7 @@ def save(
     def write() -> Path | None:
         log.flush()
         return checkpoints.save_checkpoint(
-            args.output_dir, state | {"identity": prepared.identity},
+            args.output_dir, state | {"identity": prepared.identity, "train_batch_size": args.train_batch_size},
             lambda to: write_lora(to / LORA_FILE, training.bare_models, prepared.record | {"steps": state["step"]}),
             training.parameters, training.optimizer, training.lr_scheduler, accelerator.scaler,
             args.checkpoints_total_limit, fallback,
@@ -746,9 +753,9 @@ def finish(
 IDENTITY = (
     "resolution", "max_resize_scale", "center_crop", "cache_latents", *LossOptions._fields, *NoiseOptions._fields,
     "num_random_boxes", "rank", "lora_alpha", "lora_targets", "conv_rank", "lora_dropout", "seed", "train_batch_size",
-    "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps",
-    "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "allow_tf32",
-    "channels_last", "torch_compile",
+    "auto_find_batch_size", "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler",
+    "lr_warmup_steps", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+    "max_grad_norm", "allow_tf32", "channels_last", "torch_compile",
 )  # fmt: skip
 
 
@@ -778,13 +785,6 @@ def check_images(args: argparse.Namespace, data: datasets.DatasetDict, base: Bas
     grid = args.resolution // base.vae_scale_factor
     for note in check_pairs(*used, resolution=args.resolution, grid=grid, of_folder=bool(args.train_data_dir)):
         logger.warning("%s", note)
-
-
-def held_out_rows(data: datasets.DatasetDict) -> datasets.Dataset:
-    """The held-out defects to measure after training, of trained types: at most `HELD_OUT`, evenly over all."""
-    rows = data.get("test", data["train"].select([]))
-    known = [i for i, defect in enumerate(rows["defect"]) if defect in set(data["train"]["defect"])]
-    return rows.select(known[:: math.ceil(len(known) / HELD_OUT) or 1])
 
 
 def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTraining:

@@ -27,7 +27,7 @@ from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_wor
 from .readers import LAYOUTS, find_objects
 from .samples import TrainingSamples, make_crops, sampling_schedule
 from .seeds import derive_seed
-from .splits import split_names
+from .splits import held_out_rows, split_names
 from .synthesis.foreground import find_foreground
 from .synthesis.locations import LikeReferences, choose_placement
 from .synthesis.placement import (
@@ -78,6 +78,7 @@ __all__ = [
     "find_foreground",
     "find_objects",
     "heat_overlay",
+    "held_out_rows",
     "held_out_source",
     "image_tensor",
     "load_defect_pairs",

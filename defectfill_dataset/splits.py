@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from .errors import InputError, Problem
 from .readers import Row, relative
@@ -11,6 +11,7 @@ from .text import Schema, read_json
 
 
 SPLIT_RULES = ("auto", "first_third", "all")
+MEASURED = 16  # held-out defects
 
 
 class SplitFile(Schema):
@@ -96,3 +97,10 @@ def split_names(dataset: DatasetDict) -> dict[str, list[str]]:
     }
     skipped = getattr(dataset, "skipped", [])
     return names | ({"skipped": skipped} if skipped else {})
+
+
+def held_out_rows(data: DatasetDict) -> Dataset:
+    """The held-out defects to measure after training, of trained types: at most `MEASURED`, evenly over all."""
+    rows = data.get("test", data["train"].select([]))
+    known = [i for i, defect in enumerate(rows["defect"]) if defect in set(data["train"]["defect"])]
+    return rows.select(known[:: math.ceil(len(known) / MEASURED) or 1])

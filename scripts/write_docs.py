@@ -18,7 +18,9 @@ from defectfill_dataset.commands import Parser
 
 COMMANDS = ("train_defectfill", "generate_defectfill", *(
     f"defectfill_scripts.{name}"
-    for name in ("check_data", "prepare_data", "preview_masks", "export_generated", "merge_lora", "gpu_check")
+    for name in (
+        "check_data", "prepare_data", "preview_masks", "run_objects", "export_generated", "merge_lora", "gpu_check",
+    )
 ))  # fmt: skip
 
 

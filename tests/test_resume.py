@@ -317,7 +317,7 @@ EVERY_CHANGE = [
     --conv_rank 2 --lora_dropout 0.3 --seed 3 --train_batch_size 1 --gradient_accumulation_steps 2 --learning_rate 0.1
     --text_encoder_lr 0.1 --lr_scheduler linear --lr_warmup_steps 1 --use_8bit_adam --adam_beta1 0.5 --adam_beta2 0.5
     --adam_weight_decay 0.5 --adam_epsilon 0.1 --max_grad_norm 0.5 --allow_tf32 --channels_last
-    --torch_compile""".split(),
+    --torch_compile --auto_find_batch_size""".split(),
     """--high_noise_power 1 --timestep_bias_strategy later --timestep_bias_multiplier 2
     --timestep_bias_portion 0.5 --prompt_noise 0.1""".split(),
 ]

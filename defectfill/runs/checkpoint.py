@@ -64,6 +64,7 @@ class StateFile(Schema):
     optimizer: dict[Scalar, float | bool | str | None]
     lr_scheduler: SchedulerState
     scaler: dict[str, float] | None = None
+    train_batch_size: int | None = Field(None, ge=1, le=10_000)
 
 
 def save_checkpoint(
@@ -326,8 +327,8 @@ def check_unoccupied(output_dir: Path, which: str | None) -> None:
 
 # Options that the first versions of training did not have, with the values that make it train as they did.
 BEFORE = {
-    "cache_latents": 0, "channels_last": False, "conv_rank": None, "high_noise_power": 0.0,
-    "lora_targets": "attention", "noise_offset": 0.0, "prompt_noise": 0.0, "snr_gamma": None,
+    "auto_find_batch_size": False, "cache_latents": 0, "channels_last": False, "conv_rank": None,
+    "high_noise_power": 0.0, "lora_targets": "attention", "noise_offset": 0.0, "prompt_noise": 0.0, "snr_gamma": None,
     "timestep_bias_begin": 0, "timestep_bias_end": 1000, "timestep_bias_multiplier": 1.0,
     "timestep_bias_portion": 0.25, "timestep_bias_strategy": "none", "torch_compile": False,
 }  # fmt: skip

@@ -549,6 +549,9 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--seed", type=int, default=0, metavar="N", help="Random seed. Default: 0.")
     add("--max_train_steps", type=int, default=2000, metavar="N", help="Number of optimizer steps.")
     add("--train_batch_size", type=int, default=4, metavar="N", help="Images per process and micro-batch.")
+    add("--auto_find_batch_size", action="store_true",
+        help="If --train_batch_size does not fit in memory, halve it until it does, and accumulate so many more "
+             "micro-batches that an optimizer step has as many images. Tried once, before the first step.")
     add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="Micro-batches per optimizer step.")
     add("--learning_rate", type=float, default=2e-4, metavar="X", help="Learning rate of the UNet's LoRA.")
     add("--text_encoder_lr", type=float, default=4e-5, metavar="X", help="Learning rate of the text encoder's LoRA.")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 GENTLE = getattr(signal, "SIGUSR1", None)  # Windows has none
 STOPPING = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, GENTLE)))
 TOGETHER = 3.0  # seconds in which a launcher and the system signal the same wish
+LAUNCHED = "DEFECTFILL_LAUNCHED"  # set for the children of scripts/run_objects.py
 
 
 def end_with_launcher() -> None:
@@ -34,7 +35,7 @@ def end_with_launcher() -> None:
     A SIGTERM to `accelerate launch` stops only the launcher, and this process would live on without a word. SIGUSR1
     because a Ctrl-C reaches both at once, and the launcher's end must not count as the second.
     """
-    if GENTLE is None or not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+    if GENTLE is None or not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", LAUNCHED} & os.environ.keys():
         return
     parent = os.getppid()
     if sys.platform == "linux":

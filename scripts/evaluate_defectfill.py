@@ -35,8 +35,10 @@ from tqdm.auto import tqdm
 
 from defectfill.evaluation.arms import Backgrounds, Pool, bank_pool, control_pools, paste_views
 from defectfill.evaluation.detectors import (
+    DIVISOR,
     Recipe,
     can_load_pretrained,
+    check_networks,
     classify,
     main_types,
     score_maps,
@@ -72,7 +74,7 @@ from defectfill_dataset import (
     single_types,
     split_names,
 )
-from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, say
+from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, say, seed
 from defectfill_dataset.text import Schema, read_json
 
 
@@ -195,8 +197,7 @@ def prepare(args: argparse.Namespace) -> Evaluation:
     )
     defects = tuple(sorted(args.defect or single_types(defect_types(data))))
     select_defects(data, defects)
-    group = re.compile(args.group) if args.group else None
-    viewing = Viewing(args.resolution, args.window, group, defects)
+    viewing = Viewing(args.resolution, args.window, args.group, defects)
     views = real_views(data, viewing, args.views_per_good, args.seed)
     for defect in defects:
         have = len({n for n, d in zip(data["train"]["source_file"], data["train"]["defect"]) if d == defect})
@@ -239,6 +240,7 @@ def detect(args: argparse.Namespace) -> None:
     notes = check_leaks(evaluation)
     recipe = Recipe(args.steps, args.batch_size, args.learning_rate, args.encoder, args.classifier, args.pretrained,
                     torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # fmt: skip
+    check_networks(recipe)
     if recipe.pretrained and not can_load_pretrained(recipe):
         recipe = recipe._replace(pretrained=False)
     folder = args.output_dir / "detect"
@@ -246,14 +248,14 @@ def detect(args: argparse.Namespace) -> None:
     options |= {"data": {setting.name: evaluation.digest(setting) for setting in settings_of(args)}}
     check_options(folder, options | {"arms": {name: len(folders) for name, folders in args.bank.items()}})
     jobs = [
-        (setting, arm, bank, make, seed)
+        (setting, arm, bank, make, number)
         for setting in settings_of(args)
         for arm, bank, make in evaluation.pools(setting)
-        for seed in range(args.seeds)
+        for number in range(args.seeds)
     ]
     jobs.sort(key=lambda job: job[4])  # all arms with one seed, before the next
-    for setting, arm, bank, make, seed in tqdm(jobs, desc="Detectors", mininterval=5):
-        run = Run(setting.name, arm, bank, seed)
+    for setting, arm, bank, make, number in tqdm(jobs, desc="Detectors", mininterval=5):
+        run = Run(setting.name, arm, bank, number)
         if not run.file(folder).exists():
             train_and_test(run, make(), evaluation, recipe, folder)
     views = evaluation.views
@@ -262,7 +264,7 @@ def detect(args: argparse.Namespace) -> None:
     )
     notes += ["the detectors start from random weights"] * (not recipe.pretrained)
     title = f"{args.object or args.data_dir.name}: {', '.join(evaluation.viewing.defects)}"
-    runs = [Run(setting.name, arm, bank, seed) for setting, arm, bank, _, seed in jobs]
+    runs = [Run(setting.name, arm, bank, number) for setting, arm, bank, _, number in jobs]
     say(*write_report(args.output_dir, title, runs, [*views.test, *views.test_good], notes))
     if args.lora:
         found = results_for_card(read_json(args.output_dir / "report.json"), runs[0].setting, next(iter(args.bank)))
@@ -393,14 +395,12 @@ def run(args: argparse.Namespace) -> None:
     """Trains and generates what is missing, then `quality`, if a network for it is given, and `detect`."""
     evaluation = prepare(args)
     work = args.output_dir / "work"
-    with exclusive_lock(work):
-        options = {"train_args": args.train_args, "generate_args": args.generate_args}
-        options |= {"filter_args": args.filter_args, "base": args.pretrained_model_name_or_path}
-        check_options(work, options | {"images": args.num_images, "defects": list(evaluation.viewing.defects)})
-        write_good(evaluation, work / "good")
-        for k in args.references or [None]:
-            for bank in range(args.banks):
-                make_bank(evaluation, work / f"k{k or 'all'}", k, bank)
+    names = ("train_args", "generate_args", "filter_args", "pretrained_model_name_or_path", "num_images", "seed")
+    check_options(work, {name: getattr(args, name) for name in names} | {"defects": list(evaluation.viewing.defects)})
+    write_good(evaluation, work / "good")
+    for k in args.references or [None]:
+        for bank in range(args.banks):
+            make_bank(evaluation, work / f"k{k or 'all'}", k, bank)
     banks = range(args.banks)
     args.bank = {"defectfill": [f"{work}/k{K}/defectfill-{bank}" for bank in banks]}
     args.bank |= {arm: [f"{work}/k{K}/{arm.replace(' ', '-')}-0"] for arm in ablations(args)}
@@ -455,7 +455,7 @@ def make_bank(evaluation: Evaluation, folder: Path, k: int | None, bank: int) ->
 
 
 def start(command: Sequence[object], result: Path) -> None:
-    """Runs a module of ours, unless its result is there.
+    """Runs a module of ours, unless its result is there; images that no candidate was good enough for may be missing.
 
     Raises:
         RunError: it failed.
@@ -463,12 +463,38 @@ def start(command: Sequence[object], result: Path) -> None:
     if not result.exists():
         words = [sys.executable, "-m", *(str(word) for word in command)]
         say(shlex.join(words))
-        if code := subprocess.run(words).returncode:
+        code = subprocess.run(words).returncode
+        if not result.exists():
             raise RunError(f"{shlex.join(words)} ended with exit code {code}. Run the same command again to go on.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
+
+
+def expression(text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression: {error}") from error
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be 1 or more")
+    return number
+
+
+def sides(text: str) -> int:
+    if (number := positive(text)) % DIVISOR:
+        raise argparse.ArgumentTypeError(f"{number} must be a multiple of {DIVISOR}")
+    return number
+
+
+def share(text: str) -> float:
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{number} must be from 0 to 1")
+    return number
 
 
 def bank_argument(text: str) -> tuple[str, list[str]]:
@@ -525,12 +551,12 @@ def add_data_flags(add: Callable) -> None:
         "whole match. Default: each image is a part.")  # fmt: skip
     add(
         "--window",
-        type=int,
+        type=positive,
         metavar="PX",
         help="Look at squares of this side, so that small defects are visible. Default: at whole images.",
     )
-    add("--resolution", type=int, default=128, metavar="PX", help="Side of what the detectors see.")
-    add("--views_per_good", type=int, default=1, metavar="N", help="Windows of each good image.")
+    add("--resolution", type=sides, default=128, metavar="PX", help="Side of what the detectors see.")
+    add("--views_per_good", type=positive, default=1, metavar="N", help="Windows of each good image.")
     add(
         "--protocol",
         choices=["clean", "paper"],
@@ -539,7 +565,7 @@ def add_data_flags(add: Callable) -> None:
     )
     add(
         "--references",
-        type=int,
+        type=positive,
         nargs="+",
         default=[],
         metavar="N",
@@ -547,19 +573,19 @@ def add_data_flags(add: Callable) -> None:
     )
     add(
         "--numbers",
-        type=int,
+        type=positive,
         nargs="+",
         default=[],
         metavar="N",
         help="Generated images; several make a curve. All of them are always measured.",
     )
-    add("--seed", type=int, default=0, metavar="N", help="Everything random follows from it.")
+    add("--seed", type=seed, default=0, metavar="N", help="Everything random follows from it.")
 
 
 def add_detector_flags(add: Callable) -> None:
-    add("--seeds", type=int, default=5, metavar="N", help="Detectors of each arm and bank.")
-    add("--steps", type=int, default=300, metavar="N", help="Training steps of each.")
-    add("--batch_size", type=int, default=8, metavar="N")
+    add("--seeds", type=positive, default=5, metavar="N", help="Detectors of each arm and bank.")
+    add("--steps", type=positive, default=300, metavar="N", help="Training steps of each.")
+    add("--batch_size", type=positive, default=8, metavar="N")
     add("--learning_rate", type=float, default=1e-3, metavar="X")
     add(
         "--encoder",
@@ -571,7 +597,7 @@ def add_detector_flags(add: Callable) -> None:
     add("--pretrained", action="store_true", help="Start both from ImageNet's weights, if they can be had.")
     add(
         "--real_share",
-        type=float,
+        type=share,
         metavar="X",
         help="Share of real defects among the defects drawn, with generated ones. Default: as there are.",
     )
@@ -584,14 +610,14 @@ def add_quality_flags(add: Callable, required: bool) -> None:
         help="Weights of --network with torchvision's names, as safetensors. run leaves quality out without it.",
     )  # fmt: skip
     add("--network", choices=[*NETWORKS], default="squeezenet", help="Network of the features.")
-    add("--kid_subset_size", type=int, default=50, metavar="N", help="Images in a subset of KID.")
-    add("--kid_subsets", type=int, default=100, metavar="N")
+    add("--kid_subset_size", type=positive, default=50, metavar="N", help="Images in a subset of KID.")
+    add("--kid_subsets", type=positive, default=100, metavar="N")
 
 
 def add_run_flags(add: Callable) -> None:
     add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID", help="Base inpainting model.")
-    add("--num_images", type=int, default=100, metavar="N", help="Images of each defect type in a bank.")
-    add("--banks", type=int, default=2, metavar="N", help="Banks, each of a LoRA and images of other seeds.")
+    add("--num_images", type=positive, default=100, metavar="N", help="Images of each defect type in a bank.")
+    add("--banks", type=positive, default=2, metavar="N", help="Banks, each of a LoRA and images of other seeds.")
     add("--train_args", default="", metavar="FLAGS", help="Further flags of train_defectfill.py, in quotes.")
     add("--generate_args", default="", metavar="FLAGS", help="Further flags of generate_defectfill.py, in quotes.")
     add(

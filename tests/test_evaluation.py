@@ -17,7 +17,7 @@ from defectfill.evaluation import detectors
 from defectfill.evaluation.arms import Backgrounds, Pool, bank_pool, control_pools, cut_pieces, paste_views, pasted
 from defectfill.evaluation.report import Run
 from defectfill.evaluation.views import View, Viewing, bank_views, find_leaks, real_views
-from defectfill_dataset import InputError, load_defect_pairs, random_mask
+from defectfill_dataset import InputError, RunError, load_defect_pairs, random_mask
 from defectfill_scripts import evaluate_defectfill as evaluate
 
 
@@ -352,3 +352,33 @@ def test_names_in_a_report_are_text(tmp_path):
 def test_a_picture_of_another_size_is_no_leak(nut, bank):
     put(bank, "images/hole/0.png", 99, "masks/hole/0.png", size=64)
     assert leaks(nut, bank) == []
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--group", "(a"], "no regular expression"),
+        (["--window", 0], "1 or more"),
+        (["--resolution", 40], "multiple of 16"),
+        (["--real_share", 1.5], "from 0 to 1"),
+        (["--bank", "ours"], "NAME=FOLDER"),
+    ],
+)
+def test_wrong_flags_are_told(nut, bank, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        run("detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", tmp_path / "out", *flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--encoder", "--classifier"])
+def test_unknown_networks_are_told_before_anything_is_trained(nut, bank, tmp_path, monkeypatch, flag):
+    monkeypatch.setattr(evaluate, "train_and_test", None)
+    argv = ["detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", tmp_path / "out", *FAST]
+    with pytest.raises(InputError, match=f"DF355 {flag} resnet180.*no such"):
+        run(*argv, flag, "resnet180")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(nut, bank, tmp_path):
+    argv = ["detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", tmp_path / "out", *FAST]
+    with pytest.raises(RunError, match="lower --learning_rate"):
+        run(*argv, "--learning_rate", 1e30, "--steps", 5)

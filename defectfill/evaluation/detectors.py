@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 
-from defectfill_dataset import derive_seed
+from defectfill_dataset import InputError, Problem, RunError, derive_seed
 
 from .arms import Pool
 
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SCORES_AT_ONCE = 32
 DECODER_CHANNELS = (128, 64, 32, 16)
+DIVISOR = 2 ** len(DECODER_CHANNELS)  # of R
 
 
 class Recipe(NamedTuple):
@@ -43,6 +44,18 @@ class Recipe(NamedTuple):
     classifier: str
     pretrained: bool
     device: torch.device
+
+
+def check_networks(recipe: Recipe) -> None:
+    """Raises InputError (DF355) if a network is not known to its library."""
+    if recipe.classifier not in timm.list_models():
+        what, fix = "timm has no such model", "give one that timm.list_models() names"
+        raise InputError(Problem("DF355", f"--classifier {recipe.classifier}", what, fix))
+    try:
+        smp.encoders.get_encoder(recipe.encoder, depth=len(DECODER_CHANNELS), weights=None)
+    except (KeyError, RuntimeError) as error:
+        what, fix = "segmentation_models_pytorch has no such encoder", "give one that it documents, such as resnet18"
+        raise InputError(Problem("DF355", f"--encoder {recipe.encoder}", what, fix)) from error
 
 
 def can_load_pretrained(recipe: Recipe) -> bool:
@@ -72,7 +85,8 @@ def fit(model: torch.nn.Module, loss_of: Callable, pool: Pool, recipe: Recipe, s
         images, labels = pool.batch(recipe.batch_size, derive_seed(seed, "batch", step))
         loss = loss_of(model(normalised(images, recipe.device)), labels.to(recipe.device))
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the detector's loss at step {step} is {loss.item()}")
+            what = f"the detector's loss at step {step} is {loss.item()}; give a lower --learning_rate"
+            raise RunError(f"{what} and another --output_dir.")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -546,7 +546,7 @@ def add_data_flags(add: Callable) -> None:
         help="Which defects are learnt from; the others test: auto, first_third, or a split.json.",
     )
     add_reading_flags(add, "--data_dir")
-    add("--group", metavar="REGEX",
+    add("--group", type=expression, metavar="REGEX",
         help="What in an image's name tells its part or board, which is never on both sides: the first group, or the "
         "whole match. Default: each image is a part.")  # fmt: skip
     add(

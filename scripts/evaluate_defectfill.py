@@ -49,6 +49,7 @@ from defectfill.evaluation.figures import class_figures, part_figures, pixel_fig
 from defectfill.evaluation.quality import NETWORKS, Features, defect_crop, kid, nearest, quality_figures
 from defectfill.evaluation.report import Run, markdown_table, results_for_card, write_report
 from defectfill.evaluation.views import (
+    Leak,
     RealViews,
     View,
     Viewing,
@@ -75,6 +76,7 @@ from defectfill_dataset import (
     split_names,
 )
 from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, say, seed
+from defectfill_dataset.splits import SplitFile
 from defectfill_dataset.text import Schema, read_json
 
 
@@ -165,7 +167,7 @@ def bank_folders(folders: Sequence[str], setting: Setting) -> list[Path]:
 
 
 def reference_names(data: DatasetDict, defects: Sequence[str], number: int | None, seed: int) -> set[str]:
-    """So many training images of each type, or all; fewer are always among more."""
+    """So many training images of each type, or all; of a single type, fewer are always among more."""
     rows = [(name, d) for name, d in zip(data["train"]["source_file"], data["train"]["defect"]) if d in defects]
     if number is None:
         return {name for name, _ in rows}
@@ -221,6 +223,9 @@ def check_leaks(evaluation: Evaluation) -> list[str]:
         for folder in bank_folders(folders, setting)
     }
     leaks = find_leaks(evaluation.data, evaluation.viewing, evaluation.views.good_rows[1], banks)
+    if args.lora and (file := args.lora / "split.json").exists():
+        learnt = sorted({*read_json(file, SplitFile)["train"]} & {*evaluation.data["test"]["source_file"]})
+        leaks += [Leak(f"--lora {args.lora} was trained on test images", len(learnt), learnt[0])] if learnt else []
     allowed = [leak for leak in leaks if args.protocol == "paper" and leak.what.startswith("masks")]
     refused = [leak for leak in leaks if leak not in allowed]
     if refused:
@@ -528,6 +533,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
                                  help="LoRA folder whose card gets the figures of the first arm.")  # fmt: skip
         if name != "detect":
             add_quality_flags(command.add_argument, required=name == "quality")
+    parser.set_defaults(lora=None)
     args = parser.parse_args(input_args)
     if args.command != "run":
         args.bank = dict(args.bank)

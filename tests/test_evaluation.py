@@ -238,6 +238,11 @@ def test_detect_is_kept_goes_on_and_refuses_other_options(nut, bank, tmp_path, m
     (lora / "README.md").write_text("---\ntags: [lora]\n---\n# A LoRA\n")
     argv = ["detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", out, "--lora", lora]
     argv += ["--seeds", 2, *FAST]
+    split = {"train": ["test/hole/000.png"], "test": []}
+    (lora / "split.json").write_text(json.dumps(split | {"train": ["test/hole/008.png"]}))
+    with pytest.raises(InputError, match="DF353 --lora .* was trained on test images"):
+        run(*argv)
+    (lora / "split.json").write_text(json.dumps(split))
     train, trained = evaluate.train_and_test, []
 
     def killed(run: Run, *more) -> None:

@@ -22,5 +22,5 @@ def test_training_killed_while_it_writes_checkpoints_loses_nothing(base, data, t
 
 @pytest.mark.slow
 def test_whatever_the_moment_of_a_kill_nothing_is_lost_or_twice(trained, tmp_path):
-    table = storm(generation(trained, make_mvtec(tmp_path / "nut") / "train/good"), tmp_path, 8)
+    table = storm(generation(trained, make_mvtec(tmp_path / "nut") / "train/good"), tmp_path, 4)
     assert table.items() >= NOTHING.items(), table

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from defectfill.base_model import BaseModel, check_prompt, check_resolution, load_tokenizer, read_base
 from defectfill.likeness import Likeness, read_squeezenet, squeezenet_features, vae_features
 from defectfill.lora import ADAPTER, LoraFile, check_content, check_fits, fuse_lora, load_lora
-from defectfill.memory import is_out_of_memory
+from defectfill.memory import GENERATION_NEEDS_LESS, is_out_of_memory, told_if_out_of_memory
 from defectfill.runs.checkpoint import check_identity
 from defectfill.runs.disks import is_of_disk, told_if_unwritable
 from defectfill.runs.files import atomic_write, clear_leftovers, finite, save_image, write_json
@@ -473,7 +473,7 @@ def problem_of_image(planned: PlannedImage, error: Exception) -> Problem:
     """Why an image cannot be made: it does not fit in memory, or a file of it cannot be read; raises other errors."""
     name = planned.source_image.file.name
     if is_out_of_memory(error):
-        fix = "use a smaller image, or a machine with more memory"
+        fix = "use a smaller image, a lower --resolution, or a machine with more memory"
         return Problem("DF328", name, f"does not fit in memory ({one_line(str(error))[:200]})", fix)
     if isinstance(error, OSError):
         return Problem("DF103", name, f"cannot be read: {error}")
@@ -682,7 +682,7 @@ def main(command: GenerationCommand) -> None:
 
 
 def command() -> None:
-    exit_on_input_error(lambda: main(parse_args()))
+    exit_on_input_error(told_if_out_of_memory(GENERATION_NEEDS_LESS)(lambda: main(parse_args())))
 
 
 if __name__ == "__main__":

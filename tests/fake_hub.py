@@ -16,7 +16,8 @@ class FakeHub(ThreadingHTTPServer):
 
     Attributes:
         repos: id -> {"private": bool, "files": {path: bytes}}; a dataset's id begins with "datasets/".
-        fault: (pattern, status) answers matching requests with that status; "hang" never answers, until `reset`.
+        fault: (pattern, status) answers requests whose "METHOD path" matches with that status; "hang" never answers,
+            until `reset`, and "hang in the body" begins to.
     """
 
     daemon_threads = True
@@ -55,8 +56,13 @@ class Handler(BaseHTTPRequestHandler):
         hub: FakeHub = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.requests.append((self.command, self.path, body, self.headers.get("Authorization")))
-        if hub.fault and re.search(hub.fault[0], self.path):
-            if hub.fault[1] == "hang":
+        if hub.fault and re.search(hub.fault[0], f"{self.command} {self.path}"):
+            if hub.fault[1] in ("hang", "hang in the body"):
+                if hub.fault[1] == "hang in the body":
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000000")
+                    self.end_headers()
+                    self.wfile.write(b"begun")
                 hub.released.wait()
                 self.close_connection = True
                 return

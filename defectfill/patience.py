@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,15 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     if not returned:
         raise TimeoutError(f"no answer within {seconds:g} s")
     return returned[0]
+
+
+def file_names(repo_id: str, revision: str | None) -> list[str]:
+    """The files of a model on the Hub.
+
+    Raises:
+        Exception: whatever the network may raise, TimeoutError for a Hub that does not answer.
+    """
+    return within(SECONDS, lambda: HfApi().list_repo_files(repo_id, revision=revision))
 
 
 def download(repo_id: str, file: str, **options) -> Path:

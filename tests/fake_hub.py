@@ -93,6 +93,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         self.answer(200, {"id": name, "private": hub.repos[name]["private"], "sha": "0" * 40, "siblings": []})
 
+    def tree(self, hub, body, name, revision):
+        files = hub.repos.get(name, {"files": {}})["files"].items()
+        self.answer(200, [{"type": "file", "path": path, "size": len(x), "oid": "0" * 40} for path, x in files])
+
     def may_write(self, hub, body, name):
         self.answer(200 if name.removeprefix("datasets/").startswith("ann/") else 403)
 
@@ -142,6 +146,7 @@ ROUTES = [
     ("POST /api/repos/create", Handler.create),
     (f"GET {API}/auth-check/write", Handler.may_write),
     (f"GET {API}", Handler.info),
+    (f"GET {API}/tree/([^/]+)", Handler.tree),
     ("POST /api/validate-yaml", lambda self, hub, body: self.answer(200, {"errors": [], "warnings": []})),
     (f"POST {API}/preupload/main", Handler.preupload),
     (f"POST /{NAME}.git/info/lfs/objects/batch", Handler.lfs),

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from defectfill.base_model import BaseModel, check_prompt, check_resolution, load_tokenizer, read_base
 from defectfill.likeness import Likeness, read_squeezenet, squeezenet_features, vae_features
 from defectfill.lora import ADAPTER, LoraFile, check_content, check_fits, fuse_lora, load_lora
-from defectfill.memory import is_out_of_memory
+from defectfill.memory import GENERATION_NEEDS_LESS, is_out_of_memory, told_if_out_of_memory
 from defectfill.runs.checkpoint import check_identity
 from defectfill.runs.disks import is_of_disk, told_if_unwritable
 from defectfill.runs.files import atomic_write, clear_leftovers, finite, save_image, write_json
@@ -65,6 +65,7 @@ from defectfill.runs.processes import check_launch, locked_start
 from defectfill.runs.report import contact_row, stack, thumbnail, write_report
 from defectfill.runs.requests import GenerationCommand
 from defectfill.runs.signals import end_with_launcher, exit_on_signal
+from defectfill.runs.space import check_generation_space
 from defectfill.runs.speed import SPEED, Speed, SpeedFile, summarise
 from defectfill.sampling import compile_unet, composite, fit, inpaint, load_pipeline, reconstruct
 from defectfill.seam import changed_mask, feather_alpha, grid_mask, seam_step, vae_error
@@ -472,7 +473,7 @@ def problem_of_image(planned: PlannedImage, error: Exception) -> Problem:
     """Why an image cannot be made: it does not fit in memory, or a file of it cannot be read; raises other errors."""
     name = planned.source_image.file.name
     if is_out_of_memory(error):
-        fix = "use a smaller image, or a machine with more memory"
+        fix = "use a smaller image, a lower --resolution, or a machine with more memory"
         return Problem("DF328", name, f"does not fit in memory ({one_line(str(error))[:200]})", fix)
     if isinstance(error, OSError):
         return Problem("DF103", name, f"cannot be read: {error}")
@@ -622,7 +623,7 @@ def choose_base(command: GenerationCommand, recipes: Sequence[Recipe]) -> tuple[
     return name, revision, resolution
 
 
-def start_run(run: PreparedGeneration) -> list[str]:
+def start_run(run: PreparedGeneration) -> set[str]:
     """Writes settings and plan, and tidies up after an earlier start; returns the names of the finished images."""
     folder, lines = run.command.output_dir, [planned.line for planned in run.plan]
     check_own(folder)
@@ -636,7 +637,10 @@ def start_run(run: PreparedGeneration) -> list[str]:
         (folder / kind).mkdir(exist_ok=True)
     finished = merge_parts(folder, run.command.verify)
     warn_of_unverified(finished)
-    return [line["name"] for line in finished]
+    done = {line["name"] for line in finished}
+    left = [planned.source_image.file for planned in run.plan if planned.name not in done]
+    check_generation_space(folder, left, run.command.num_candidates)
+    return done
 
 
 def finish_run(folder: Path, problems: dict[str, Problem], speeds: Sequence[Speed]) -> None:
@@ -667,7 +671,7 @@ def main(command: GenerationCommand) -> None:
     locked = locked_start(command.output_dir, start, state.is_main_process)
     with exit_on_signal(lambda: f"Stopped: {progress(command.output_dir)}"), locked as done:
         end_with_launcher()
-        shares = gather_object([generate_share(run, set(done), state)])
+        shares = gather_object([generate_share(run, done, state)])
         if state.is_main_process:
             left = f"make room on the disk: {progress(command.output_dir)}"
             with told_if_unwritable(command.output_dir, left):
@@ -678,7 +682,7 @@ def main(command: GenerationCommand) -> None:
 
 
 def command() -> None:
-    exit_on_input_error(lambda: main(parse_args()))
+    exit_on_input_error(told_if_out_of_memory(GENERATION_NEEDS_LESS)(lambda: main(parse_args())))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from defectfill.base_model import BaseModel, check_resolution, load_models, load
 from defectfill.colour_stats import statistics_by_defect
 from defectfill.latents import LatentCache, encode_images, to_device
 from defectfill.lora import LORA_FILE, add_lora, lora_parameters, lora_sizes, reload_and_compare, save_lora
-from defectfill.memory import left_out_if_out_of_memory
+from defectfill.memory import TRAINING_NEEDS_LESS, left_out_if_out_of_memory, told_if_out_of_memory
 from defectfill.noise_levels import (
     PLAIN_NOISE,
     NoiseOptions,
@@ -885,7 +885,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def command() -> None:
-    exit_on_input_error(lambda: main(parse_args()))
+    exit_on_input_error(told_if_out_of_memory(TRAINING_NEEDS_LESS)(lambda: main(parse_args())))
 
 
 if __name__ == "__main__":

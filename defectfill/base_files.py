@@ -196,7 +196,7 @@ def cached_digest(file: Path) -> str:
     digest = file_digest(file)
     if digest and stamp[1:] == file_stamp(file):  # not while it is written
         line = json.dumps([*stamp, digest])
-        write_entry(entry, f"{hashlib.sha256(line.encode()).hexdigest()} {line}")
+        write_entry(entry, f"{hashlib.sha256(line.encode()).hexdigest()} {line}".encode())
     return digest
 
 
@@ -212,13 +212,13 @@ def cache_folder() -> Path:
     return Path(root, "defectfill", "digests")
 
 
-def write_entry(entry: Path, text: str) -> None:
-    """Writes a file of the cache atomically, if it can be written."""
+def write_entry(entry: Path, content: bytes) -> None:
+    """Writes a file of a cache atomically, if it can be written."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=entry.parent)
-        with os.fdopen(handle, "w", encoding="ascii") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
         os.replace(temporary, entry)
     except OSError:  # a full disk or a home that is read-only: the next start reads the file again
         pass

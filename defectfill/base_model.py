@@ -33,7 +33,7 @@ from .base_files import (
     shard_names,
     tokenizer_files,
 )
-from .patience import download
+from .patience import download, file_names
 
 
 SD2_MIRROR = "sd2-community/stable-diffusion-2-inpainting"
@@ -129,14 +129,20 @@ def check_hub_files(base: BaseModel, cache_dir: str | None) -> None:
     """
     options: dict = {"revision": base.revision, "cache_dir": cache_dir}
     ends = [f".safetensors.index{f'.{variant}' if variant else ''}.json" for variant in {None, base.variant}]
-    for file in [
-        *(f"{part}/{stem}{end}" for part, stem in WEIGHTS.items() for end in ends),
-        f"text_encoder/{ADAPTER_CONFIG}",
-    ]:
+    files = [*(f"{part}/{stem}{end}" for part, stem in WEIGHTS.items() for end in ends)]
+    files.append(f"text_encoder/{ADAPTER_CONFIG}")
+    try:
+        there = file_names(base.name, base.revision)
+        files = [file for file in files if file in there]
+    except TimeoutError:  # the Hub is silent: one wait is enough
+        options["local_files_only"] = True
+    except Exception:  # offline, or a mirror without lists: each file is looked for
+        pass
+    for file in files:
         try:
             found = download(base.name, file, **options)
         except UNREADABLE as error:  # it is not there, or cannot be reached, by the libraries neither
-            if isinstance(error, TimeoutError):  # the Hub is silent: one wait is enough
+            if isinstance(error, TimeoutError):
                 options["local_files_only"] = True
             continue
         if found.name == ADAPTER_CONFIG:

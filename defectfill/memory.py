@@ -1,4 +1,4 @@
-"""Out of memory on the device: smaller batches, or one thing less, and the work goes on."""
+"""Out of memory on the device: smaller batches, or one thing less, and the work goes on; else a clear end."""
 
 import functools
 import logging
@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from defectfill_dataset import Problem, RunError
 
 
 logger = logging.getLogger(__name__)
@@ -63,3 +65,29 @@ def left_out_if_out_of_memory(what: str) -> Iterator[None]:
             raise
     clear_device_cache(garbage_collection=True)
     logger.warning(f"{what} does not fit in memory and is left out")
+
+
+TRAINING_NEEDS_LESS = (
+    "resume the newest checkpoint, if there is one, with --gradient_checkpointing, or start anew with a lower "
+    "--train_batch_size (and more --gradient_accumulation_steps) or --resolution"
+)
+GENERATION_NEEDS_LESS = (
+    "free memory and run the same command again, which goes on, or start in a new folder with a lower --batch_size or "
+    "--resolution"
+)
+
+
+@contextmanager
+def told_if_out_of_memory(fix: str) -> Iterator[None]:
+    """Around a whole command; `fix` says what needs less memory, and how to go on.
+
+    Raises:
+        RunError: out of memory (DF331).
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RunError) or not is_out_of_memory(error):
+            raise
+        what = f"out of memory ({str(error)[:200] or type(error).__name__})"
+        raise RunError(Problem("DF331", "", what, fix), alone=True) from error

@@ -6,20 +6,25 @@ inside the defect.
 Source: Song et al., DefectFill, CVPR 2025, arXiv 2503.13985, section 3.4.
 """
 
+import hashlib
 import math
 import pickle
 import statistics
-import urllib.error
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from defectfill_dataset import InputError, Problem, file_digest
 
+from .base_files import write_entry
 from .colour_stats import colour_distances
 from .likeness import Likeness
 
@@ -39,20 +44,60 @@ LPIPS_FILES = {
     "vgg": "vgg16-397923af.pth",
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
+LPIPS_URL = "https://download.pytorch.org/models/"
 
 
-def check_backbone(file: Path, digest: str) -> None:
-    """Checks a backbone's file before torchvision unpickles it; one that is absent torchvision downloads and checks.
+def backbone_seal(tensors: dict[str, torch.Tensor], source: str) -> str:
+    """What ties tensors to the sha256 of the file that they come from."""
+    return hashlib.sha256(source.encode() + save(tensors)).hexdigest()
+
+
+def read_backbone(file: Path) -> dict[str, torch.Tensor]:
+    """The `features` of a network of torchvision by their names, from safetensors beside torchvision's own `file`.
+
+    If these are missing, damaged or of another file, `file` is read, downloaded if absent, and they are written.
 
     Raises:
-        ValueError: the sha256 does not begin with `digest`.
-        pickle.UnpicklingError: to load the file could run code.
+        ValueError: the sha256 of `file` does not begin as its name says.
+        pickle.UnpicklingError: to load `file` could run code.
     """
-    if file.exists():
-        found = file_digest(file)
-        if not found.startswith(digest):
-            raise ValueError(f"its sha256 begins with {found[:8]}, not with {digest}: it is another file or damaged")
-        torch.load(file, map_location="cpu", weights_only=True)
+    digest, kept = file.stem.rpartition("-")[2], file.with_suffix(".safetensors")
+    if kept.is_file():
+        with suppress(OSError, SafetensorError), safe_open(kept, "pt") as opened:
+            tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+            source = metadata.get("source_sha256", "")
+            if source.startswith(digest) and metadata.get("sha256") == backbone_seal(tensors, source):
+                return tensors
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(LPIPS_URL + file.name, str(file), digest)
+    source = file_digest(file)
+    if not source.startswith(digest):
+        raise ValueError(f"its sha256 begins with {source[:8]}, not with {digest}: it is another file or damaged")
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    tensors = {name: tensor for name, tensor in weights.items() if name.startswith("features.")}
+    write_entry(kept, save(tensors, {"source_sha256": source, "sha256": backbone_seal(tensors, source)}))
+    return tensors
+
+
+def load_lpips(net: str, file: Path) -> torch.nn.Module:
+    """LPIPS on the network in torchvision's `file`; torchvision and lpips themselves load no weights."""
+    import lpips  # not at the top: training does without it
+
+    tensors = read_backbone(file)
+    with init_empty_weights(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")  # its own use of `pretrained=`
+        model = lpips.LPIPS(pretrained=False, pnet_rand=True, net=net, verbose=False)
+    # lpips cuts the network in slices, whose layers keep their numbers: slice2.3.weight is features.3.weight.
+    names = {name: f"features.{name.partition('.')[2]}" for name in model.net.state_dict()}
+    model.net.load_state_dict({name: tensors[feature] for name, feature in names.items()}, assign=True)
+    linear = Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth"  # of the installed package
+    model.load_state_dict(torch.load(linear, map_location="cpu", weights_only=True), strict=False, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+# What no file, and any other in its place, may raise.
+NO_BACKBONE = (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.PickleError)
 
 
 def lpips_scorer(net: str, device: torch.device) -> Scorer:
@@ -63,17 +108,10 @@ def lpips_scorer(net: str, device: torch.device) -> Scorer:
     Raises:
         InputError: the backbone's weights cannot be loaded (DF430).
     """
-    import lpips  # not at the top: training does without it
-
     file = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_FILES[net]
     try:
-        check_backbone(file, file.stem.rpartition("-")[2])
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", category=UserWarning, module="torchvision"
-            )  # its own use of `pretrained=`
-            model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False).to(device)
-    except (urllib.error.URLError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        model = load_lpips(net, file).to(device)
+    except NO_BACKBONE as error:
         what = (
             f"the {net} backbone cannot be loaded ({error}). Put torchvision's {LPIPS_FILES[net]} at {file}, or "
             "choose another measure: --selection ssim, rmse or none"

@@ -93,6 +93,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF325": "The disk has too little room for what the run will write.",
         "DF326": "Checkpoints or the log of losses could not be written. The results are complete.",
         "DF327": "A process that loads images was killed. Training stops with a checkpoint.",
+        "DF331": "A run does not fit in memory. Its checkpoints and images remain.",
     },
     "Generation": {
         "DF328": "An image does not fit in memory. The others are generated.",

@@ -83,7 +83,7 @@ def exit_on_input_error(main: Callable[[], None]) -> None:
         tell("\n" + error.text())
         sys.exit(2)
     except RunError as error:
-        tell(f"\n{error}")
+        tell(f"\n{error}", error.alone)
         sys.exit(1)
     except SystemExit as end:
         if not isinstance(end.code, str):
@@ -117,9 +117,13 @@ def say(*lines: object, stream: TextIO | None = None) -> None:
     print(*(one_line(str(line)) for line in lines), sep="\n", end="\n" if lines else "", file=stream)
 
 
-def tell(message: str) -> None:
-    """Prints on stderr; under a launcher once that has ended, so that its traceback is not the last thing shown."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # every process sees the same problem: say it once
+def tell(message: str, alone: bool = False) -> None:
+    """Prints on stderr; under a launcher once that has ended, so that its traceback is not the last thing shown.
+
+    Args:
+        alone: whether only this process sees the problem; else all do, and one says it.
+    """
+    if not alone and os.environ.get("LOCAL_RANK", "0") != "0":
         return
     end, lines = end_of_launcher(), message.split("\n")
     if end is None:

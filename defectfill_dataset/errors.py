@@ -59,11 +59,15 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on though its input was right; its text is that of its problem, one line."""
+    """A run that cannot go on though its input was right; its text is that of its problem, one line.
 
-    def __init__(self, problem: Problem):
+    Args:
+        alone: only this one of the processes knows of it.
+    """
+
+    def __init__(self, problem: Problem, alone: bool = False):
         super().__init__(str(problem))
-        self.problem = problem
+        self.problem, self.alone = problem, alone
 
 
 def disk_error(error: BaseException | None) -> OSError | None:

@@ -135,7 +135,10 @@ def two_spellings(pair: Pair) -> None:
 REFUSED: dict[str, tuple[Callable[[Pair], object], str, str]] = {
     "empty file": (lambda p: p.write(b""), "DF103", "it is empty"),
     "text": (lambda p: p.write(b"some text"), "DF103", "WEBP): it begins with b'some text'"),
-    "PostScript": (lambda p: p.write(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "DF103", "not an image of a known format"),
+    "PostScript": (
+        lambda p: p.write(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 48\n%%EndComments\n%%EOF\n"), "DF103",
+        "not an image of a known format",
+    ),
     "page of a failed download": (lambda p: p.write(b"<!DOCTYPE html><p>404", ".jpg"), "DF103", "DOCTYPE html"),
     "half a PNG": (lambda p: p.edit(lambda b: b[: len(b) // 2]), "DF103", "damaged"),
     "half a JPEG": (lambda p: p.edit(lambda b: b[: len(b) // 2], ".jpg"), "DF103", "damaged"),

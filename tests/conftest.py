@@ -111,8 +111,9 @@ def alex(monkeypatch):
     os.makedirs(os.path.dirname(file), exist_ok=True)
     torch.manual_seed(0)
     torch.save(alexnet(weights=None).state_dict(), file)
-    yield file
-    os.remove(file)
+    yield Path(file)
+    for left in Path(file).parent.glob("*"):
+        left.unlink()
 
 
 @pytest.fixture

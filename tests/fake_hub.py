@@ -16,7 +16,8 @@ class FakeHub(ThreadingHTTPServer):
 
     Attributes:
         repos: id -> {"private": bool, "files": {path: bytes}}; a dataset's id begins with "datasets/".
-        fault: (pattern, status) answers matching requests with that status; "hang" never answers, until `reset`.
+        fault: (pattern, status) answers requests whose "METHOD path" matches with that status; "hang" never answers,
+            until `reset`, and "hang in the body" begins to.
     """
 
     daemon_threads = True
@@ -55,8 +56,13 @@ class Handler(BaseHTTPRequestHandler):
         hub: FakeHub = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.requests.append((self.command, self.path, body, self.headers.get("Authorization")))
-        if hub.fault and re.search(hub.fault[0], self.path):
-            if hub.fault[1] == "hang":
+        if hub.fault and re.search(hub.fault[0], f"{self.command} {self.path}"):
+            if hub.fault[1] in ("hang", "hang in the body"):
+                if hub.fault[1] == "hang in the body":
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000000")
+                    self.end_headers()
+                    self.wfile.write(b"begun")
                 hub.released.wait()
                 self.close_connection = True
                 return
@@ -86,6 +92,10 @@ class Handler(BaseHTTPRequestHandler):
         if name not in hub.repos:
             return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         self.answer(200, {"id": name, "private": hub.repos[name]["private"], "sha": "0" * 40, "siblings": []})
+
+    def tree(self, hub, body, name, revision):
+        files = hub.repos.get(name, {"files": {}})["files"].items()
+        self.answer(200, [{"type": "file", "path": path, "size": len(x), "oid": "0" * 40} for path, x in files])
 
     def may_write(self, hub, body, name):
         self.answer(200 if name.removeprefix("datasets/").startswith("ann/") else 403)
@@ -136,6 +146,7 @@ ROUTES = [
     ("POST /api/repos/create", Handler.create),
     (f"GET {API}/auth-check/write", Handler.may_write),
     (f"GET {API}", Handler.info),
+    (f"GET {API}/tree/([^/]+)", Handler.tree),
     ("POST /api/validate-yaml", lambda self, hub, body: self.answer(200, {"errors": [], "warnings": []})),
     (f"POST {API}/preupload/main", Handler.preupload),
     (f"POST /{NAME}.git/info/lfs/objects/batch", Handler.lfs),

@@ -7,6 +7,7 @@ import shutil
 import signal
 import struct
 import zlib
+from pathlib import Path
 
 from offline import HOME
 
@@ -20,10 +21,11 @@ from PIL import Image
 from runs import FAST, content, fork, generate, read_lines, wait_for
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torchvision.models import AlexNet_Weights
 from toy_model import RESOLUTION, toy_pipeline
 
 import generate_defectfill as g
-from defectfill import sampling, selection
+from defectfill import base_files, sampling, selection
 from defectfill.base_model import read_base
 from defectfill.lora import LORA_FILE
 from defectfill.runs import files
@@ -258,6 +260,66 @@ def test_no_code_of_a_backbone_file_is_run(monkeypatch):
     finally:
         os.remove(file)
     assert not os.path.exists(os.path.join(HOME, "ran"))
+
+
+def test_a_backbone_is_unpickled_once_and_by_nobody_else(alex, monkeypatch):
+    load, loads = torch.load, []
+
+    def recording(file, **options):
+        loads.append((Path(file).name, options.get("weights_only")))
+        return load(file, **options)
+
+    def distances() -> list[float]:
+        return selection.lpips_scorer("alex", torch.device("cpu"))(candidates, source, torch.ones(1, 64, 64))
+
+    monkeypatch.setattr(torch, "load", recording)
+    candidates, source = torch.rand(2, 3, 64, 64), torch.rand(3, 64, 64)
+    first, kept = distances(), alex.with_suffix(".safetensors")
+    assert loads == [("alexnet-owt-7be5be79.pth", True), ("alex.pth", True)]  # the second is of the package
+    alex.unlink()
+    assert distances() == first and kept.exists() and loads[2:] == [("alex.pth", True)]
+
+
+@pytest.mark.parametrize("change", ["tensor", "source", "half", "none of ours"])
+def test_a_swapped_backbone_is_not_used(alex, change):
+    expected, kept = selection.read_backbone(alex), alex.with_suffix(".safetensors")
+    with safe_open(kept, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    whole, swapped = kept.read_bytes(), tensors | {"features.0.bias": torch.ones(64)}
+    if change == "half":
+        kept.write_bytes(whole[: len(whole) // 2])
+    elif change == "none of ours":
+        save_file(swapped, kept)
+    elif change == "tensor":
+        save_file(swapped, kept, metadata)
+    else:
+        other = "397923af" + "0" * 56
+        save_file(swapped, kept, {"source_sha256": other, "sha256": selection.backbone_seal(swapped, other)})
+    found = selection.read_backbone(alex)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    alex.unlink()
+    assert selection.read_backbone(alex).keys() == expected.keys()  # it was written anew
+
+
+def test_a_backbone_is_downloaded_once_with_its_hash(alex, monkeypatch, tmp_path):
+    content, asked = alex.read_bytes(), []
+    alex.unlink()
+
+    def download(url, to, digest):
+        asked.append((url, digest))
+        Path(to).write_bytes(content)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        selection.lpips_scorer("alex", torch.device("cpu"))
+        alex.unlink(missing_ok=True)
+    assert asked == [(AlexNet_Weights.IMAGENET1K_V1.url, "7be5be79")]
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(alex, monkeypatch):
+    monkeypatch.setattr(base_files.os, "replace", lambda *args: (_ for _ in ()).throw(PermissionError(13, "no")))
+    selection.lpips_scorer("alex", torch.device("cpu"))
+    assert not alex.with_suffix(".safetensors").exists()
 
 
 # Compositing

@@ -2,10 +2,12 @@
 
 import shlex
 
+import huggingface_hub
 import pytest
 import yaml
 from drawn import write_image, write_mask
 from fake_hub import TOKEN
+from huggingface_hub import hf_hub_download
 from runs import generate
 from toy_model import RESOLUTION, toy_pipeline
 
@@ -65,12 +67,24 @@ def test_lora_and_base_come_from_the_hub(hub, base, train, data, tmp_path):
         ("text_encoder/adapter_config.json", "{}", "is an adapter in a base model"),
     ],
 )
-def test_a_base_on_the_hub_is_checked_as_one_in_a_folder(hub, base, tmp_path, file, content, words):
+@pytest.mark.parametrize("reached", ["listed", "not listed", "offline"])
+def test_a_base_on_the_hub_is_checked_as_one_in_a_folder(
+    hub, base, tmp_path, monkeypatch, file, content, words, reached
+):
+    """By one list of its files; without that, as in offline use, by each file."""
     files = {f.relative_to(base).as_posix(): f.read_bytes() for f in base.rglob("*") if f.is_file()}
     hub.repos["sd/inpainting"] = {"private": False, "files": files}
     variant = "fp16" if "fp16" in file else None
     assert read_base("sd/inpainting", cache_dir=str(tmp_path / "a"), variant=variant).revision
+    indexes = [path for _, path, _, _ in hub.requests if "index" in path or "adapter" in path]
+    assert indexes == [] and sum("/tree/" in path for _, path, _, _ in hub.requests) == 1
     files[file] = content.encode()
+    if reached == "offline":
+        for name in files:
+            hf_hub_download("sd/inpainting", name, cache_dir=tmp_path / "b")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    elif reached == "not listed":
+        hub.fault = ("/tree/", 403)
     with pytest.raises(InputError, match=f"DF182 .*{words}"):
         read_base("sd/inpainting", cache_dir=str(tmp_path / "b"), variant=variant)
 

@@ -1,16 +1,21 @@
-"""Out of memory: generation goes on in smaller batches, training without a validation image."""
+"""Out of memory: generation goes on in smaller batches, training without a validation image; else a clear end."""
 
 import json
+import sys
 import weakref
 
 import pytest
 import torch
-from runs import FAST, content, generate
+from runs import FAST, content, generate, options, reset_accelerate
 from toy_model import toy_pipeline
 
+import generate_defectfill
 import train_defectfill
 from defectfill import memory, sampling
+from defectfill.lora import read_lora
 from defectfill.memory import in_batches
+from defectfill.runs import checkpoint as checkpoints
+from defectfill_dataset import Problem, RunError
 
 
 @pytest.fixture(autouse=True)
@@ -112,3 +117,59 @@ def test_a_validation_that_fails_otherwise_ends_the_run(train, monkeypatch):
     monkeypatch.setattr(train_defectfill, "validation_image", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         train("--validation_steps", "1")
+
+
+def ends_with(command, argv, monkeypatch, capsys) -> str:
+    """What a command prints last, ended by too little memory."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
+    with pytest.raises(SystemExit) as ended:
+        command()
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and "Traceback" not in told
+    return told.strip().splitlines()[-1]
+
+
+def exhausted(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+
+def test_training_out_of_memory_says_what_needs_less_and_keeps_its_checkpoint(
+    train, base, data, tmp_path, monkeypatch, capsys
+):
+    flags, losses, calls = ["--checkpointing_steps", "1"], train_defectfill.training_losses, []
+
+    def second_step_exhausted(models, *args):
+        calls.append(models.unet.training)
+        return exhausted() if sum(calls) == 2 else losses(models, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_defectfill, "training_losses", second_step_exhausted)
+        reset_accelerate()
+        told = ends_with(train_defectfill.command, options(base, data, tmp_path / "out", *flags), patch, capsys)
+    assert told.startswith("DF331 out of memory (CUDA out of memory. Tried to allocate 20 MiB); ")
+    for flag in ("gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps", "resolution"):
+        assert f"--{flag}" in told
+    assert [file.name for file in checkpoints.list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+    out = train(*flags, "--resume_from_checkpoint", "latest", "--gradient_checkpointing")
+    assert read_lora(out).record["steps"] == 2
+
+
+def test_generation_out_of_memory_says_what_needs_less(trained, inputs, tmp_path, monkeypatch, capsys):
+    def exhausted_on_one_process(*args):
+        monkeypatch.setenv("LOCAL_RANK", "1")  # the others know nothing of it
+        exhausted()
+
+    monkeypatch.setattr(generate_defectfill, "load_pipeline", exhausted_on_one_process)
+    argv = ["--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST]
+    told = ends_with(generate_defectfill.command, argv, monkeypatch, capsys)
+    assert told.startswith("DF331 out of memory (CUDA out of memory. ") and "--batch_size or --resolution" in told
+
+
+def test_other_errors_are_not_taken_for_too_little_memory():
+    with pytest.raises(RuntimeError, match="shapes"), memory.told_if_out_of_memory(""):
+        raise RuntimeError("shapes")
+    problem = Problem("DF324", "", "the disk is out of memory.")
+    with pytest.raises(RunError, match="DF324"), memory.told_if_out_of_memory(""):
+        raise RunError(problem)
+    with pytest.raises(RunError, match=r"DF331 out of memory \(MemoryError\)"), memory.told_if_out_of_memory(""):
+        raise MemoryError

@@ -1,12 +1,14 @@
-"""Room on the disk: what a training run will write is known before it starts."""
+"""Room on the disk: what a run will write is known before it starts, of a generation roughly."""
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from defectfill_dataset import InputError, Problem
+from defectfill_dataset import InputError, Problem, open_image
 
 from .checkpoint import list_checkpoints
+from .report import CELL
 
 
 HEADER = 400  # bytes that a file takes for each tensor beside its numbers, at most
@@ -53,9 +55,39 @@ def check_space(
         f"validation images ({images})": images * 3 * image_size,
         "records": RECORDS + LINE * len(steps),
     }
+    check_room(output_dir, needed, "keep fewer checkpoints with --checkpoints_total_limit")
+
+
+def check_generation_space(output_dir: Path, source_files: Sequence[Path], num_candidates: int) -> None:
+    """Checks that the disk has room for the images that are left to generate, about as large as without compression.
+
+    Args:
+        source_files: the good image of each.
+
+    Raises:
+        InputError: there is too little room (DF325).
+    """
+    pixels, number = dict.fromkeys(source_files, 0), len(source_files)
+    for file in pixels:
+        with suppress(OSError):  # it is named when its turn comes
+            width, height = open_image(file).size
+            pixels[file] = width * height
+    total = sum(pixels[file] for file in source_files)
+    needed = {
+        f"images ({number})": 3 * total,
+        "masks": 2 * total // 8,  # two of each image, black and white
+        "contact rows": number * (num_candidates + 2) * 3 * CELL**2,
+        "records": RECORDS + 10 * LINE * number,
+    }
+    check_room(output_dir, needed, "generate fewer images")
+
+
+def check_room(output_dir: Path, needed: dict[str, int], less: str) -> None:
+    """Raises InputError (DF325) if the disk has less room than the bytes `needed`; `less` says how to need fewer."""
     free, total = shutil.disk_usage(output_dir).free, sum(needed.values())
     if total > free:
         parts = ", ".join(f"{what} {size / 2**20:.1f}" for what, size in needed.items() if size)
         what = f"the run will write {total / 2**20:.1f} MiB ({parts}), and {free / 2**20:.1f} MiB are free"
-        fix = "make room, keep fewer checkpoints with --checkpoints_total_limit, or choose another disk"
-        raise InputError(Problem("DF325", f"--output_dir {output_dir}", what, fix))
+        raise InputError(
+            Problem("DF325", f"--output_dir {output_dir}", what, f"make room, {less}, or choose another disk")
+        )

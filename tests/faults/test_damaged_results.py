@@ -45,6 +45,11 @@ def swap(one, other) -> None:
     one.rename(one.with_suffix(".was")), other.rename(one), one.with_suffix(".was").rename(other)
 
 
+def later(file) -> None:
+    """As if it was written a second from now."""
+    os.utime(file, ns=(time.time_ns() + 10**9,) * 2)
+
+
 def flip(file) -> None:
     """One bit, and the times as they were."""
     data, times = bytearray(file.read_bytes()), file.stat()
@@ -56,6 +61,7 @@ def flip(file) -> None:
 DAMAGE = {
     "empty": lambda out: (out / "images/001.png").write_bytes(b""),
     "half": lambda out: os.truncate(out / "masks/001.png", (out / "masks/001.png").stat().st_size // 2),
+    "half, older than its line": lambda out: (os.truncate(out / "masks/001.png", 9), later(out / "manifest.jsonl")),
     "bit": lambda out: flip(out / "mask_changed/001.png"),
     "another mask": lambda out: swap(out / "masks/001.png", out / "masks/002.png"),
     "no sheet": lambda out: (out / "contact/001.png").write_bytes(b"x" * 99),
@@ -94,11 +100,10 @@ def test_verify_reads_everything(run, tmp_path, caplog):
     out = tmp_path / "out"
     before = content(out)
     flip(out / "images/001.png")
-    later = time.time_ns() + 10**9
-    os.utime(out / "manifest.jsonl", ns=(later, later))
+    later(out / "manifest.jsonl")
     run()
     assert content(out) != before and not caplog.text
-    os.utime(out / "manifest.jsonl", ns=(later, later))
+    later(out / "manifest.jsonl")
     run("--verify")
     assert content(out) == before and "DF330 images/001.png: is not what was written" in caplog.text
 

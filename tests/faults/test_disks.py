@@ -224,6 +224,28 @@ def test_the_room_that_a_run_needs_is_known_before_it_starts(train, tmp_path, mo
     assert size < needed * 1.01 < 2.5 * size + 2**17
 
 
+def test_the_room_that_a_generation_needs_is_known_before_it_starts(trained, inputs, tmp_path, monkeypatch):
+    """Of the images that are left, from the sizes of the good ones."""
+    argv, out, free = ["--lora", trained, *inputs, "--output_dir", tmp_path / "out", *FAST], tmp_path / "out", 0
+    monkeypatch.setattr(space, "RECORDS", 20000)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+
+    def needed(images: int) -> float:
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="DF325 --output_dir") as refused:
+            patch.setattr(generate_defectfill, "load_pipeline", None)  # not reached
+            generate(*argv)
+        assert f"(images ({images}) " in str(refused.value) and "generate fewer images" in str(refused.value)
+        return float(str(refused.value).partition("will write ")[2].split()[0]) * 2**20
+
+    all_three, free = needed(3), 2**40
+    generate(*argv)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    assert size < all_three * 1.01 < 4 * size
+    (out / "images/001.png").unlink()
+    free = 0
+    assert needed(1) < all_three / 2
+
+
 @pytest.fixture
 def mounted(tmp_path):
     """A disk of its own with 4 MiB, and what fills it."""

@@ -422,7 +422,7 @@ def test_run_lengths_of_other_programs_are_counted_too(tmp_path):
     file = next(root.glob("*.xml"))
     text = file.read_text()
     rle = text.split('rle="')[1].split('"')[0]
-    for wrong in ("1.5, 1.5, 1", f"{rle}, 1", f"-1, 1, {rle}", "nan", f"1e400, {rle}"):
+    for wrong in ("1.5, 1.5, 1", f"{rle}, 1", f"-1, 1, {rle}", "nan", f"1e400, {rle}", f"1{'0' * 14}, {rle}"):
         file.write_text(text.replace(f'rle="{rle}"', f'rle="{wrong}"'))
         assert [p.code for p in read_object(root, "cvat").problems] == ["DF167"], wrong
     root = make_label_studio(tmp_path / "studio")

@@ -99,14 +99,28 @@ def test_a_lora_is_not_waited_for(hub, patient, inputs, base, tmp_path, clock):
     assert clock() < 20
 
 
+@pytest.mark.parametrize("how", ["hang", "hang in the body"])
+def test_a_lora_that_stops_coming_is_not_waited_for(hub, patient, trained, inputs, tmp_path, clock, how):
+    """The Hub says what there is, and then does not send it."""
+    hub.repos["ann/stuck"] = {"private": True, "files": {LORA_FILE: (trained / LORA_FILE).read_bytes()}}
+    hub.fault = ("GET .*/resolve/", how)
+    with pytest.raises(InputError, match=r"DF400 --lora ann/stuck: .*no answer within 1\.\d+ s"):
+        generate("--lora", "ann/stuck", *inputs, "--output_dir", tmp_path / "out", *FAST)
+    assert clock() < 8
+
+
 def test_a_lora_that_was_downloaded_is_used(hub, patient, trained, caplog):
     hub.repos["ann/kept"] = {"private": True, "files": {LORA_FILE: (trained / LORA_FILE).read_bytes()}}
     first = read_lora("ann/kept")
     hub.fault = (".*", "hang")
     assert read_lora("ann/kept").sha256 == first.sha256
-    assert (
-        f"The Hub has not answered within 1 s: {LORA_FILE} of ann/kept is as it was downloaded before" in caplog.text
-    )
+    assert f"The Hub: no answer within 1 s; {LORA_FILE} of ann/kept is as it was downloaded before" in caplog.text
+
+
+def test_a_network_that_fails_is_one_message(monkeypatch):
+    monkeypatch.setattr(patience, "hf_hub_download", lambda *args, **options: 1 / 0)  # no OSError: some client's own
+    with pytest.raises(InputError, match="DF400 --lora ann/x: .*cannot be downloaded .ZeroDivisionError"):
+        read_lora("ann/x")
 
 
 def test_what_a_call_raises_is_raised():

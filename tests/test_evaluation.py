@@ -16,7 +16,7 @@ from toy_model import toy_pipeline
 from defectfill.evaluation import detectors
 from defectfill.evaluation.arms import Backgrounds, Pool, bank_pool, control_pools, cut_pieces, paste_views, pasted
 from defectfill.evaluation.report import Run
-from defectfill.evaluation.views import View, Viewing, bank_views, find_leaks, real_views
+from defectfill.evaluation.views import View, Viewing, bank_views, find_leaks, real_views, same_images
 from defectfill_dataset import InputError, RunError, load_defect_pairs, random_mask
 from defectfill_scripts import evaluate_defectfill as evaluate
 
@@ -352,6 +352,17 @@ def test_names_in_a_report_are_text(tmp_path):
     rows = [["arm"], ["<script>alert(1)</script>"], ["[a](http://b)"], ["+0.1 [-0.2, +0.3]: no gain"]]
     assert "<script>" not in html_table(rows) + markdown_table(rows)
     assert "](http" not in markdown_table(rows) and "| +0.1 [-0.2, +0.3]: no gain |" in markdown_table(rows)
+
+
+def test_plain_ground_does_not_make_two_binary_images_the_same():
+    white, boards = np.full((64, 64, 3), 255, np.uint8), []
+    for row in (5, 40):
+        boards.append(white.copy())
+        boards[-1][row : row + 2, 4:60] = 0  # 97 % of the pixels are white in both
+    painted = boards[0].copy()
+    painted[20:23, 20:23] = 0
+    assert same_images([("a", boards[1]), ("b", white)], [("board", boards[0])]) == []
+    assert same_images([("c", painted)], [("board", boards[0])]) == [("c", "board")]
 
 
 def test_a_picture_of_another_size_is_no_leak(nut, bank):

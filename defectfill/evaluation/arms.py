@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from defectfill_dataset import derive_seed, load_image
 from defectfill_dataset.masks import components
 
-from .views import SAME, View, Viewing, probes
+from .views import SAME, View, Viewing, probes, sameness
 
 
 CONTROLS = {
@@ -87,7 +87,7 @@ class Backgrounds:
         """(R, R, 3), what the view of this (H, W, 3) image showed before; None if no good image is that."""
         sample = probes(image)
         equal = [
-            float((sample == other).all(axis=1).mean()) if there.size == image.shape[1::-1] else 0.0
+            sameness(sample, other) if there.size == image.shape[1::-1] else 0.0
             for there, other in zip(self.images, self.probes)
         ]
         best = int(np.argmax(equal))

@@ -30,7 +30,8 @@ from defectfill_dataset.writers.exports import read_generated
 
 PLACES = 24  # of a window that are tried, to leave out other types of defect
 PROBES = 4096  # pixels by which images are compared
-SAME = 0.95  # share of equal pixels from which two images show the same photograph
+SAME = 0.8  # of `sameness`, from which two images show the same photograph
+LEAST_PROBES = 20  # that must show more than plain ground
 LEAST_SHAPE = 30  # pixels of a mask from which an equal shape is no chance
 
 
@@ -307,6 +308,17 @@ def probes(image: np.ndarray) -> np.ndarray:
     return image.reshape(-1, 3)[places]
 
 
+def sameness(one: np.ndarray, other: np.ndarray) -> float:
+    """The share of equal pixels in two (PROBES, 3) samples, but those where both show the other's commonest colour.
+
+    Plain ground is alike in all images, in binary ones to the bit; it says nothing.
+    """
+    colours, counts = np.unique(other, axis=0, return_counts=True)
+    ground = colours[counts.argmax()]
+    telling = (one != ground).any(axis=1) | (other != ground).any(axis=1)
+    return float((one == other).all(axis=1)[telling].mean()) if telling.sum() >= LEAST_PROBES else 0.0
+
+
 def same_images(
     learnt: Iterable[tuple[str, np.ndarray]], tested: Iterable[tuple[str, np.ndarray]]
 ) -> list[tuple[str, str]]:
@@ -318,7 +330,7 @@ def same_images(
     for name, image in learnt:
         if candidates := known.get(image.shape):
             sample = probes(image)
-            equal = [float((sample == other).all(axis=1).mean()) for _, other in candidates]
+            equal = [sameness(sample, other) for _, other in candidates]
             if max(equal) >= SAME:
                 pairs.append((name, candidates[int(np.argmax(equal))][0]))
     return pairs

@@ -42,6 +42,7 @@ from .synthesis.placement import (
     procedural_shapes,
     random_source,
     reference_shapes,
+    shapes_like,
 )
 from .synthesis.shapes import SHAPES, principal_axis
 
@@ -100,6 +101,7 @@ __all__ = [
     "reference_shapes",
     "sampling_schedule",
     "select_defects",
+    "shapes_like",
     "defect_types",
     "single_types",
     "tensor_image",

@@ -259,6 +259,14 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         help="Which defects of --reference_data are references: auto, first_third, all, or a split.json.",
     )
     add_reading_flags(add, "--reference_data")
+    add(
+        "--like",
+        type=Path,
+        metavar="FILE",
+        help="Make more of what a detector missed: misses.jsonl of evaluate_defectfill.py. Each reference mask gets "
+        "the size and elongation of one of these defects, in turn, on the good images nearest to that defect's image "
+        "in --reference_data, by the features of the base's VAE encoder. Do not test on those images afterwards.",
+    )
     rotation_help = "Reference masks are rotated by up to this angle, to either side."
     add("--max_rotation", type=float, default=180.0, metavar="DEG", help=rotation_help)
     shapes_help = "Shapes that procedural masks are drawn from. Default: all."
@@ -312,7 +320,7 @@ def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
                      "masks, or with --selection likeness")  # fmt: skip
     if args.placement == "like_references" and not has_data:
         parser.error("give --reference_data with --placement like_references")
-    users = {"max_rotation": ["references"], "shapes": ["procedural"]}
+    users = {"like": ["references"], "max_rotation": ["references"], "shapes": ["procedural"]}
     of_data = ("object", "split", "layout", "mask_classes", "skip_problems")
     users |= {} if likeness else dict.fromkeys(of_data, ["references", "held_out", *(["procedural"] * has_data)])
     placing = ("placement", "foreground", "roi", "coverage", "masks_per_image")

@@ -27,7 +27,7 @@ from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_wor
 from .readers import LAYOUTS, find_objects
 from .samples import TrainingSamples, make_crops, sampling_schedule
 from .seeds import derive_seed
-from .splits import held_out_rows, split_names
+from .splits import held_out_rows, split_names, validation_split
 from .synthesis.foreground import find_foreground
 from .synthesis.locations import LikeReferences, choose_placement
 from .synthesis.placement import (
@@ -110,5 +110,6 @@ __all__ = [
     "tokenize_prompts",
     "upright_exif",
     "split_names",
+    "validation_split",
     "crop_boxes",
 ]

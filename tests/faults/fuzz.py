@@ -59,6 +59,7 @@ from defectfill.runs.plan import check_plan, choose_crops, choose_defects  # noq
 from defectfill.runs.record import LossLog  # noqa: E402
 from defectfill.runs.report import write_report  # noqa: E402
 from defectfill.runs.speed import SpeedFile  # noqa: E402
+from defectfill.runs.validation import best_step  # noqa: E402
 from defectfill_dataset import InputError, load_defect_pairs, shapes_like  # noqa: E402
 from defectfill_dataset.readers import read_object  # noqa: E402
 from defectfill_dataset.splits import split_rows  # noqa: E402
@@ -178,7 +179,7 @@ def make_checkpoint(changed: str) -> Callable[[Path], Path]:
         sum(p.sum() for p in parameters.values()).backward()
         optimizer.step()
         weights = {name: p.detach() for name, p in parameters.items()}
-        state = {"step": 2, "identity": IDENTITY, "before": None}
+        state = {"step": 2, "identity": IDENTITY, "before": None, "validation": {"2": {"mean_x0_error": 0.5}}}
         checkpoints.save_checkpoint(
             folder, state, lambda to: save_file(weights, to / LORA_FILE), parameters, optimizer, scheduler, None, None
         )
@@ -196,7 +197,7 @@ def read_state(folder: Path) -> None:
     parameters, optimizer, scheduler = trainable()
     saved = checkpoints.load(folder / "checkpoint-2", load_file(folder / "checkpoint-2" / LORA_FILE))
     checkpoints.check_identity(saved.state["identity"], IDENTITY)
-    checkpoints.restore(saved, parameters, optimizer, scheduler, None)
+    best_step(checkpoints.restore(saved, parameters, optimizer, scheduler, None).get("validation", {}))
 
 
 def make_base(changed: str) -> Callable[[Path], Path]:

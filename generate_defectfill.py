@@ -594,13 +594,13 @@ def prepare(command: GenerationCommand, device: torch.device) -> PreparedGenerat
 def near_misses(
     inputs: RequestInputs, base: BaseModel, resolution: int, cache_dir: str | None, device: torch.device
 ) -> RequestInputs:
-    """With `--like`, the request's good images in an order for each missed defect, the same in all processes."""
-    request, (images, *_), _ = inputs
+    """With `--like`, the request with its source images nearest to each missed image, the same in all processes."""
+    request, images, *_ = inputs
     if request.like is None:
         return inputs
     order = functools.partial(good_images_near, images, request, base, resolution, cache_dir, device)
-    places = from_main_process(order, PartialState().is_main_process)
-    return inputs._replace(source_images=[[images[place] for place in order] for order in places])
+    orders = from_main_process(order, PartialState().is_main_process)
+    return inputs._replace(nearest={name: [images[i] for i in places] for name, places in orders.items()})
 
 
 # What a LoRA's record holds of its base, and the flag that overrides it.

@@ -13,7 +13,7 @@ from runs import FAST, generate, launch, read_lines
 from scipy import ndimage
 
 import generate_defectfill as g
-from defectfill.runs.misses import Miss, load_missed_images, order_good_images, read_misses
+from defectfill.runs.misses import Miss, load_missed_images, misses_of_type, order_good_images, read_misses
 from defectfill.runs.source_images import SourceImage
 from defectfill_dataset import InputError, principal_axis, shapes_like
 from defectfill_dataset.masks import bounds
@@ -93,15 +93,13 @@ def describe(image: Image.Image) -> torch.Tensor:
     return torch.tensor([float(np.asarray(image).mean())])
 
 
-def test_good_images_are_ordered_by_distance_and_taken_in_turn_for_unknown_images(tmp_path):
+def test_good_images_are_ordered_by_distance(tmp_path):
     images = []
     for i, level in enumerate((200, 20, 90, 150)):
         Image.new("RGB", (8, 8), (level,) * 3).save(tmp_path / f"{i}.png")
         images.append(SourceImage(tmp_path / f"{i}.png"))
-    misses = [Miss("a", [0, 0, 2, 2], 4), Miss("none", [0, 0, 2, 2], 4), Miss("b", [0, 0, 2, 2], 4)]
-    known = {name: {"image": Image.new("RGB", (8, 8), (level,) * 3)} for name, level in (("a", 100), ("b", 190))}
-    orders = order_good_images(images, misses, known, describe)
-    assert orders == [[2, 3, 1, 0], [1, 0, 3, 2], [0, 3, 2, 1]]
+    missed = {name: {"image": Image.new("RGB", (8, 8), (level,) * 3)} for name, level in (("a", 100), ("b", 190))}
+    assert order_good_images(images, missed, describe) == {"a": [2, 3, 1, 0], "b": [0, 3, 2, 1]}
 
 
 # Files
@@ -170,6 +168,19 @@ def test_missed_images_are_found_by_their_name(tmp_path, like):
     [request] = g.parse_args([str(a) for a in argv]).requests
     misses = [*read_misses(request.like), Miss("elsewhere.png", [0, 0, 1, 1], 1)]
     assert load_missed_images(request, misses, None).keys() == {"test/hole/002.png", "test/hole/003.png"}
+
+
+def test_each_type_has_its_own_misses(tmp_path, like):
+    make_mvtec(tmp_path / "nut", {"hole": 4, "scratch": 4})
+    lines = [*LINES, LINES[0] | {"image": "test/scratch/002.png"}, LINES[0] | {"image": "elsewhere.png"}]
+    write_lines(tmp_path / "misses.jsonl", lines)
+    [request] = g.parse_args([str(a) for a in ["--lora", "x", "--output_dir", "z", *like]]).requests
+    images = {defect: [m.image for m in misses_of_type(request, defect, None)] for defect in ("hole", "scratch", None)}
+    assert images["hole"] == ["test/hole/003.png", "test/hole/002.png", "elsewhere.png"]
+    assert images["scratch"] == ["test/scratch/002.png", "elsewhere.png"] and len(images[None]) == 4
+    write_lines(tmp_path / "misses.jsonl", LINES)
+    with pytest.raises(InputError, match="DF354.*names no missed defect of 'scratch'; choose other types"):
+        misses_of_type(request, "scratch", None)
 
 
 def test_the_command_makes_more_of_what_was_missed(trained, tmp_path, like):

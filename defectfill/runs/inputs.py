@@ -35,7 +35,7 @@ from defectfill_dataset import (
 
 from ..likeness import References
 from ..lora import LoraFile, read_lora
-from .misses import read_misses
+from .misses import misses_of_type
 from .plan import REASON, RequestInputs, choose_defects, make_recipe
 from .requests import GenerationRequest
 from .source_images import SourceImage, check_source_images, find_source_images
@@ -89,7 +89,7 @@ def read_inputs(
             recipes.append(
                 [make_recipe(request, lora, defect, prompt, *source, references[data]) for source in sources[flags]]
             )
-        inputs.append(RequestInputs(request, [images[paths]] * len(recipes[0]), recipes))
+        inputs.append(RequestInputs(request, images[paths], recipes))
     return inputs
 
 
@@ -133,7 +133,7 @@ def read_sources(
 ) -> list[tuple[MaskSource | None, dict]]:
     """The mask source of the flags, None for given masks, and the settings that decide its masks.
 
-    With `--like` there is one for each missed defect, which take turns.
+    With `--like` there is one for each missed defect of this type, which take turns.
     """
     if request.mask_source in ("given", "random"):
         return [(random_source if request.mask_source == "random" else None, {})]
@@ -169,7 +169,7 @@ def read_sources(
             dataclasses.replace(source, sample_shape=shapes_like(masks, miss.size, miss.area, request.max_rotation)),
             settings | {"like": miss._asdict()},
         )
-        for miss in read_misses(request.like)
+        for miss in misses_of_type(request, defect, cache_dir)
     ]
 
 

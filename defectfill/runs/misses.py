@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
+from datasets import DatasetDict
 from diffusers import AutoencoderKL
 from PIL import Image
 from pydantic import AfterValidator, Field
@@ -79,40 +80,57 @@ def read_misses(file: Path) -> list[Miss]:
     return misses
 
 
-def load_missed_images(request: GenerationRequest, misses: Sequence[Miss], cache_dir: str | None) -> dict[str, dict]:
-    """The rows of the dataset whose images the misses name, by name; images that are not there are left out."""
-    data = load_defect_pairs(
+def load_data(request: GenerationRequest, cache_dir: str | None) -> DatasetDict:
+    return load_defect_pairs(
         request.reference_data, request.object, request.split, cache_dir, request.layout, request.mask_classes,
         request.skip_problems,
     )  # fmt: skip
+
+
+def misses_of_type(request: GenerationRequest, defect: str | None, cache_dir: str | None) -> list[Miss]:
+    """The misses of a request in images with this defect type, and in images that `--reference_data` does not have.
+
+    Raises:
+        InputError: there are none (DF354), or what `read_misses` finds.
+    """
+    types: dict[str, set[str]] = {}
+    for rows in load_data(request, cache_dir).values():
+        for name, type_ in zip(rows["source_file"], rows["defect"]):
+            types.setdefault(name, set()).add(type_)
+    misses = [
+        miss for miss in read_misses(request.like) if defect is None or defect in types.get(miss.image, {defect})
+    ]
+    if not misses:
+        what = f"names no missed defect of '{defect}'"
+        raise InputError(Problem("DF354", f"--like {request.like}", what, "choose other types with --defect"))
+    return misses
+
+
+def load_missed_images(request: GenerationRequest, misses: Sequence[Miss], cache_dir: str | None) -> dict[str, dict]:
+    """A row of the dataset for each image that the misses name, by name; images that are not there are left out."""
     names, found = {miss.image for miss in misses}, {}
-    for rows in data.values():
+    for rows in load_data(request, cache_dir).values():
         found |= {name: rows[place] for place, name in enumerate(rows["source_file"]) if name in names}
     return found
 
 
 def order_good_images(
     source_images: Sequence[SourceImage],
-    misses: Sequence[Miss],
     missed_images: dict[str, dict],
     describe: Callable[[Image.Image], torch.Tensor],
-) -> list[list[int]]:
-    """For each miss the places of the good images, those nearest to its image first.
-
-    A miss whose image is not known gets the good images in turn.
+) -> dict[str, list[int]]:
+    """For each image with a missed defect the places of the good images, the nearest first.
 
     Args:
+        missed_images: rows by name.
         describe: an RGB image's features, (F,).
     """
-    number = len(source_images)
-    near = {}
-    if missed_images:
-        good = [describe(load_image(open_image(image.file))) for image in tqdm(source_images, desc="Good images")]
-        for name, row in missed_images.items():
-            missed = describe(load_image(row["image"]))
-            near[name] = sorted(range(number), key=[float((missed - one).norm()) for one in good].__getitem__)
-    in_turn = ([(i + turn * len(misses)) % number for turn in range(number)] for i in range(len(misses)))
-    return [near.get(miss.image, others) for miss, others in zip(misses, in_turn)]
+    good = [describe(load_image(open_image(image.file))) for image in tqdm(source_images, desc="Good images")]
+    orders = {}
+    for name, row in missed_images.items():
+        missed = describe(load_image(row["image"]))
+        orders[name] = sorted(range(len(good)), key=[float((missed - one).norm()) for one in good].__getitem__)
+    return orders
 
 
 def good_images_near(
@@ -122,7 +140,7 @@ def good_images_near(
     resolution: int,
     cache_dir: str | None,
     device: torch.device,
-) -> list[list[int]]:
+) -> dict[str, list[int]]:
     """`order_good_images` of a request with `--like`, by the features of the base's VAE encoder; loads its weights."""
     misses = read_misses(request.like)
     missed_images = load_missed_images(request, misses, cache_dir)
@@ -131,10 +149,12 @@ def good_images_near(
             f"--like {request.like}: {unknown} of its images are not in {request.reference_data}; for what was missed "
             "there the good images are taken in turn"
         )
+    if not missed_images:
+        return {}
     vae = load_model(base, "vae", AutoencoderKL, cache_dir, torch.float32).to(device)
     net, whole = vae_features(vae), torch.ones(1, 1, 1, 1, device=device)
 
     def describe(image: Image.Image) -> torch.Tensor:
         return describe_defects(net, image_tensor(image, resolution)[None].to(device), whole)[0].cpu()
 
-    return order_good_images(source_images, misses, missed_images, describe)
+    return order_good_images(source_images, missed_images, describe)

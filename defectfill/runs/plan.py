@@ -65,13 +65,14 @@ class RequestInputs(NamedTuple):
     """A request, its source images, and its recipes.
 
     Args:
-        source_images: the images in the order in which they are taken; with `--like` an order for each missed defect.
         recipes: of each defect type; with `--like` one for each missed defect.
+        nearest: the source images in another order, by the name of the image with the missed defect.
     """
 
     request: GenerationRequest
-    source_images: list[list[SourceImage]]
+    source_images: list[SourceImage]
     recipes: list[list[Recipe]]
+    nearest: dict[str, list[SourceImage]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,23 +211,25 @@ def make_recipe(
 def make_plan(inputs: Sequence[RequestInputs]) -> list[PlannedImage]:
     """The images of all requests: for each defect type `--num_images` on the source images in turn.
 
-    With `--like` the missed defects take turns, each with its own recipe and its own order of the source images.
+    With `--like` the missed defects take turns, each with its own recipe, on the source images nearest to its image.
 
     Raises:
         InputError: the same image is asked for twice (DF415), or more images than one run makes (DF187).
     """
-    number = sum((r.num_images or len(source_images[0])) * len(recipes) for r, source_images, recipes in inputs)
+    number = sum((r.num_images or len(source_images)) * len(recipes) for r, source_images, recipes, _ in inputs)
     if number > MOST_IMAGES:
         what = f"one run makes at most {MOST_IMAGES:,}"
         raise InputError(Problem("DF187", f"{number:,} images", what, "divide it, each with a seed of its own"))
     wanted: list[tuple[SourceImage, Recipe, int]] = []
-    for request, source_images, recipes in inputs:
+    for request, source_images, recipes, nearest in inputs:
         for turns in recipes:
             taken: Counter[SourceImage] = Counter()
-            for i in range(request.num_images or len(source_images[0])):
-                place, miss = divmod(i, len(turns))
-                image = source_images[miss][place % len(source_images[miss])]
-                wanted.append((image, turns[miss], repeat_seed(request.seed, taken[image])))
+            for i in range(request.num_images or len(source_images)):
+                turn, which = divmod(i, len(turns))
+                recipe = turns[which]
+                order = nearest.get(recipe.settings.get("like", {}).get("image"))
+                image = order[turn % len(order)] if order else source_images[i % len(source_images)]
+                wanted.append((image, recipe, repeat_seed(request.seed, taken[image])))
                 taken[image] += 1
     names = unique_names([(source_image, recipe) for source_image, recipe, _ in wanted])
     plan = [PlannedImage(name, *image) for name, image in zip(names, wanted)]

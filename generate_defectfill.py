@@ -13,6 +13,7 @@ Masks are 1 inside the defect.
 
 import dataclasses
 import datetime
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,8 +61,9 @@ from defectfill.runs.manifest import (
     write_lines,
     write_table,
 )
-from defectfill.runs.plan import PlannedImage, Recipe, batch_plan, check_plan, make_plan
-from defectfill.runs.processes import check_launch, locked_start
+from defectfill.runs.misses import good_images_near
+from defectfill.runs.plan import PlannedImage, Recipe, RequestInputs, batch_plan, check_plan, make_plan
+from defectfill.runs.processes import check_launch, from_main_process, locked_start
 from defectfill.runs.report import contact_row, stack, thumbnail, write_report
 from defectfill.runs.requests import GenerationCommand
 from defectfill.runs.signals import end_with_launcher, exit_on_signal
@@ -548,7 +550,8 @@ def parse_args(input_args: list[str] | None = None) -> GenerationCommand:
 def prepare(command: GenerationCommand, device: torch.device) -> PreparedGeneration:
     """Reads and checks everything that can be wrong."""
     by_likeness = "likeness" in command.selection
-    plan = make_plan(read_inputs(command.requests, command.cache_dir, by_likeness))
+    inputs = read_inputs(command.requests, command.cache_dir, by_likeness)
+    plan = make_plan(inputs)
     check_output_dir(command.output_dir, [planned.source_image for planned in plan])
     recipes = list({id(planned.recipe): planned.recipe for planned in plan}.values())
     name, revision, resolution = choose_base(command, recipes)
@@ -579,11 +582,25 @@ def prepare(command: GenerationCommand, device: torch.device) -> PreparedGenerat
         "keep_metadata": command.keep_metadata,
         "mixed_precision": command.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
     }
+    if any(request.like for request in command.requests):
+        plan = make_plan([near_misses(one, base, resolution, command.cache_dir, device) for one in inputs])
     squeezenet = read_squeezenet(command.likeness_net) if command.likeness_net else None
     if by_likeness:
         settings["likeness_net"] = file_digest(command.likeness_net) if command.likeness_net else "vae"
     scorer = make_scorer(command.selection, command.lpips_net, device)
     return PreparedGeneration(command, plan, base, scorer, squeezenet, settings)
+
+
+def near_misses(
+    inputs: RequestInputs, base: BaseModel, resolution: int, cache_dir: str | None, device: torch.device
+) -> RequestInputs:
+    """With `--like`, the request with its source images nearest to each missed image, the same in all processes."""
+    request, images, *_ = inputs
+    if request.like is None:
+        return inputs
+    order = functools.partial(good_images_near, images, request, base, resolution, cache_dir, device)
+    orders = from_main_process(order, PartialState().is_main_process)
+    return inputs._replace(nearest={name: [images[i] for i in places] for name, places in orders.items()})
 
 
 # What a LoRA's record holds of its base, and the flag that overrides it.

@@ -60,17 +60,17 @@ from defectfill.runs.flags import check_training_args, parse_training_args
 from defectfill.runs.hub import check_hub, push
 from defectfill.runs.loading import load_batches
 from defectfill.runs.processes import check_launch, check_same, contradictions, from_main_process, locked_start
-from defectfill.runs.record import LossLog, lora_record, run_record, stop_if_not_finite
+from defectfill.runs.record import LossLog, lora_record, run_record, stop_if_all_skipped, stop_if_not_finite
 from defectfill.runs.signals import StopSignal
 from defectfill.runs.space import check_space
 from defectfill.runs.speed import StepClock
+from defectfill.runs.validation import measured_at, validation_record
 from defectfill.sampling import assemble_pipeline, composite, ddim, inpaint
 from defectfill_dataset import (
     CropRule,
     InputError,
     Problem,
     PromptPair,
-    RunError,
     TokenizedPrompts,
     TrainingSamples,
     binarise,
@@ -94,6 +94,7 @@ from defectfill_dataset import (
     to_words,
     tokenize_prompts,
     upsample_mask,
+    validation_split,
 )
 from defectfill_dataset.commands import exit_on_input_error
 
@@ -353,7 +354,6 @@ def training_losses(models: Models, batch: dict, sample: NoiseSample, options: L
 LOSSES = ("loss", "l_def", "l_obj", "l_attn")
 PASSES = ("defect", "object")
 X0_TIMESTEPS = (999, 900, 800, 600, 400)
-MAX_SKIPPED_STEPS = 30  # in a row; a loss scale of 65536 is down to nothing by then
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,6 +469,7 @@ class PreparedTraining(NamedTuple):
     tokens: TokenizedPrompts
     samples: TrainingSamples
     held_out: TrainingSamples  # measured, never trained on
+    validation: TrainingSamples  # references that choose a checkpoint, never trained on
     zoom: CropRule | None
     record: dict  # of the LoRA file, all but its steps
     split: dict[str, list[str]]  # image names of train and test, of all defect types
@@ -581,6 +582,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     else:
         state = {"step": 0, "before": measure_whole(samples)}
     step, before, known_size = state["step"], state["before"], state.get("train_batch_size")
+    validated = state.get("validation", {})
     models.unet.train(), models.text_encoder.train()
 
     def try_batch(size: int) -> None:
@@ -631,9 +633,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
         terms |= {"grad_norm": norm, **dict(zip(("lr", "text_encoder_lr"), lr_scheduler.get_last_lr()))}
         if accelerator.optimizer_step_was_skipped:  # fp16: the gradient overflowed, and the loss scale was halved
             skipped += 1
-            if skipped == MAX_SKIPPED_STEPS:
-                what = f"{skipped} steps in a row skipped by fp16"
-                raise RunError(Problem("DF323", f"step {step}", what, "use --mixed_precision bf16 or no"))
+            stop_if_all_skipped(step, skipped)
         else:
             skipped = 0
             lr_scheduler.step()
@@ -642,9 +642,11 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
             log.write({"step": step, **terms})
 
         stopping = stop.requested(accelerator)
-        if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+        planned = step % args.checkpointing_steps == 0 or step == args.max_train_steps
+        validated |= measured_at(step, measure_whole(prepared.validation) if planned else None)
+        if stopping or planned:
             state, fallback = {"step": step, "before": before}, args.fallback_dir if stopping else None
-            written = save(args, prepared, training, accelerator, state, log, fallback)
+            written = save(args, prepared, training, accelerator, state | {"validation": validated}, log, fallback)
             clock.interrupt()
         if stopping and step < args.max_train_steps:
             kept = checkpoints.how_to_resume(written, args.output_dir)
@@ -660,6 +662,7 @@ def train(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Acc
     if accelerator.is_main_process:
         log.flush()
         measures = {"before": before, "after": measure_whole(samples), "held_out": measure_whole(prepared.held_out)}
+        measures["validation"] = validation_record(prepared.validation.crops, validated)
         measures |= log.summary() | {"speed": clock.summary(device), "gradient_accumulation_steps": accumulation}
         training.failed.extend([] if log.complete else [log.path.name])
         with checkpoints.last_save(args.output_dir):
@@ -797,6 +800,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
     base = read_base(args.pretrained_model_name_or_path, args.revision, args.cache_dir, args.variant)
     check_resolution(base, args.resolution)
     check_images(args, data, base)
+    data = validation_split(data, args.validation_defects)
     zoom = choose_crop_rule(args.zoom, args.zoom_context, args.zoom_min_area, map(binarise, data["train"]["mask"]))
     object_words = args.object_words or to_words(data["train"]["object"][0])
     defects = sorted(data["train"].unique("defect"))
@@ -817,26 +821,27 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> PreparedTrain
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
     }
-    if others:
-        identity["other_types_sha256"] = data_digest(others)
+    for name, rows in {"other_types": others, "validation_defects": data.get("validation_defects")}.items():
+        if rows:
+            identity[f"{name}_sha256"] = data_digest(rows)
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps  # the schedule's length
     check_same(identity)
     check = functools.partial(checkpoints.check_unoccupied, args.output_dir, args.resume_from_checkpoint)
     from_main_process(check, accelerator.is_main_process)
-    samples, held_out = (
+    measured = [
         TrainingSamples(
             rows, prompts, tokens, args.resolution, base.vae_scale_factor, args.seed,
             args.max_resize_scale, args.center_crop, args.num_random_boxes, zoom, others, args.cache_latents,
-        ) for rows in (data["train"], held_out_rows(data))
-    )  # fmt: skip
+        ) for rows in (data["train"], held_out_rows(data), data.get("validation_defects", data["train"].select([])))
+    ]  # fmt: skip
     record = lora_record(
-        base, object_words, prompts, args.push_to_hub, appearance=statistics_by_defect(samples),
+        base, object_words, prompts, args.push_to_hub, appearance=statistics_by_defect(measured[0]),
         resolution=args.resolution, zoom=identity["zoom"], rank=args.rank, alpha=args.lora_alpha,
         lora_targets=args.lora_targets, conv_rank=args.conv_rank, seed=args.seed,
     )  # fmt: skip
     split = split_names(every_type)
-    return PreparedTraining(base, data, prompts, tokenizer, tokens, samples, held_out, zoom, record, split, identity)
+    return PreparedTraining(base, data, prompts, tokenizer, tokens, *measured, zoom, record, split, identity)
 
 
 def start_run(args: argparse.Namespace, prepared: PreparedTraining, accelerator: Accelerator) -> Path | None:

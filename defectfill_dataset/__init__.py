@@ -27,7 +27,7 @@ from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_wor
 from .readers import LAYOUTS, find_objects
 from .samples import TrainingSamples, make_crops, sampling_schedule
 from .seeds import derive_seed
-from .splits import held_out_rows, split_names
+from .splits import held_out_rows, split_names, validation_split
 from .synthesis.foreground import find_foreground
 from .synthesis.locations import LikeReferences, choose_placement
 from .synthesis.placement import (
@@ -42,6 +42,7 @@ from .synthesis.placement import (
     procedural_shapes,
     random_source,
     reference_shapes,
+    shapes_like,
 )
 from .synthesis.shapes import SHAPES, principal_axis
 
@@ -100,6 +101,7 @@ __all__ = [
     "reference_shapes",
     "sampling_schedule",
     "select_defects",
+    "shapes_like",
     "defect_types",
     "single_types",
     "tensor_image",
@@ -108,5 +110,6 @@ __all__ = [
     "tokenize_prompts",
     "upright_exif",
     "split_names",
+    "validation_split",
     "crop_boxes",
 ]

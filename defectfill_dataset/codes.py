@@ -107,6 +107,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF351": "Defects of one part are both learnt from and tested on.",
         "DF352": "There are not enough images to evaluate.",
         "DF353": "What is tested on was learnt from.",
+        "DF354": "`--like`, or a line of it, cannot be used.",
         "DF355": "A detector's network is not known to its library.",
         "DF400": "The LoRA does not exist.",
         "DF401": "The LoRA file is not a complete safetensors file.",

@@ -87,6 +87,34 @@ def _rows_of_file(defects: list[Row], root: str | Path, file: Path) -> tuple[set
     return train_rows, test_rows
 
 
+def validation_split(data: DatasetDict, number: int) -> DatasetDict:
+    """The dataset with the last `number` images by name of each type as `validation_defects`, not in `train`.
+
+    An image with several types goes with all of them and counts for each; every type keeps an image to train on.
+
+    Raises:
+        InputError: no type has an image to spare (DF187).
+    """
+    if not number:
+        return data
+    by_type: dict[str, set[str]] = {}
+    for name, defect in zip(data["train"]["source_file"], data["train"]["defect"]):
+        by_type.setdefault(defect, set()).add(name)
+    held = set[str]()
+    for images in by_type.values():
+        for name in sorted(images, reverse=True):
+            if len(images & held) < number and all(others - held - {name} for others in by_type.values()):
+                held.add(name)
+    if not held:
+        what = "no defect type has two reference images"
+        raise InputError(Problem("DF187", f"--validation_defects {number}", what, "leave it out"))
+    places: dict[bool, list[int]] = {True: [], False: []}
+    for place, name in enumerate(data["train"]["source_file"]):
+        places[name in held].append(place)
+    rows = data["train"]
+    return DatasetDict(data | {"train": rows.select(places[False]), "validation_defects": rows.select(places[True])})
+
+
 def split_names(dataset: DatasetDict) -> dict[str, list[str]]:
     """The image names of train and test, relative to the object's folder: as JSON, a split file to give back.
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from defectfill.runs.files import save_image
 from defectfill.runs.flags import add_input_flags, check_input_flags
-from defectfill.runs.inputs import read_source, read_source_images
+from defectfill.runs.inputs import read_source_images, read_sources
 from defectfill.runs.plan import MOST_IMAGES
 from defectfill.runs.report import stack
 from defectfill.runs.source_images import repeat_seed
@@ -97,13 +97,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     [defect] = args.defect or [None]
     source_images = read_source_images(args)
-    source, _ = read_source(args, defect)
+    sources = read_sources(args, defect)
     pictures, shares, clearances, drawn, without = [], [], [], [], []
     number = args.number or len(source_images)
     for index in tqdm(range(number), desc="Masks"):
         repeat, place = divmod(index, len(source_images))
         source_image, seed = source_images[place], repeat_seed(args.seed, repeat)
-        image, placed = source_image.load_with_mask(seed, source)
+        image, placed = source_image.load_with_mask(seed, sources[index % len(sources)][0])
         if placed is None:
             without.append(Problem("DF340", f"{source_image.file.name}, image {repeat + 1}", "no room for its mask"))
             continue

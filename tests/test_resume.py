@@ -299,7 +299,7 @@ MAY_CHANGE = """output_dir fallback_dir logging_dir cache_dir report_to push_to_
     enable_xformers_memory_efficient_attention""".split()
 # What becomes the data, the prompts, the crops, the base and the precision, which the identity holds themselves.
 HELD_AS_A_RESULT = """train_data_dir dataset_name dataset_config_name object defect split layout mask_classes
-    skip_problems phrase object_words defect_prompt object_prompt zoom zoom_context zoom_min_area
+    skip_problems validation_defects phrase object_words defect_prompt object_prompt zoom zoom_context zoom_min_area
     pretrained_model_name_or_path revision variant mixed_precision""".split()
 
 

@@ -35,7 +35,7 @@ from defectfill.lora import (
     save_lora,
 )  # fmt: skip
 from defectfill.runs import flags as option_checks
-from defectfill.runs import logs
+from defectfill.runs import logs, record
 from defectfill_dataset import InputError, RunError
 
 
@@ -362,6 +362,7 @@ def trained_tensors(plain_run):
         ("--use_8bit_adam",),
         ("--lr_scheduler", "constant"),
         ("--split", "all"),
+        ("--validation_defects", "1"),
         ("--phrase", "hole"),
         ("--object_words", "hazelnut"),
         ("--defect_prompt", "A close up of {phrase}"),
@@ -558,7 +559,7 @@ def test_steps_that_fp16_skips_for_ever_are_an_error(train, monkeypatch):
     """Steps silently skipped."""
     skipped = property(lambda self: True)
     monkeypatch.setattr(train_defectfill.Accelerator, "optimizer_step_was_skipped", skipped)
-    monkeypatch.setattr(train_defectfill, "MAX_SKIPPED_STEPS", 2)
+    monkeypatch.setattr(record, "MAX_SKIPPED_STEPS", 2)
     with pytest.raises(RunError, match="DF323 step 2: 2 steps in a row skipped by fp16"):
         train("--max_train_steps", "4")
 

@@ -56,6 +56,15 @@ class SchedulerState(Schema):
 Scalar = Annotated[str, Field(pattern=r"^[^|]+\|[^|]+$")]  # parameter|key, as `_optimizer_state` writes it
 
 
+class ValidationFigures(Schema):
+    """What is used of the figures of a step."""
+
+    mean_x0_error: float | None
+
+
+Step = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
+
+
 class StateFile(Schema):
     """What a checkpoint holds beside tensors."""
 
@@ -65,6 +74,7 @@ class StateFile(Schema):
     lr_scheduler: SchedulerState
     scaler: dict[str, float] | None = None
     train_batch_size: int | None = Field(None, ge=1, le=10_000)
+    validation: dict[Step, ValidationFigures] = {}
 
 
 def save_checkpoint(

@@ -259,6 +259,14 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         help="Which defects of --reference_data are references: auto, first_third, all, or a split.json.",
     )
     add_reading_flags(add, "--reference_data")
+    add(
+        "--like",
+        type=Path,
+        metavar="FILE",
+        help="Make more of what a detector missed: misses.jsonl of evaluate_defectfill.py. Each reference mask gets "
+        "the size and elongation of one of these defects, in turn, on the good images nearest to that defect's image "
+        "in --reference_data, by the features of the base's VAE encoder. Do not test on those images afterwards.",
+    )
     rotation_help = "Reference masks are rotated by up to this angle, to either side."
     add("--max_rotation", type=float, default=180.0, metavar="DEG", help=rotation_help)
     shapes_help = "Shapes that procedural masks are drawn from. Default: all."
@@ -312,7 +320,7 @@ def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
                      "masks, or with --selection likeness")  # fmt: skip
     if args.placement == "like_references" and not has_data:
         parser.error("give --reference_data with --placement like_references")
-    users = {"max_rotation": ["references"], "shapes": ["procedural"]}
+    users = {"like": ["references"], "max_rotation": ["references"], "shapes": ["procedural"]}
     of_data = ("object", "split", "layout", "mask_classes", "skip_problems")
     users |= {} if likeness else dict.fromkeys(of_data, ["references", "held_out", *(["procedural"] * has_data)])
     placing = ("placement", "foreground", "roi", "coverage", "masks_per_image")
@@ -475,6 +483,10 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
     add("--split", default="auto", metavar="RULE|FILE",
         help="Defects to train on: auto (the dataset's own split, else first_third), first_third (of each type), all, "
              "or a split.json.")
+    add("--validation_defects", type=int, default=0, metavar="N",
+        help="Hold the last N reference images of each defect type out of training, and measure losses and the error "
+             "of x_0 on them at every checkpoint; run_record.json names the best step. Each type keeps at least one "
+             "image to train on. Default: 0, none.")
     add("--resolution", type=int, default=512, metavar="PX", help="Side of the square that the model sees.")
     add("--max_resize_scale", type=float, default=1.125, metavar="X",
         help="Augmentation: each image is enlarged by a random factor from 1 to X, then cropped back.")
@@ -638,6 +650,7 @@ MOST_OF_TRAINING = {
     "max_train_steps": 10_000_000, "train_batch_size": 10_000, "gradient_accumulation_steps": 10_000,
     "resolution": 8192, "rank": 8192, "conv_rank": 8192, "num_random_boxes": 10_000, "num_validation_images": 10_000,
     "validation_inference_steps": MOST_SAMPLING_STEPS, "cache_latents": 10_000, "dataloader_num_workers": 1000,
+    "validation_defects": 10_000,
 }  # fmt: skip
 MOST_SAMPLES = 100_000_000
 
@@ -651,7 +664,7 @@ def check_training_args(args: argparse.Namespace) -> None:
         0: """seed lambda_def lambda_obj lambda_attn background_alpha lora_dropout learning_rate text_encoder_lr
             lr_warmup_steps adam_beta1 adam_beta2 adam_epsilon adam_weight_decay dataloader_num_workers
             validation_steps push_timeout zoom_min_area high_noise_power noise_offset timestep_bias_begin
-            cache_latents prompt_noise""",
+            cache_latents prompt_noise validation_defects""",
     }
     problems = [
         Problem("DF187", f"--{name} {getattr(args, name)}", f"must be a finite number of at least {bound}")

@@ -1,5 +1,6 @@
 """The files that requests name: source images with their masks, LoRAs, mask sources; each is read and checked once."""
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -29,10 +30,12 @@ from defectfill_dataset import (
     random_source,
     reference_shapes,
     select_defects,
+    shapes_like,
 )
 
 from ..likeness import References
 from ..lora import LoraFile, read_lora
+from .misses import misses_of_type
 from .plan import REASON, RequestInputs, choose_defects, make_recipe
 from .requests import GenerationRequest
 from .source_images import SourceImage, check_source_images, find_source_images
@@ -42,8 +45,8 @@ logger = logging.getLogger(__name__)
 
 # What decides a mask source.
 MASK_FLAGS = (
-    "mask_source", "reference_data", "object", "split", "layout", "mask_classes", "skip_problems", "max_rotation",
-    "shapes", "placement", "foreground", "roi", "coverage", "masks_per_image",
+    "mask_source", "reference_data", "object", "split", "layout", "mask_classes", "skip_problems", "like",
+    "max_rotation", "shapes", "placement", "foreground", "roi", "coverage", "masks_per_image",
 )  # fmt: skip
 
 
@@ -64,7 +67,7 @@ def read_inputs(
     """
     images: dict[tuple[str, ...], list[SourceImage]] = {}
     loras: dict[tuple[str, float | None], LoraFile] = {}
-    sources: dict[tuple[str | None, ...], tuple[MaskSource | None, dict]] = {}
+    sources: dict[tuple[str | None, ...], list[tuple[MaskSource | None, dict]]] = {}
     references: dict[tuple[str | None, ...], References | None] = {}
     inputs = []
     for request in requests:
@@ -79,11 +82,13 @@ def read_inputs(
         for lora, defect, prompt in choose_defects(request, [loras[file] for file in files]):
             flags = (defect, *(str(getattr(request, flag)) for flag in MASK_FLAGS))
             if flags not in sources:
-                sources[flags] = read_source(request, defect, cache_dir)
+                sources[flags] = read_sources(request, defect, cache_dir)
             data = (defect, *(str(getattr(request, flag)) for flag in REFERENCE_FLAGS))
             if data not in references:
                 references[data] = read_references(request, defect, cache_dir) if by_likeness else None
-            recipes.append(make_recipe(request, lora, defect, prompt, *sources[flags], references[data]))
+            recipes.append(
+                [make_recipe(request, lora, defect, prompt, *source, references[data]) for source in sources[flags]]
+            )
         inputs.append(RequestInputs(request, images[paths], recipes))
     return inputs
 
@@ -123,12 +128,15 @@ def read_references(request: GenerationRequest, defect: str | None, cache_dir: s
     return References(rows, others, data_digest(rows) + (f"+{data_digest(others)}" if len(others) else ""))
 
 
-def read_source(
+def read_sources(
     request: GenerationRequest, defect: str | None, cache_dir: str | None = None
-) -> tuple[MaskSource | None, dict]:
-    """The mask source of the flags, None for given masks, and the settings that decide its masks."""
+) -> list[tuple[MaskSource | None, dict]]:
+    """The mask source of the flags, None for given masks, and the settings that decide its masks.
+
+    With `--like` there is one for each missed defect of this type, which take turns.
+    """
     if request.mask_source in ("given", "random"):
-        return (random_source if request.mask_source == "random" else None), {}
+        return [(random_source if request.mask_source == "random" else None, {})]
     rows = None
     if request.reference_data is not None:
         rows = load_mask_rows(
@@ -141,7 +149,7 @@ def read_source(
         masks = load_masks(rows)
         settings = {"reference_masks_sha256": masks_digest(masks)}
         if request.mask_source == "held_out":
-            return held_out_source(masks), settings
+            return [(held_out_source(masks), settings)]
         shapes, settings["max_rotation"] = reference_shapes(masks, request.max_rotation), request.max_rotation
     foreground = request.foreground if request.foreground in ("auto", "none") else "given"
     settings |= {
@@ -153,7 +161,16 @@ def read_source(
     finder = find_foreground if foreground == "auto" else None
     like_references, placement_settings = read_placement(request, defect, rows)
     source = PlacedShapes(shapes, finder, request.coverage, request.masks_per_image, like_references)
-    return source, settings | placement_settings
+    settings |= placement_settings
+    if request.like is None:
+        return [(source, settings)]
+    return [
+        (
+            dataclasses.replace(source, sample_shape=shapes_like(masks, miss.size, miss.area, request.max_rotation)),
+            settings | {"like": miss._asdict()},
+        )
+        for miss in misses_of_type(request, defect, cache_dir)
+    ]
 
 
 def read_placement(

@@ -40,6 +40,8 @@ def log_measures(measures: dict) -> None:
             shown = (f"{name} {' '.join(f'{x:.2f}' for x in errors.values())}" for name, errors in by_pass.items())
             times = " ".join(next(iter(by_pass.values())))
             logger.info(f"Error of x_0 inside the mask, {images}, t = {times}: {', '.join(shown)} prompt")
+    if validation := measures["validation"]:
+        logger.info(f"Best step by the error of x_0 on the validation defects: {validation['best_step']}")
 
 
 def log_terms(accelerator: Accelerator, terms: dict, step: int) -> None:

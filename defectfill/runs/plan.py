@@ -62,11 +62,17 @@ class Recipe:
 
 
 class RequestInputs(NamedTuple):
-    """A request, its source images, and its recipes."""
+    """A request, its source images, and its recipes.
+
+    Args:
+        recipes: of each defect type; with `--like` one for each missed defect.
+        nearest: the source images in another order, by the name of the image with the missed defect.
+    """
 
     request: GenerationRequest
     source_images: list[SourceImage]
-    recipes: list[Recipe]
+    recipes: list[list[Recipe]]
+    nearest: dict[str, list[SourceImage]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,21 +209,28 @@ def make_recipe(
 
 
 def make_plan(inputs: Sequence[RequestInputs]) -> list[PlannedImage]:
-    """The images of all requests: for each recipe `--num_images` on the source images in turn.
+    """The images of all requests: for each defect type `--num_images` on the source images in turn.
+
+    With `--like` the missed defects take turns, each with its own recipe, on the source images nearest to its image.
 
     Raises:
         InputError: the same image is asked for twice (DF415), or more images than one run makes (DF187).
     """
-    number = sum((r.num_images or len(source_images)) * len(recipes) for r, source_images, recipes in inputs)
+    number = sum((r.num_images or len(source_images)) * len(recipes) for r, source_images, recipes, _ in inputs)
     if number > MOST_IMAGES:
         what = f"one run makes at most {MOST_IMAGES:,}"
         raise InputError(Problem("DF187", f"{number:,} images", what, "divide it, each with a seed of its own"))
     wanted: list[tuple[SourceImage, Recipe, int]] = []
-    for request, source_images, recipes in inputs:
-        for recipe in recipes:
+    for request, source_images, recipes, nearest in inputs:
+        for turns in recipes:
+            taken: Counter[SourceImage] = Counter()
             for i in range(request.num_images or len(source_images)):
-                repeat, place = divmod(i, len(source_images))
-                wanted.append((source_images[place], recipe, repeat_seed(request.seed, repeat)))
+                turn, which = divmod(i, len(turns))
+                recipe = turns[which]
+                order = nearest.get(recipe.settings.get("like", {}).get("image"))
+                image = order[turn % len(order)] if order else source_images[i % len(source_images)]
+                wanted.append((image, recipe, repeat_seed(request.seed, taken[image])))
+                taken[image] += 1
     names = unique_names([(source_image, recipe) for source_image, recipe, _ in wanted])
     plan = [PlannedImage(name, *image) for name, image in zip(names, wanted)]
     asked: set[str] = set()
@@ -272,7 +285,7 @@ def check_plan(lines: list[dict], before: list[dict]) -> None:
     """Raises InputError (DF320) if the lines of an earlier start's plan are not among those of now."""
     old_lines = {line["name"]: line for line in before}
     problems: set[Problem] = set()
-    seeds: list[Problem] = []  # each repeat has a seed of its own: the first is reported
+    varying: dict[str, Problem] = {}  # what differs from line to line anyway: the first is reported
     for line in lines:
         old = old_lines.pop(line["name"], line)
         was, now = ({k: v for k, v in (EARLIER | x).items() if k != REASON} for x in (old, line))
@@ -282,12 +295,12 @@ def check_plan(lines: list[dict], before: list[dict]) -> None:
             else:
                 what = f"the run was started with {was.get(key)!r}, now it is {now.get(key)!r}"
                 changed = Problem("DF320", key, what, f"add --placement {was[key]}" if key == "placement" else "")
-                seeds.append(changed) if key == "seed" else problems.add(changed)
+                varying.setdefault(key, changed) if key in ("seed", "like") else problems.add(changed)
     if old_lines:
         names = ", ".join(sorted(old_lines)[:4])
         what = f"{len(old_lines)} images of the earlier run are no longer requested"
         problems.add(Problem("DF320", names, what))
-    problems.update(seeds[:1])
+    problems.update(varying.values())
     if problems:
         advice = "Resume with the same inputs and flags, or choose another --output_dir."
         raise InputError(*sorted(problems, key=str), advice=advice)

@@ -178,3 +178,13 @@ def stop_if_not_finite(
     if state.startswith("no"):
         fix = f"lower --learning_rate, or use bf16 in place of fp16, and {advice}"
     raise RunError(Problem("DF323", f"step {step}", what, fix))
+
+
+MAX_SKIPPED_STEPS = 30  # in a row; a loss scale of 65536 is down to nothing by then
+
+
+def stop_if_all_skipped(step: int, skipped: int) -> None:
+    """Raises RunError (DF323) once fp16 has skipped `MAX_SKIPPED_STEPS` steps in a row."""
+    if skipped == MAX_SKIPPED_STEPS:
+        what = f"{skipped} steps in a row skipped by fp16"
+        raise RunError(Problem("DF323", f"step {step}", what, "use --mixed_precision bf16 or no"))

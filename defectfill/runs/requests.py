@@ -38,6 +38,7 @@ class GenerationRequest:
     layout: str
     mask_classes: Sequence[str]
     skip_problems: bool
+    like: Path | None  # defects that a detector missed
     max_rotation: float  # degrees
     shapes: list[str]
     seed: int

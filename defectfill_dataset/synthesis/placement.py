@@ -23,7 +23,7 @@ from ..checks import check_pairs
 from ..errors import InputError, Problem
 from ..images import load_image
 from ..mask_values import binarise
-from ..masks import random_mask
+from ..masks import components, random_mask
 from ..seeds import derive_seed
 from .foreground import cover_defect, find_foreground
 from .locations import (
@@ -35,7 +35,7 @@ from .locations import (
     map_object,
     reference_location,
 )
-from .shapes import SHAPES, cut_out, random_transform, transform, union
+from .shapes import SHAPES, cut_out, ellipse_elongation, random_transform, transform, union
 
 
 logger = logging.getLogger(__name__)
@@ -161,6 +161,40 @@ def reference_shapes(masks: Sequence[NamedMask], max_rotation: float) -> ShapeSo
             return name, shape
         other, second = sample_one(rng, size)
         return f"{name} + {other}", union(shape, second, rng)
+
+    return sample_shape
+
+
+def shapes_like(masks: Sequence[NamedMask], size: tuple[int, int], area: int, max_rotation: float) -> ShapeSource:
+    """Shapes as large and as long as a defect of which only its box and area are known.
+
+    Of the masks' connected defects the one most like it in both, scaled to the area, stretched along its longest
+    direction to the elongation, and each time turned, flipped and lightly warped anew.
+
+    Args:
+        size: (width, height) of the box, in pixels.
+        area: in pixels.
+    """
+    area = max(area, *size)  # a connected defect has no fewer
+    elongation = ellipse_elongation(size, area)
+
+    def elongation_of(shape: np.ndarray) -> float:
+        return ellipse_elongation((shape.shape[1], shape.shape[0]), int(shape.sum()))
+
+    def unlike(named: tuple[str, np.ndarray]) -> float:
+        return math.log(named[1].sum() / area) ** 2 + math.log(elongation_of(named[1]) / elongation) ** 2
+
+    name, nearest = min(((name, shape) for name, mask in masks for *_, shape in components(mask)), key=unlike)
+
+    def sample_shape(rng: np.random.Generator, image_size: tuple[int, int]) -> tuple[str, np.ndarray]:
+        fitting = min(area, math.prod(image_size))  # what is larger or longer has no place, but would need memory
+        longest = max(1.0, math.pi / 4 * (image_size[0] ** 2 + image_size[1] ** 2) / fitting)
+        change = dataclasses.replace(
+            random_transform(rng, max_rotation),
+            scale=math.sqrt(fitting / nearest.sum()),
+            stretch=math.sqrt(min(elongation, longest) / elongation_of(nearest)),
+        )
+        return name, transform(nearest, change, rng)
 
     return sample_shape
 

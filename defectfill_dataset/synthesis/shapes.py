@@ -32,6 +32,13 @@ def principal_axis(mask: np.ndarray) -> tuple[float, float]:
     return float(angle), float(np.sqrt(values[1] / values[0]))
 
 
+def ellipse_elongation(size: tuple[int, int], area: float) -> float:
+    """How many times longer than across an ellipse of this area is that fits a box of this size, at any angle."""
+    squares, product = (size[0] ** 2 + size[1] ** 2) / 4, area / np.pi  # a^2 + b^2 and a b, of its half axes
+    longer, shorter = np.sqrt(squares + 2 * product), np.sqrt(max(squares - 2 * product, 0))  # a + b and a - b
+    return float((longer + shorter) / (longer - shorter))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformed
 
@@ -45,12 +52,14 @@ class Transform:
         scale: of both sides.
         flip: mirror left and right.
         elastic: strength of the warp, in fractions of the longer side.
+        stretch: along the shape's longest direction, and 1 / stretch across: the area stays.
     """
 
     angle: float = 0
     scale: float = 1
     flip: bool = False
     elastic: float = 0
+    stretch: float = 1
 
 
 SCALES = (0.8, 1.25)
@@ -68,7 +77,7 @@ def random_transform(rng: np.random.Generator, max_rotation: float) -> Transform
 
 
 def transform(shape: np.ndarray, change: Transform, rng: np.random.Generator) -> np.ndarray:
-    """The shape flipped, rotated, scaled and warped.
+    """The shape flipped, stretched, rotated, scaled and warped.
 
     Its area is the old one times `scale`**2, more only where a hair would tear: what is resampled is the distance to
     the outline, cut where the area is right. Resampled bits would lose thin parts.
@@ -78,11 +87,16 @@ def transform(shape: np.ndarray, change: Transform, rng: np.random.Generator) ->
     distance = ndimage.distance_transform_edt(~source) - ndimage.distance_transform_edt(source)
     distance -= np.sign(distance) / 2  # from the pixels' edges
     cosine, sine = np.cos(np.radians(change.angle)), np.sin(np.radians(change.angle))
-    margin = 2 + 8 * change.elastic * max(height, width) * change.scale
-    sides = np.array([height * abs(cosine) + width * abs(sine), width * abs(cosine) + height * abs(sine)])
+    forward = np.array([[cosine, -sine], [sine, cosine]])  # of (y, x)
+    if change.stretch != 1:
+        forward = forward @ _stretch_matrix(source, change.stretch)
+    margin = 2 + 8 * change.elastic * max(height, width) * change.scale * max(change.stretch, 1 / change.stretch)
+    sides = (np.abs(forward) * (height, width)).sum(axis=1)
     rows, columns = np.ceil(sides * change.scale + margin - 1e-6).astype(int)
     y, x = np.meshgrid(np.arange(rows) - (rows - 1) / 2, np.arange(columns) - (columns - 1) / 2, indexing="ij")
     place = np.stack([y * cosine + x * sine, x * cosine - y * sine]) / change.scale
+    if change.stretch != 1:
+        place = np.tensordot(_stretch_matrix(source, 1 / change.stretch), place, 1)
     bends = rng.standard_normal((2, 4, 4)).astype(np.float32) * change.elastic * max(height, width)
     smooth = [Image.fromarray(bend).resize((columns, rows), Image.Resampling.BICUBIC) for bend in bends]
     place += np.stack([np.asarray(bend) for bend in smooth])
@@ -96,6 +110,14 @@ def transform(shape: np.ndarray, change: Transform, rng: np.random.Generator) ->
             break
         result = field <= max(level, ridge + 0.5 / change.scale)
     return cut_out(result)
+
+
+def _stretch_matrix(shape: np.ndarray, factor: float) -> np.ndarray:
+    """(2, 2), of (y, x): `factor` along the shape's longest direction, 1 / `factor` across."""
+    angle = np.radians(principal_axis(shape)[0])
+    direction = np.array([-np.sin(angle), np.cos(angle)])
+    along = np.outer(direction, direction)
+    return factor * along + (np.eye(2) - along) / factor
 
 
 def _count_components(mask: np.ndarray) -> int:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from offline import HOME, ROOT  # noqa: E402
 
 import datasets  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from annotated import make_cvat, make_datumaro, make_label_studio, make_labelme_3, make_voc, make_voc_masks  # noqa: E402
 from drawn import write_image  # noqa: E402
@@ -53,13 +54,16 @@ from defectfill.lora import LORA_FILE, add_lora, check_content, read_lora, save_
 from defectfill.runs import checkpoint as checkpoints  # noqa: E402
 from defectfill.runs.flags import parse_generation_args  # noqa: E402
 from defectfill.runs.manifest import KINDS, PlanLine, merge_parts, read_lines, write_table  # noqa: E402
+from defectfill.runs.misses import read_misses  # noqa: E402
 from defectfill.runs.plan import check_plan, choose_crops, choose_defects  # noqa: E402
 from defectfill.runs.record import LossLog  # noqa: E402
 from defectfill.runs.report import write_report  # noqa: E402
 from defectfill.runs.speed import SpeedFile  # noqa: E402
-from defectfill_dataset import InputError, load_defect_pairs  # noqa: E402
+from defectfill.runs.validation import best_step  # noqa: E402
+from defectfill_dataset import InputError, load_defect_pairs, shapes_like  # noqa: E402
 from defectfill_dataset.readers import read_object  # noqa: E402
 from defectfill_dataset.splits import split_rows  # noqa: E402
+from defectfill_dataset.synthesis.placement import NamedMask  # noqa: E402
 from defectfill_dataset.text import Schema, read_json  # noqa: E402
 from defectfill_dataset.writers.exports import read_generated  # noqa: E402
 
@@ -175,7 +179,7 @@ def make_checkpoint(changed: str) -> Callable[[Path], Path]:
         sum(p.sum() for p in parameters.values()).backward()
         optimizer.step()
         weights = {name: p.detach() for name, p in parameters.items()}
-        state = {"step": 2, "identity": IDENTITY, "before": None}
+        state = {"step": 2, "identity": IDENTITY, "before": None, "validation": {"2": {"mean_x0_error": 0.5}}}
         checkpoints.save_checkpoint(
             folder, state, lambda to: save_file(weights, to / LORA_FILE), parameters, optimizer, scheduler, None, None
         )
@@ -193,7 +197,7 @@ def read_state(folder: Path) -> None:
     parameters, optimizer, scheduler = trainable()
     saved = checkpoints.load(folder / "checkpoint-2", load_file(folder / "checkpoint-2" / LORA_FILE))
     checkpoints.check_identity(saved.state["identity"], IDENTITY)
-    checkpoints.restore(saved, parameters, optimizer, scheduler, None)
+    best_step(checkpoints.restore(saved, parameters, optimizer, scheduler, None).get("validation", {}))
 
 
 def make_base(changed: str) -> Callable[[Path], Path]:
@@ -296,6 +300,18 @@ def read_cases(folder: Path) -> None:
     parse_generation_args("", argv)
 
 
+def make_misses(folder: Path) -> Path:
+    lines = [{"image": f"test/hole/00{i}.png", "box": [4, 5, 20, 9 + i], "area": 60, "missed_by": 0.8} for i in (0, 1)]
+    (folder / "misses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "misses.jsonl"
+
+
+def use_misses(folder: Path) -> None:
+    masks = [NamedMask("000", np.pad(np.ones((4, 9), dtype=bool), 3))]
+    for miss in read_misses(folder / "misses.jsonl")[:3]:
+        shapes_like(masks, miss.size, miss.area, 180)(np.random.default_rng(0), (48, 48))
+
+
 def make_split(folder: Path) -> Path:
     make_mvtec(folder / "nut", {"hole": 3})
     names = [f"test/hole/00{i}.png" for i in range(3)]
@@ -340,6 +356,7 @@ TARGETS = {
     "index": Target(make_index, lambda folder: base_files.weight_files(folder, "unet", None)),
     "digest": Target(make_digest, lambda folder: base_files.cached_digest(folder / "weights")),
     "cases": Target(make_cases, read_cases),
+    "misses": Target(make_misses, use_misses),
     "split": Target(make_split, read_split),
     "record": Target(make_lora("defectfill", RECORD), read_header("defectfill")),
     "peft header": Target(make_lora("lora_adapter_metadata", PEFT), read_header("lora_adapter_metadata")),

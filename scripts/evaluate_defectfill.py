@@ -129,7 +129,7 @@ class Evaluation:
         (first, *_), seed = banks.values(), self.args.seed
         backgrounds = Backgrounds(self.data["good"], self.views.good_rows[0], self.viewing)
         folder = bank_folders(next(iter(self.args.bank.values())), setting)[0]
-        images = {name: np.asarray(image) for name, image, _ in bank_images(folder, self.viewing.defects)}
+        images = {name: image for name, image, _ in bank_images(folder, self.viewing.defects)}
         pasted = paste_views([(view, images[view.source]) for view in first[0]], references, backgrounds, seed)
         for arm, make in control_pools(references, good, pasted, len(first[0])).items():
             if arm != "copy-paste" or pasted:

@@ -16,7 +16,7 @@ from toy_model import toy_pipeline
 from defectfill.evaluation import detectors
 from defectfill.evaluation.arms import Backgrounds, Pool, bank_pool, control_pools, cut_pieces, paste_views, pasted
 from defectfill.evaluation.report import Run
-from defectfill.evaluation.views import View, Viewing, bank_views, find_leaks, real_views, same_images
+from defectfill.evaluation.views import View, Viewing, bank_views, find_leaks, real_views, same_images, sample
 from defectfill_dataset import InputError, RunError, load_defect_pairs, random_mask
 from defectfill_scripts import evaluate_defectfill as evaluate
 
@@ -211,7 +211,7 @@ def test_pasted_defects_lie_on_the_good_image_under_the_generated_one(nut, bank)
     views = real_views(data, view, 1, 0)
     backgrounds = Backgrounds(data["good"], views.good_rows[0], view)
     generated = bank_views(bank, view, 0)
-    found = paste_views([(v, v.image) for v in generated], views.train, backgrounds, 0)
+    found = paste_views([(v, Image.fromarray(v.image)) for v in generated], views.train, backgrounds, 0)
     assert len(found) == 6
     for new, old in zip(found, generated):
         assert new.mask.any() and not np.array_equal(new.image[old.mask], old.image[old.mask])
@@ -219,7 +219,7 @@ def test_pasted_defects_lie_on_the_good_image_under_the_generated_one(nut, bank)
         untouched[1:-1, 1:-1] &= untouched[:-2, 1:-1] & untouched[2:, 1:-1]  # but a seam of a pixel
         assert (np.abs(new.image.astype(int) - old.image)[untouched].max(axis=-1) > 0).mean() < 0.02
     foreign = Image.effect_noise((48, 48), 90).convert("RGB")
-    assert paste_views([(generated[0], np.asarray(foreign))], views.train, backgrounds, 0) == []
+    assert paste_views([(generated[0], foreign)], views.train, backgrounds, 0) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,8 +361,11 @@ def test_plain_ground_does_not_make_two_binary_images_the_same():
         boards[-1][row : row + 2, 4:60] = 0  # 97 % of the pixels are white in both
     painted = boards[0].copy()
     painted[20:23, 20:23] = 0
-    assert same_images([("a", boards[1]), ("b", white)], [("board", boards[0])]) == []
-    assert same_images([("c", painted)], [("board", boards[0])]) == [("c", "board")]
+    board, other, plain, painted = (
+        [(name, sample(Image.fromarray(pixels)))]
+        for name, pixels in (("board", boards[0]), ("other", boards[1]), ("plain", white), ("painted", painted))
+    )
+    assert same_images(other + plain, board) == [] and same_images(painted, board) == [("painted", "board")]
 
 
 def test_a_picture_of_another_size_is_no_leak(nut, bank):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
+from PIL import Image
 from scipy import ndimage
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -16,7 +17,7 @@ from torchvision.transforms import v2
 from defectfill_dataset import derive_seed, load_image
 from defectfill_dataset.masks import components
 
-from .views import SAME, View, Viewing, probes, sameness
+from .views import SAME, View, Viewing, sameness, sample
 
 
 CONTROLS = {
@@ -80,20 +81,17 @@ class Backgrounds:
 
     def __init__(self, good: Dataset, rows: Sequence[int], viewing: Viewing):
         self.images = [load_image(good[i]["image"]) for i in rows]
-        self.probes = [probes(np.asarray(image)) for image in self.images]
+        self.samples = [sample(image) for image in self.images]
         self.viewing = viewing
 
-    def under(self, view: View, image: np.ndarray) -> np.ndarray | None:
-        """(R, R, 3), what the view of this (H, W, 3) image showed before; None if no good image is that."""
-        sample = probes(image)
-        equal = [
-            sameness(sample, other) if there.size == image.shape[1::-1] else 0.0
-            for there, other in zip(self.images, self.probes)
-        ]
+    def under(self, view: View, image: Image.Image) -> np.ndarray | None:
+        """(R, R, 3), what the view of this image showed before; None if no good image is that."""
+        one = sample(image)
+        equal = [sameness(one, other) for other in self.samples]
         best = int(np.argmax(equal))
         if equal[best] < SAME:
             return None
-        nothing = np.zeros(image.shape[:2], np.uint8)
+        nothing = np.zeros(image.size[::-1], np.uint8)
         return self.viewing.view(view.source, self.images[best], nothing, view.box).image
 
 
@@ -145,7 +143,7 @@ def pasted(background: np.ndarray, labels: np.ndarray, pieces: dict[int, list[Pi
 
 
 def paste_views(
-    banks: Sequence[tuple[View, np.ndarray]],
+    banks: Sequence[tuple[View, Image.Image]],
     references: Sequence[View],
     backgrounds: Backgrounds,
     seed: int,
@@ -153,7 +151,7 @@ def paste_views(
     """Copy and paste of the references' defects at the places of generated ones, each on its own good image.
 
     Args:
-        banks: views of generated images, each with its whole (H, W, 3) image.
+        banks: views of generated images, each with its whole image.
     """
     pieces, views = cut_pieces(references), []
     for number, (view, image) in enumerate(banks):

@@ -291,9 +291,6 @@ def bank_views(folder: Path, viewing: Viewing, seed: int) -> list[View]:
 # Leaks
 
 
-Named = tuple[str, np.ndarray]  # an image's name and pixels
-
-
 class Leak(NamedTuple):
     """What of the test side was found where detectors or LoRAs learn."""
 
@@ -302,37 +299,50 @@ class Leak(NamedTuple):
     example: str
 
 
-def probes(image: np.ndarray) -> np.ndarray:
-    """(PROBES, 3) pixels of an (H, W, 3) image, at places that depend on its size alone."""
-    places = np.random.default_rng(image.shape[:2]).integers(image.shape[0] * image.shape[1], size=PROBES)
-    return image.reshape(-1, 3)[places]
+class Sample(NamedTuple):
+    """Some pixels of an image, by which it is known again.
+
+    Args:
+        size: (H, W) of the image.
+        colours: (PROBES,) uint32.
+        ground: the commonest colour.
+    """
+
+    size: tuple[int, ...]
+    colours: np.ndarray
+    ground: int
 
 
-def sameness(one: np.ndarray, other: np.ndarray) -> float:
-    """The share of equal pixels in two (PROBES, 3) samples, but those where both show the other's commonest colour.
+def sample(image: Image.Image) -> Sample:
+    """Pixels at places that depend on the image's size alone."""
+    pixels = np.asarray(image)
+    places = np.random.default_rng(pixels.shape[:2]).integers(pixels.shape[0] * pixels.shape[1], size=PROBES)
+    red, green, blue = pixels.reshape(-1, 3)[places].astype(np.uint32).T
+    found, counts = np.unique(colours := (red << 16) + (green << 8) + blue, return_counts=True)
+    return Sample(pixels.shape[:2], colours, int(found[counts.argmax()]))
+
+
+Named = tuple[str, Sample]
+
+
+def sameness(one: Sample, other: Sample) -> float:
+    """The share of equal pixels, of those where not both show the other's ground.
 
     Plain ground is alike in all images, in binary ones to the bit; it says nothing.
     """
-    colours, counts = np.unique(other, axis=0, return_counts=True)
-    ground = colours[counts.argmax()]
-    telling = (one != ground).any(axis=1) | (other != ground).any(axis=1)
-    return float((one == other).all(axis=1)[telling].mean()) if telling.sum() >= LEAST_PROBES else 0.0
+    if one.size != other.size:
+        return 0.0
+    telling = (one.colours != other.ground) | (other.colours != other.ground)
+    return float((one.colours == other.colours)[telling].mean()) if telling.sum() >= LEAST_PROBES else 0.0
 
 
-def same_images(
-    learnt: Iterable[tuple[str, np.ndarray]], tested: Iterable[tuple[str, np.ndarray]]
-) -> list[tuple[str, str]]:
+def same_images(learnt: Iterable[Named], tested: Sequence[Named]) -> list[tuple[str, str]]:
     """The names of pairs that show the same photograph, painted on or not, at the same size."""
-    known: dict[tuple, list[Named]] = {}
-    for name, image in tested:
-        known.setdefault(image.shape, []).append((name, probes(image)))
     pairs = []
-    for name, image in learnt:
-        if candidates := known.get(image.shape):
-            sample = probes(image)
-            equal = [sameness(sample, other) for _, other in candidates]
-            if max(equal) >= SAME:
-                pairs.append((name, candidates[int(np.argmax(equal))][0]))
+    for name, one in learnt:
+        equal = [sameness(one, other) for _, other in tested]
+        if max(equal) >= SAME:
+            pairs.append((name, tested[int(np.argmax(equal))][0]))
     return pairs
 
 
@@ -354,11 +364,11 @@ def find_leaks(data: DatasetDict, viewing: Viewing, test_good: Sequence[int], ba
         test_good: rows of the good images that test.
     """
 
-    def pixels(rows: Dataset) -> Iterator[Named]:
-        for row in rows:
-            yield row["source_file"], np.asarray(load_image(row["image"]))
+    def samples(rows: Dataset) -> Iterator[Named]:
+        first = {name: i for i, name in reversed([*enumerate(rows["source_file"])])}  # an image may have several rows
+        return ((name, sample(load_image(rows[i]["image"]))) for name, i in first.items())
 
-    tested = [*pixels(data["test"]), *pixels(data["good"].select(test_good))]
+    tested = [*samples(data["test"]), *samples(data["good"].select(test_good))]
     tested_shapes = set().union(
         *(shapes(labels) for _, _, labels, _ in labelled_images(data["test"], viewing.defects))
     )
@@ -370,16 +380,14 @@ def find_leaks(data: DatasetDict, viewing: Viewing, test_good: Sequence[int], ba
         if pairs:
             leaks.append(Leak(what, len(pairs), " = ".join(pairs[0])))
 
-    note(
-        "training images are test images",
-        same_images([*pixels(data["train"]), *pixels(data["good"].select(rows))], tested),
-    )
+    learnt = [*samples(data["train"]), *samples(data["good"].select(rows))]
+    note("training images are test images", same_images(learnt, tested))
     for name, folder in banks.items():
         found, copied = [], []
         for image_name, image, labels in bank_images(folder, viewing.defects):
-            found += same_images([(image_name, np.asarray(image))], tested)
+            found.append((image_name, sample(image)))
             if shapes(labels) & (tested_shapes - own):
                 copied.append((image_name, "a test mask's shape"))
-        note(f"images of {name} were painted into test images", found)
+        note(f"images of {name} were painted into test images", same_images(found, tested))
         note(f"masks of {name} are test masks", copied)
     return leaks

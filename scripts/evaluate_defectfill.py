@@ -259,10 +259,11 @@ def detect(args: argparse.Namespace) -> None:
         for number in range(args.seeds)
     ]
     jobs.sort(key=lambda job: job[4])  # all arms with one seed, before the next
-    for setting, arm, bank, make, number in tqdm(jobs, desc="Detectors", mininterval=5):
-        run = Run(setting.name, arm, bank, number)
-        if not run.file(folder).exists():
-            train_and_test(run, make(), evaluation, recipe, folder)
+    with tqdm(jobs, desc="Detectors", mininterval=5) as progress:
+        for setting, arm, bank, make, number in progress:
+            run = Run(setting.name, arm, bank, number)
+            if not run.file(folder).exists():
+                train_and_test(run, make(), evaluation, recipe, folder)
     views = evaluation.views
     notes += [f"{views.left_out} test images were left out: defects of other types lie too near"] * bool(
         views.left_out

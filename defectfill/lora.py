@@ -323,6 +323,9 @@ def read_lora(source: str | Path, alpha: float | None = None) -> LoraFile:
     return LoraFile(path, portable | read_alphas(path, portable, configs, alpha), record, file_digest(path))
 
 
+MOST_METADATA = 2**22  # characters of an entry: a thousand times what training writes
+
+
 def read_header(path: Path, header: dict[str, str]) -> tuple[dict, dict[str, dict]]:
     """The training run's record in a file's header, and peft's configuration of each model, there or in its own file.
 
@@ -331,6 +334,8 @@ def read_header(path: Path, header: dict[str, str]) -> tuple[dict, dict[str, dic
     """
     beside = path.with_name("adapter_config.json")  # of peft
     try:
+        if (longest := max(map(len, header.values()), default=0)) > MOST_METADATA:
+            raise ValueError(f"holds {longest:,} characters in one entry; at most {MOST_METADATA:,} are read")
         record = parse_json(header.get("defectfill", "{}"), Record)
         config = parse_json(header.get("lora_adapter_metadata", "{}"), Schema)
         configs = {

@@ -488,3 +488,10 @@ def test_a_large_right_polygon_is_read(tmp_path):
     content["annotations"][0]["segmentation"] = [corners.round(3).ravel().tolist()]
     write_json(file, content)
     assert masks_of(tmp_path / "nut")["images/0.png"].sum() == pytest.approx(np.pi * 15**2, rel=0.02)
+
+
+def test_metadata_of_millions_of_numbers_is_not_parsed(tmp_path, lora):
+    numbers = json.dumps({"appearance": {"hole": {"mean": [0] * 2_000_000}}})
+    save_file(lora, tmp_path / "x.safetensors", metadata={"defectfill": numbers})
+    with pytest.raises(InputError, match="DF402 .*: its metadata holds [0-9,]+ characters in one entry; at most"):
+        read_lora(tmp_path / "x.safetensors")

@@ -56,6 +56,7 @@ from defectfill.evaluation.views import (
     bank_images,
     bank_views,
     find_leaks,
+    painted_rows,
     real_views,
 )
 from defectfill.runs import checkpoint as checkpoints
@@ -181,6 +182,12 @@ def reference_names(data: DatasetDict, defects: Sequence[str], number: int | Non
     return chosen
 
 
+def all_folders(args: argparse.Namespace) -> list[Path]:
+    """Of all banks, in all settings."""
+    found = [bank_folders(folders, s) for folders in args.bank.values() for s in settings_of(args)]
+    return list(dict.fromkeys(folder for folders in found for folder in folders))
+
+
 def settings_of(args: argparse.Namespace) -> list[Setting]:
     """Every number of references with all generated images, and every number of images with the most references."""
     ks = args.references or [None]
@@ -200,7 +207,9 @@ def prepare(args: argparse.Namespace) -> Evaluation:
     defects = tuple(sorted(args.defect or single_types(defect_types(data))))
     select_defects(data, defects)
     viewing = Viewing(args.resolution, args.window, args.group, defects)
-    views = real_views(data, viewing, args.views_per_good, args.seed)
+    given = [] if args.command == "run" else all_folders(args)  # `run` paints into the training side alone
+    painted = painted_rows(data["good"], given, defects) if given and "good" in data else set()
+    views = real_views(data, viewing, args.views_per_good, args.seed, painted)
     for defect in defects:
         have = len({n for n, d in zip(data["train"]["source_file"], data["train"]["defect"]) if d == defect})
         if max(args.references or [1]) > have:
@@ -216,12 +225,7 @@ def check_leaks(evaluation: Evaluation) -> list[str]:
         InputError: anything else (DF353).
     """
     args = evaluation.args
-    banks = {
-        str(folder): folder
-        for folders in args.bank.values()
-        for setting in settings_of(args)
-        for folder in bank_folders(folders, setting)
-    }
+    banks = {str(folder): folder for folder in all_folders(args)}
     leaks = find_leaks(evaluation.data, evaluation.viewing, evaluation.views.good_rows[1], banks)
     if args.lora and (file := args.lora / "split.json").exists():
         learnt = sorted({*read_json(file, SplitFile)["train"]} & {*evaluation.data["test"]["source_file"]})
@@ -536,8 +540,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             add_quality_flags(command.add_argument, required=name == "quality")
     parser.set_defaults(lora=None)
     args = parser.parse_args(input_args)
-    if args.command != "run":
-        args.bank = dict(args.bank)
+    args.bank = {} if args.command == "run" else dict(args.bank)
     return args
 
 

@@ -16,7 +16,16 @@ from toy_model import toy_pipeline
 from defectfill.evaluation import detectors
 from defectfill.evaluation.arms import Backgrounds, Pool, bank_pool, control_pools, cut_pieces, paste_views, pasted
 from defectfill.evaluation.report import Run
-from defectfill.evaluation.views import View, Viewing, bank_views, find_leaks, real_views, same_images, sample
+from defectfill.evaluation.views import (
+    View,
+    Viewing,
+    bank_views,
+    find_leaks,
+    painted_rows,
+    real_views,
+    same_images,
+    sample,
+)
 from defectfill_dataset import InputError, RunError, load_defect_pairs, random_mask
 from defectfill_scripts import evaluate_defectfill as evaluate
 
@@ -134,6 +143,20 @@ def test_good_images_go_with_their_part(nut):
     by_number = viewing(group=r"(\d)\D*$")  # 000.png of hole and of good are one part
     found = real_views(data, by_number, 1, 0)
     assert {v.group for v in found.train + found.train_good} & {v.group for v in found.test + found.test_good} == set()
+
+
+def test_good_images_that_were_painted_into_train(nut):
+    data = load_defect_pairs(nut)
+    before = real_views(data, viewing(), 1, 0).good_rows
+    painted = {before[1][0], before[1][1]}
+    train, test = real_views(data, viewing(), 1, 0, painted).good_rows
+    assert painted <= {*train} and test and not painted & {*test}
+    with pytest.raises(InputError, match="DF352 .*no good images of test parts; add some that no image was"):
+        real_views(data, viewing(), 1, 0, range(8))
+    bank = nut.parent / "bank"
+    put(bank, "images/hole/0.png", 2000, "masks/hole/0.png")
+    data["good"][before[1][0]]["image"].convert("RGB").save(bank / "images/hole/0.png")
+    assert painted_rows(data["good"], [bank], ["hole"]) == {before[1][0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

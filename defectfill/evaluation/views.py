@@ -174,26 +174,35 @@ def check_groups(data: DatasetDict, viewing: Viewing) -> None:
         raise InputError(Problem("DF351", "--group", what, "give --split a file that keeps each part on one side"))
 
 
-def split_good(data: DatasetDict, viewing: Viewing) -> tuple[list[int], list[int]]:
-    """The rows of good images that train and test: with their part's defects, others in turn."""
+def split_good(data: DatasetDict, viewing: Viewing, painted: Iterable[int] = ()) -> tuple[list[int], list[int]]:
+    """The rows of good images that train and test: with their part's defects, others in turn.
+
+    Args:
+        painted: rows that images were generated into; they train, unless defects of their part test.
+    """
     train, test = ({viewing.group_of(name) for name in data[split]["source_file"]} for split in ("train", "test"))
     names = data["good"]["source_file"] if "good" in data else []
     groups = [viewing.group_of(name) for name in names]
-    for place, group in enumerate(sorted(set(groups) - train - test)):
+    train |= {groups[i] for i in painted} - test
+    for place, group in enumerate(sorted(set(groups) - train - test), start=1 if painted else 0):
         (test if place % 2 else train).add(group)
     sides = [[i for i, group in enumerate(groups) if group in side] for side in (train, test)]
     for side, rows in zip(("training", "test"), sides):
         if not rows:
-            raise InputError(Problem("DF352", "--data_dir", f"has no good images of {side} parts", "add some"))
+            what, fix = f"has no good images of {side} parts", "add some that no image was generated into"
+            raise InputError(Problem("DF352", "--data_dir", what, fix))
     return sides[0], sides[1]
 
 
-def real_views(data: DatasetDict, viewing: Viewing, per_good: int, seed: int) -> RealViews:
+def real_views(
+    data: DatasetDict, viewing: Viewing, per_good: int, seed: int, painted: Iterable[int] = ()
+) -> RealViews:
     """The views of one object's images.
 
     Args:
         data: its splits with all types; those not in `viewing.defects` are left out of the views.
         per_good: views of each good image.
+        painted: as in `split_good`.
 
     Raises:
         InputError: a part is on both sides (DF351), or one side has no defects or no good images (DF352).
@@ -212,7 +221,7 @@ def real_views(data: DatasetDict, viewing: Viewing, per_good: int, seed: int) ->
             left_out += not found and split == "test"
         if not views[split]:
             raise InputError(Problem("DF352", "--defect", f"no {split} image shows them alone", "give other types"))
-    good, rows = data["good"], split_good(data, viewing)
+    good, rows = data["good"], split_good(data, viewing, painted)
     train_good, test_good = (
         [
             view
@@ -344,6 +353,13 @@ def same_images(learnt: Iterable[Named], tested: Sequence[Named]) -> list[tuple[
         if max(equal) >= SAME:
             pairs.append((name, tested[int(np.argmax(equal))][0]))
     return pairs
+
+
+def painted_rows(good: Dataset, folders: Iterable[Path], defects: Sequence[str]) -> set[int]:
+    """The rows of good images that the images of these folders were generated into."""
+    known = [(str(i), sample(load_image(image))) for i, image in enumerate(good["image"])]
+    images = ((name, sample(image)) for folder in folders for name, image, _ in bank_images(folder, defects))
+    return {int(row) for _, row in same_images(images, known)}
 
 
 def shapes(labels: np.ndarray) -> set[bytes]:

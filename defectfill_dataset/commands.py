@@ -41,6 +41,12 @@ def add_reading_flags(add: Callable, data: str) -> None:
     add("--skip_problems", action="store_true", help="Leave out images that cannot be used, and name each.")
 
 
+def reading_arguments(args: argparse.Namespace) -> list[str]:
+    """The flags of `add_reading_flags` again, to hand them to another command."""
+    classes = ["--mask_classes", *args.mask_classes] if args.mask_classes else []
+    return ["--layout", args.layout, *classes, *(["--skip_problems"] if args.skip_problems else [])]
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows the description as it is written, and each default once, in the same way."""
 

@@ -17,6 +17,7 @@ last.
 import argparse
 import dataclasses
 import hashlib
+import os
 import re
 import shlex
 import subprocess
@@ -60,6 +61,7 @@ from defectfill.evaluation.views import (
     real_views,
 )
 from defectfill.runs import checkpoint as checkpoints
+from defectfill.runs import signals
 from defectfill.runs.cards import add_results
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
 from defectfill.runs.manifest import ManifestLine, read_lines
@@ -76,7 +78,7 @@ from defectfill_dataset import (
     single_types,
     split_names,
 )
-from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, say, seed
+from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, reading_arguments, say, seed
 from defectfill_dataset.splits import SplitFile
 from defectfill_dataset.text import Schema, read_json
 
@@ -114,6 +116,7 @@ class Evaluation:
     data: DatasetDict
     viewing: Viewing
     views: RealViews
+    generated: dict[Path, list[View]] = dataclasses.field(default_factory=dict)  # of each folder that was read
 
     def references(self, setting: Setting) -> list[View]:
         """The training views of the setting's reference images."""
@@ -143,7 +146,9 @@ class Evaluation:
 
     def bank(self, folder: Path, setting: Setting) -> list[View]:
         """The views of the first so many of its images."""
-        views = bank_views(folder, self.viewing, self.args.seed)
+        if folder not in self.generated:
+            self.generated[folder] = bank_views(folder, self.viewing, self.args.seed)
+        views = self.generated[folder]
         names = list(dict.fromkeys(view.source for view in views))[: setting.number]
         return [view for view in views if view.source in names]
 
@@ -244,12 +249,11 @@ def check_leaks(evaluation: Evaluation) -> list[str]:
 # detect
 
 
-def detect(args: argparse.Namespace) -> None:
-    evaluation = prepare(args)
-    notes = check_leaks(evaluation)
+def detect(evaluation: Evaluation, notes: Sequence[str]) -> None:
+    """Trains the detectors of every arm that are missing, and writes the report, with these notes in it."""
+    args, views = evaluation.args, evaluation.views
     recipe = Recipe(args.steps, args.batch_size, args.learning_rate, args.encoder, args.classifier, args.pretrained,
-                    torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # fmt: skip
-    check_networks(recipe)
+                    device())  # fmt: skip
     if recipe.pretrained and not can_load_pretrained(recipe):
         recipe = recipe._replace(pretrained=False)
     folder = args.output_dir / "detect"
@@ -268,11 +272,11 @@ def detect(args: argparse.Namespace) -> None:
             run = Run(setting.name, arm, bank, number)
             if not run.file(folder).exists():
                 train_and_test(run, make(), evaluation, recipe, folder)
-    views = evaluation.views
-    notes += [f"{views.left_out} test images were left out: defects of other types lie too near"] * bool(
-        views.left_out
-    )
-    notes += ["the detectors start from random weights"] * (not recipe.pretrained)
+    notes = [*notes]
+    if views.left_out:
+        notes.append(f"{views.left_out} test images were left out: defects of other types lie too near")
+    if not recipe.pretrained:
+        notes.append("the detectors start from random weights")
     title = f"{args.object or args.data_dir.name}: {', '.join(evaluation.viewing.defects)}"
     runs = [Run(setting.name, arm, bank, number) for setting, arm, bank, _, number in jobs]
     say(*write_report(args.output_dir, title, runs, [*views.test, *views.test_good], notes))
@@ -310,16 +314,13 @@ def train_and_test(run: Run, pool: Pool, evaluation: Evaluation, recipe: Recipe,
 # quality
 
 
-def quality(args: argparse.Namespace) -> None:
+def quality(evaluation: Evaluation, features: Features, notes: Sequence[str]) -> None:
     """Compares each bank with the real images, whole views and crops around the defects."""
-    evaluation = prepare(args)
-    notes = check_leaks(evaluation)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    features = Features(args.network, args.feature_net, device, "--feature_net")
+    args = evaluation.args
     record: dict = {"notes": notes, "banks": {}}
+    held_out = Defects.of(evaluation.views.test, features)
     for setting in settings_of(args):
         references = Defects.of(evaluation.references(setting), features)
-        held_out = Defects.of(evaluation.views.test, features)
         for name, folders in args.bank.items():
             for bank, folder in enumerate(bank_folders(folders, setting)):
                 generated = Defects.of(evaluation.bank(folder, setting), features)
@@ -401,10 +402,9 @@ def write_quality(file: Path, record: dict) -> str:
 # run
 
 
-def run(args: argparse.Namespace) -> None:
-    """Trains and generates what is missing, then `quality`, if a network for it is given, and `detect`."""
-    evaluation = prepare(args)
-    work = args.output_dir / "work"
+def make_banks(evaluation: Evaluation) -> None:
+    """Trains and generates what is missing, and names it as `--bank` and `--lora` would."""
+    args, work = evaluation.args, evaluation.args.output_dir / "work"
     names = ("train_args", "generate_args", "filter_args", "pretrained_model_name_or_path", "num_images", "seed")
     check_options(work, {name: getattr(args, name) for name in names} | {"defects": list(evaluation.viewing.defects)})
     write_good(evaluation, work / "good")
@@ -414,10 +414,7 @@ def run(args: argparse.Namespace) -> None:
     banks = range(args.banks)
     args.bank = {"defectfill": [f"{work}/k{K}/defectfill-{bank}" for bank in banks]}
     args.bank |= {arm: [f"{work}/k{K}/{arm.replace(' ', '-')}-0"] for arm in ablations(args)}
-    if args.feature_net:
-        quality(args)
     args.lora = work / f"k{settings_of(args)[0].references or 'all'}" / "lora-0"
-    detect(args)
 
 
 def ablations(args: argparse.Namespace) -> dict[str, str]:
@@ -443,14 +440,11 @@ def make_bank(evaluation: Evaluation, folder: Path, k: int | None, bank: int) ->
     names = split_names(data)
     unused = sorted({*names["train"]} - train)
     write_json(folder / "split.json", {"train": sorted(train), "test": names["test"], "skipped": unused})
-    source = ["--split", folder / "split.json", "--layout", args.layout, "--defect", *defects]
+    source = ["--split", folder / "split.json", "--defect", *defects, *reading_arguments(args)]
     source += ["--object", args.object] if args.object else []
-    source += ["--mask_classes", *args.mask_classes] if args.mask_classes else []
-    source += ["--skip_problems"] if args.skip_problems else []
     lora = folder / f"lora-{bank}"
     start([
-        "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no",
-        "--dynamo_backend", "no", "-m", "train_defectfill", "--train_data_dir", args.data_dir, *source,
+        "train_defectfill", "--train_data_dir", args.data_dir, *source,
         "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, "--output_dir", lora, "--seed", bank,
         "--resume_from_checkpoint", "latest", *shlex.split(args.train_args),
     ], lora / "pytorch_lora_weights.safetensors")  # fmt: skip
@@ -467,13 +461,15 @@ def make_bank(evaluation: Evaluation, folder: Path, k: int | None, bank: int) ->
 def start(command: Sequence[object], result: Path) -> None:
     """Runs a module of ours, unless its result is there; images that no candidate was good enough for may be missing.
 
+    It ends with this process, training with a checkpoint.
+
     Raises:
         RunError: it failed.
     """
     if not result.exists():
         words = [sys.executable, "-m", *(str(word) for word in command)]
         say(shlex.join(words))
-        code = subprocess.run(words).returncode
+        code = subprocess.run(words, env=os.environ | {signals.LAUNCHED: "1"}).returncode
         if not result.exists():
             raise RunError(f"{shlex.join(words)} ended with exit code {code}. Run the same command again to go on.")
 
@@ -638,10 +634,26 @@ def add_run_flags(add: Callable) -> None:
     )
 
 
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def main(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(args.output_dir):
-        {"detect": detect, "quality": quality, "run": run}[args.command](args)
+        features = None
+        if args.command != "quality":
+            check_networks(args.encoder, args.classifier)
+        if args.command != "detect" and args.feature_net:
+            features = Features(args.network, args.feature_net, device(), "--feature_net")
+        evaluation = prepare(args)
+        if args.command == "run":
+            make_banks(evaluation)
+        notes = check_leaks(evaluation)
+        if features:
+            quality(evaluation, features, notes)
+        if args.command != "quality":
+            detect(evaluation, notes)
 
 
 def command() -> None:

@@ -39,7 +39,7 @@ from defectfill.runs import signals
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
 from defectfill.runs.flags import parse_generation_args, parse_training_args
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects, single_types
-from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, say
+from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, reading_arguments, say
 from defectfill_dataset.errors import did_you_mean
 from defectfill_dataset.readers import read_object, relative
 from defectfill_dataset.readers.rows import split_of
@@ -133,9 +133,7 @@ def arguments(job: Job, args: argparse.Namespace) -> dict[str, list[str]]:
     Raises:
         InputError: --train_args or --generate_args hold a flag that is set here (DF188).
     """
-    reading = [f"--object={job.object}", "--layout", args.layout, "--split", args.split]
-    reading += ["--mask_classes", *args.mask_classes] if args.mask_classes else []
-    reading += ["--skip_problems"] if args.skip_problems else []
+    reading = [f"--object={job.object}", "--split", args.split, *reading_arguments(args)]
     lora, generated = (str(job.folder / folder) for folder in STAGES.values())
     ours = {
         "train": ["--train_data_dir", args.data_dir, f"--defect={job.defect}", *reading, "--output_dir", lora,

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from defectfill.evaluation.views import (
     same_images,
     sample,
 )
+from defectfill.runs import signals
 from defectfill_dataset import InputError, RunError, load_defect_pairs, random_mask
 from defectfill_scripts import evaluate_defectfill as evaluate
 
@@ -424,3 +426,31 @@ def test_a_loss_that_is_not_finite_ends_the_run(nut, bank, tmp_path):
     argv = ["detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", tmp_path / "out", *FAST]
     with pytest.raises(RunError, match="lower --learning_rate"):
         run(*argv, "--learning_rate", 1e30, "--steps", 5)
+
+
+def test_run_checks_all_networks_before_it_trains_a_lora_and_its_children_end_with_it(nut, tmp_path, monkeypatch):
+    started = []
+
+    def record(words, env):
+        started.append((words, env))
+        return subprocess.CompletedProcess(words, 1)
+
+    monkeypatch.setattr(evaluate.subprocess, "run", record)
+    argv = [
+        "run",
+        "--data_dir",
+        nut,
+        "--output_dir",
+        tmp_path / "out",
+        *FAST,
+        "--pretrained_model_name_or_path",
+        "base",
+    ]
+    for wrong, code in ((["--encoder", "resnet180"], "DF355"), (["--feature_net", tmp_path / "none"], "DF347")):
+        with pytest.raises(InputError, match=code):
+            run(*argv, *wrong)
+    assert not started
+    with pytest.raises(RunError, match="exit code 1. Run the same command again"):
+        run(*argv)
+    [(words, environment)] = started
+    assert words[1:3] == ["-m", "train_defectfill"] and environment[signals.LAUNCHED] == "1"

@@ -46,16 +46,16 @@ class Recipe(NamedTuple):
     device: torch.device
 
 
-def check_networks(recipe: Recipe) -> None:
+def check_networks(encoder: str, classifier: str) -> None:
     """Raises InputError (DF355) if a network is not known to its library."""
-    if recipe.classifier not in timm.list_models():
+    if classifier not in timm.list_models():
         what, fix = "timm has no such model", "give one that timm.list_models() names"
-        raise InputError(Problem("DF355", f"--classifier {recipe.classifier}", what, fix))
+        raise InputError(Problem("DF355", f"--classifier {classifier}", what, fix))
     try:
-        smp.encoders.get_encoder(recipe.encoder, depth=len(DECODER_CHANNELS), weights=None)
+        smp.encoders.get_encoder(encoder, depth=len(DECODER_CHANNELS), weights=None)
     except (KeyError, RuntimeError) as error:
         what, fix = "segmentation_models_pytorch has no such encoder", "give one that it documents, such as resnet18"
-        raise InputError(Problem("DF355", f"--encoder {recipe.encoder}", what, fix)) from error
+        raise InputError(Problem("DF355", f"--encoder {encoder}", what, fix)) from error
 
 
 def can_load_pretrained(recipe: Recipe) -> bool:

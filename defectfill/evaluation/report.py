@@ -1,10 +1,8 @@
 """The report of an evaluation, as JSON, Markdown and one HTML page: figures, verdicts, curves, what was missed."""
 
-import base64
 import dataclasses
 import html
 import io
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +16,8 @@ from defectfill_dataset.text import read_json
 
 from ..runs.cards import markdown_text
 from ..runs.files import atomic_write, write_json
+from ..runs.manifest import write_lines
+from ..runs.report import image_element
 from .arms import CONTROLS
 from .figures import (
     FigureOfParts,
@@ -235,12 +235,6 @@ def sheet(views: Sequence[View], regions: Sequence[Region]) -> Image.Image | Non
     return canvas
 
 
-def embedded(image: Image.Image) -> str:
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Misses
 
@@ -264,8 +258,7 @@ def write_misses(file: Path, results: Results, arm: str) -> int:
             box = (np.array(region.box).reshape(2, 2) * scale + (left, top)).round().astype(int).ravel().tolist()
             area = round(float(region.area * scale.prod()))
             lines.append({"image": view.source, "box": box, "area": area, "missed_by": count / len(runs)})
-    with atomic_write(file) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(file, lines)
     return len(lines)
 
 
@@ -381,5 +374,5 @@ def as_html(about: Sequence[str], parts: Sequence[tuple]) -> Iterator[str]:
     for head, content in parts:
         if content is not None:
             yield f"<h2>{html.escape(head)}</h2>" + (
-                html_table(content) if isinstance(content, list) else embedded(content)
+                html_table(content) if isinstance(content, list) else image_element(content, "PNG")
             )

@@ -163,7 +163,7 @@ class RealViews:
     train_good: list[View]
     test_good: list[View]
     good_rows: tuple[list[int], list[int]]  # the good images of the two sides
-    left_out: int  # defects of the test side in no view, because other types lie too near
+    left_out: int  # test images in no view, because other types lie too near
 
 
 def check_groups(data: DatasetDict, viewing: Viewing) -> None:

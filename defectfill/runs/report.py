@@ -114,11 +114,16 @@ def histogram(what: str, values: Sequence[float], kept: Sequence[float]) -> str:
 
 
 def embedded(file: Path) -> str:
-    """The image file as an HTML element that needs no file beside it."""
-    stream = io.BytesIO()
+    """`image_element` of a PNG file, as JPEG."""
     with Image.open(file, formats=("PNG",)) as image:
-        image.convert("RGB").save(stream, format="JPEG", quality=85)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+        return image_element(image.convert("RGB"), "JPEG", quality=85)
+
+
+def image_element(image: Image.Image, form: str, **saving) -> str:
+    """The image as an HTML element that needs no file beside it, coded as PNG or JPEG."""
+    stream = io.BytesIO()
+    image.save(stream, format=form, **saving)
+    return f'<img src="data:image/{form.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}">'
 
 
 def seam_line(lines: list[dict]) -> str:

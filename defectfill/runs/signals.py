@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 GENTLE = getattr(signal, "SIGUSR1", None)  # Windows has none
 STOPPING = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, GENTLE)))
 TOGETHER = 3.0  # seconds in which a launcher and the system signal the same wish
-LAUNCHED = "DEFECTFILL_LAUNCHED"  # set for the children of scripts/run_objects.py
+LAUNCHED = "DEFECTFILL_LAUNCHED"  # set for the children of our other commands
 
 
 def end_with_launcher() -> None:

@@ -443,14 +443,13 @@ def fit(
     average.copy_to(parameters.values())
 
 
-def picture_loss(y: torch.Tensor, x: torch.Tensor, colours: float) -> torch.Tensor:
-    """L1 on the picture, on its fine detail and, by `colours`, on its coarse colours."""
+def picture_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """L1 on the picture, on its fine detail and on its coarse colours."""
 
     def detail(x: torch.Tensor) -> torch.Tensor:
         return x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
 
-    loss = F.l1_loss(y, x) + 2 * F.l1_loss(detail(y), detail(x))
-    return loss + colours * F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+    return F.l1_loss(y, x) + 2 * F.l1_loss(detail(y), detail(x)) + F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
 
 
 class Reconstruction(torch.nn.Module):
@@ -459,16 +458,16 @@ class Reconstruction(torch.nn.Module):
     The posterior is barely held to a normal.
     """
 
-    def __init__(self, vae: AutoencoderKL, colours: float):
+    def __init__(self, vae: AutoencoderKL):
         super().__init__()
-        self.vae, self.colours = vae, colours
+        self.vae = vae
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):  # half precision would cost fine detail
             posterior = self.vae.encode(x).latent_dist
             y = self.vae.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return picture_loss(y, x, self.colours) + 1e-5 * kl
+        return picture_loss(y, x) + 1e-5 * kl
 
 
 class Decoding(torch.nn.Module):
@@ -487,7 +486,7 @@ class Decoding(torch.nn.Module):
             with torch.no_grad():
                 z = self.encode(x).latent_dist.mean
             y = self.decoder(self.post_quant_conv(z + 0.02 * torch.randn_like(z)))
-        return picture_loss(y, x, 1)
+        return picture_loss(y, x)
 
 
 def tinted(x: torch.Tensor) -> torch.Tensor:
@@ -504,36 +503,17 @@ def tinted(x: torch.Tensor) -> torch.Tensor:
 
 
 def crops_of(scenes: Scenes, batch_size: int) -> torch.Tensor:
-    """(B, 3, R/2, R/2) random quarter crops in [-1, 1], all mirrored or none."""
+    """(B, 3, R/2, R/2) random quarter crops in [-1, 1], all mirrored or none; one batch in four is tinted.
+
+    Quarter crops teach textures. The colours of these parts are few; untinted, those of a small mark would be lost.
+    """
     pixels = torch.from_numpy(scenes.pixels[scenes.held_out :])
     side = pixels.shape[1] // 2
     rows = torch.randint(len(pixels), (batch_size,))
     top, left = (int(torch.randint(pixels.shape[1] - side + 1, ())) for _ in range(2))
     x = pixels[rows, top : top + side, left : left + side].permute(0, 3, 1, 2).float() / 127.5 - 1
-    return x.flip(-1) if torch.rand(()) < 0.5 else x
-
-
-def train_vae(vae: AutoencoderKL, scenes: Scenes, steps: int, work_dir: Path, seed: int, batch_size: int) -> None:
-    """Trains the autoencoder on quarter crops, which teaches it textures, then a sixth as long on tinted ones.
-
-    The colours of these parts are few; without the second stage those of a small mark would be lost.
-    """
-
-    def crops() -> torch.Tensor:
-        return crops_of(scenes, batch_size)
-
-    fit("vae", Reconstruction(vae, 0), lambda: (crops(),), steps, 1e-3, work_dir, seed)
-    fit("vae-colours", Reconstruction(vae, 2), lambda: (tinted(crops()),), max(1, steps // 6), 5e-4, work_dir, seed)
-
-
-def train_decoder(vae: AutoencoderKL, scenes: Scenes, steps: int, work_dir: Path, seed: int, batch_size: int) -> None:
-    """Trains the decoder on, on quarter crops, one batch in four tinted."""
-
-    def crops() -> torch.Tensor:
-        x = crops_of(scenes, batch_size)
-        return tinted(x) if torch.rand(()) < 0.25 else x
-
-    fit("decoder", Decoding(vae), lambda: (crops(),), steps, 1e-3, work_dir, seed)
+    x = x.flip(-1) if torch.rand(()) < 0.5 else x
+    return tinted(x) if torch.rand(()) < 0.25 else x
 
 
 @torch.no_grad()
@@ -701,7 +681,8 @@ def main(args: argparse.Namespace) -> None:
             return
         device = Accelerator().device
         pipe.to(device)
-        train_vae(pipe.vae, scenes, args.vae_steps, work_dir, args.seed, args.vae_batch_size)
+        vae_crops = functools.partial(crops_of, scenes, args.vae_batch_size)
+        fit("vae", Reconstruction(pipe.vae), lambda: (vae_crops(),), args.vae_steps, 1e-3, work_dir, args.seed)
         latents = load_latents(work_dir / "latents.safetensors", lambda: encode(pipe.vae, scenes, device))
         pipe.vae.register_to_config(scaling_factor=latents["scale"].item())
         stages = [
@@ -710,7 +691,8 @@ def main(args: argparse.Namespace) -> None:
         ]
         train_unet(pipe, scenes, latents, stages, work_dir, args.seed)
         if args.decoder_steps:
-            train_decoder(pipe.vae, scenes, args.decoder_steps, work_dir, args.seed, args.decoder_batch_size)
+            crops = functools.partial(crops_of, scenes, args.decoder_batch_size)
+            fit("decoder", Decoding(pipe.vae), lambda: (crops(),), args.decoder_steps, 1e-3, work_dir, args.seed)
         pipe.to(device, dtype=torch.float32)
         for module in (pipe.vae, pipe.unet, pipe.text_encoder):
             module.eval()

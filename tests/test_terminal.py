@@ -10,6 +10,7 @@ from offline import ROOT
 import pytest
 from drawn import write_image, write_mask
 from folders import write_lines
+from tqdm import tqdm
 
 from defectfill.runs import checkpoint
 from defectfill_dataset import commands
@@ -23,6 +24,7 @@ EVIL = "a\x1b[31m\x07\nForged line\r\x1b]8;;http:evil\x07b\x1b]8;;\x07\u202ec\x9
 @pytest.fixture
 def told(capfd, monkeypatch):
     """Runs a command; all that it writes to the terminal, which must be plain and name the stranger's name."""
+    tqdm._instances.clear()  # a bar that an earlier test left open would move the cursor
 
     def run(command, *argv) -> str:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])

@@ -16,7 +16,7 @@ import datetime
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +41,7 @@ from defectfill.runs.disks import is_of_disk, told_if_unwritable
 from defectfill.runs.files import atomic_write, clear_leftovers, finite, save_image, write_json
 from defectfill.runs.flags import parse_generation_args
 from defectfill.runs.inputs import read_inputs
+from defectfill.runs.loading import ahead
 from defectfill.runs.manifest import (
     KINDS,
     MANIFEST,
@@ -439,16 +440,6 @@ class LazyModel:
             crops = make_crops(rows, resolution, recipe.zoom, others)
             self.likenesses[key] = Likeness(net, crops, resolution, self.device)
         return self.likenesses[key]
-
-
-def ahead(work: Callable, items: Sequence) -> Iterator:
-    """The results of `work` on each of the items, which are at least one; a thread does the next while one is used."""
-    with ThreadPoolExecutor(1) as thread:
-        upcoming = thread.submit(work, items[0])
-        for item in items[1:]:
-            result, upcoming = upcoming.result(), thread.submit(work, item)
-            yield result
-        yield upcoming.result()
 
 
 def start_batch(batch: Sequence[PlannedImage], run: PreparedGeneration) -> list[Canvas]:

@@ -184,8 +184,8 @@ def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def pool_mask(mask: np.ndarray, size: int) -> torch.Tensor:
-    """Max-pools an (H, W) mask to (1, size, size): a cell is 1 if any of its pixels is, so no crack is lost."""
+def pool_mask(mask: np.ndarray, size: int | tuple[int, int]) -> torch.Tensor:
+    """Max-pools an (H, W) mask to (1, size, size) or (1, *size): a cell is 1 if any pixel is, so no crack is lost."""
     pixels = torch.from_numpy(np.asarray(mask, dtype=np.float32))
     return F.adaptive_max_pool2d(pixels[None], size)
 

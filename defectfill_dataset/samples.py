@@ -78,6 +78,18 @@ def make_crops(dataset: Dataset, resolution: int, zoom: CropRule | None, others:
     return crops
 
 
+def shrink(crop: Crop, side: int) -> Crop:
+    """The crop with image and mask of at most `side` pixels a side.
+
+    Training resizes each crop at every step, and nothing beyond twice the model's resolution can be seen in it.
+    """
+    width, height = (min(length, side) for length in crop.image.size)
+    if (width, height) == crop.image.size:
+        return crop
+    image = crop.image.resize((width, height), Image.Resampling.BICUBIC)
+    return crop._replace(image=image, mask=pool_mask(crop.mask, (height, width))[0].numpy() > 0)
+
+
 class TrainingSamples(torch.utils.data.Dataset):
     """Random access to the training stream: `samples[step, sample, total]` is always the same sample.
 
@@ -97,7 +109,8 @@ class TrainingSamples(torch.utils.data.Dataset):
     masks, which `variant` makes.
 
     Args:
-        dataset: rows with image, mask and defect; decoded once, and their crops kept in memory.
+        dataset: rows with image, mask and defect; decoded once, and their crops, shrunk if they are far larger than
+            the resolution, kept in memory.
         max_scale: the crop is resized jointly with its mask by a factor in [1, max_scale], then cropped back.
         center_crop: crop the centre instead of a random place.
         number_of_boxes: boxes in M_rand.
@@ -121,7 +134,8 @@ class TrainingSamples(torch.utils.data.Dataset):
         others: Dataset | None = None,
         variants: int = 0,
     ):
-        self.crops = make_crops(dataset, resolution, zoom, others)
+        crops = make_crops(dataset, resolution, zoom, others)
+        self.crops = [shrink(crop, 2 * round(resolution * max_scale)) for crop in crops]
         self.prompts = prompts
         pairs = [prompts[crop.defect] for crop in self.crops]
         self.prompt_rows = [(tokens.index[pair.defect], tokens.index[pair.object]) for pair in pairs]

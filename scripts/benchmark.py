@@ -3,6 +3,8 @@
     python scripts/benchmark.py train --base scripts/tiny_base --output_dir speed
     python scripts/benchmark.py train --sd2_size --resolution 512 --train_batch_size 1 --output_dir speed
     python scripts/benchmark.py generate --sd2_size --resolution 512 --num_candidates 8 --output_dir speed
+    python scripts/benchmark.py data --resolution 512 --output_dir speed
+    python scripts/benchmark.py growth --base scripts/tiny_base --output_dir speed
 
 `train`: one optimizer step. The first variant costs what the public implementations' step costs (four passes of VAE
 and UNet in turn, two of them only to be logged), the second follows the paper to the letter, the others are
@@ -14,6 +16,11 @@ ways that are unrelated to speed: it samples the masked image's latents instead 
 replace the background at every step. The second to the fourth make the same candidates, up to rounding; the last two
 make others, with fewer UNet evaluations.
 
+`data`: what the CPU does beside the model. Both commands run on images of each size, without zoom, and what needs no
+model is timed: in training a sample, with more or fewer processes; in generation image and mask, scores, files.
+
+`growth`: how the seconds grow with resolution, batch, candidates, references and generated images.
+
 Each writes a table (.md), every measurement (.csv), a plot (.png) and environment.json. On a CPU, time is the
 process's own CPU time, so that other programs count less.
 
@@ -21,25 +28,31 @@ Shapes: B samples, P pairs, N candidates of each, S side of the images, G of the
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import defectfill.quiet  # noqa: F401
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionInpaintPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+import generate_defectfill as generation
 import train_defectfill as training
 from defectfill.base_model import read_base
 from defectfill.latents import ImageLatents, encode_images
@@ -52,15 +65,20 @@ from defectfill.sampling import SCHEDULERS, compile_unet, inpaint, load_pipeline
 from defectfill.selection import rmse_score
 from defectfill_dataset import (
     TokenizedPrompts,
+    TrainingSamples,
     boxes_mask,
     build_prompts,
     derive_seed,
     pool_mask,
     random_boxes,
+    sampling_schedule,
     tokenize_prompts,
     upsample_mask,
 )
 from defectfill_dataset.commands import Parser, exit_on_input_error, say
+from defectfill_scripts import make_demo_data
+from defectfill_scripts.gpu_check import enlarge
+from defectfill_scripts.make_tiny_base import Sizes, build_pipeline
 from defectfill_scripts.train_segmenter import drawn_pairs, latent_masks
 
 
@@ -105,30 +123,25 @@ def in_words(ratios: list[float]) -> str:
 
 
 def write_results(
-    args: argparse.Namespace, lines: list[dict], head: list[str], rows: list[list[str]], note: str
+    args: argparse.Namespace,
+    lines: list[dict],
+    head: list[str],
+    rows: list[list[str]],
+    note: str,
+    draw: Callable[[Figure, list[dict]], None],
 ) -> None:
-    """Writes and prints the table; every measurement, a plot of the speed-ups, and the environment beside it."""
-    import matplotlib.figure  # not at the top: only the plot needs it
-
+    """Writes and prints the table; every measurement, a plot of them, and the environment beside it."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) + f"\n\n{note}\n"
-    for suffix in ("md", "csv", "png"):
-        with atomic_write(args.output_dir / f"{args.what}.{suffix}") as temporary:
-            if suffix == "md":
-                temporary.write_text(text)
-            elif suffix == "csv":
-                with temporary.open("w", newline="") as stream:
-                    table = csv.DictWriter(stream, list(lines[0]))
-                    table.writeheader(), table.writerows(lines)
-            else:
-                figure = matplotlib.figure.Figure(figsize=(8, 0.5 * len(rows) + 1), layout="constrained")
-                axes = figure.subplots()
-                for name, (_, ratios) in reversed(speed_ups(lines).items()):
-                    middle = statistics.median(ratios)
-                    spread = [[middle - min(ratios)], [max(ratios) - middle]]
-                    axes.barh(name, middle, xerr=spread, color="tab:blue", ecolor="black")
-                axes.set_xlabel(f"speed-up over: {lines[0]['variant']}")
-                figure.savefig(temporary, dpi=120)
+    with atomic_write(args.output_dir / f"{args.what}.md") as temporary:
+        temporary.write_text(text)
+    with atomic_write(args.output_dir / f"{args.what}.csv") as temporary, temporary.open("w", newline="") as stream:
+        table = csv.DictWriter(stream, list(lines[0]))
+        table.writeheader(), table.writerows(lines)
+    with atomic_write(args.output_dir / f"{args.what}.png") as temporary:
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        draw(figure, lines)
+        figure.savefig(temporary, dpi=120)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     flags = {k: str(v) for k, v in vars(args).items()}
     write_json(
@@ -136,6 +149,26 @@ def write_results(
         versions() | {"device": device, "threads": torch.get_num_threads()} | flags,
     )
     say(*text.splitlines())
+
+
+def draw_speed_ups(figure: Figure, lines: list[dict]) -> None:
+    axes = figure.subplots()
+    for name, (_, ratios) in reversed(speed_ups(lines).items()):
+        middle = statistics.median(ratios)
+        spread = [[middle - min(ratios)], [max(ratios) - middle]]
+        axes.barh(name, middle, xerr=spread, color="tab:blue", ecolor="black")
+    axes.set_xlabel(f"speed-up over: {lines[0]['variant']}")
+
+
+def draw_growth(figure: Figure, lines: list[dict]) -> None:
+    """Seconds over the number, both logarithmic, a plot for each kind."""
+    kinds = list(dict.fromkeys(line["variant"] for line in lines))
+    for kind, axes in zip(kinds, figure.subplots(2, -(-len(kinds) // 2), squeeze=False).flat):
+        numbers, seconds = zip(*((line["number"], line["seconds"]) for line in lines if line["variant"] == kind))
+        axes.loglog(numbers, seconds, "o", markersize=4)
+        axes.set_xticks(sorted({*numbers}), [str(number) for number in sorted({*numbers})], minor=False)
+        axes.minorticks_off()
+        axes.set_title(kind, fontsize=9), axes.set_ylabel("s", fontsize=9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,7 +345,7 @@ def bench_training(args: argparse.Namespace, device: torch.device) -> None:
     teraflops, first_seconds = {}, {}
     for name, step in steps.items():  # kernels are chosen and memory is taken before the clock runs
         bench.arrange(step)
-        with FlopCounterMode(display=False) if not step.compiled else nullcontext() as counter:
+        with FlopCounterMode(display=False) if not step.compiled else contextlib.nullcontext() as counter:
             first_seconds[name] = seconds_of(device, bench.run, step)
         teraflops[name] = counter.get_total_flops() / 1e12 if counter else teraflops["ours"]
     limit = arithmetic_limit(device, bench.dtype)
@@ -336,7 +369,7 @@ def bench_training(args: argparse.Namespace, device: torch.device) -> None:
     )
     if args.torch_compile:
         note += f" The first compiled step took {first_seconds['compiled blocks']:.0f} s."
-    write_results(args, lines, head, rows, note)
+    write_results(args, lines, head, rows, note, draw_speed_ups)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,7 +456,7 @@ def encode_images_again(pipe: StableDiffusionInpaintPipeline, pairs: Pairs) -> N
 @torch.no_grad()
 def bench_generation(args: argparse.Namespace, device: torch.device) -> None:
     """Measures the variants and writes the results."""
-    pipe = load(args.base, device, "fp16" if device.type == "cuda" else "no")
+    pipe = load(args.base, device, args.mixed_precision)
     images, _ = drawn_pairs([("nut", None)], args.images, args.resolution, seed=1)
     _, masks = drawn_pairs([("nut", "hole")], args.images, args.resolution, seed=2)
     grids = latent_masks(masks, args.resolution // pipe.vae_scale_factor)
@@ -464,7 +497,175 @@ def bench_generation(args: argparse.Namespace, device: torch.device) -> None:
         f"median, and range of the speed-up. Of the baseline's time, {shares['prompts']:.2%} is prompt encoding, "
         f"{shares['images']:.2%} image and mask encoding."
     )
-    write_results(args, lines, ["", "UNet evaluations per candidate", "images per second", "speed-up"], cells, note)
+    write_results(
+        args,
+        lines,
+        ["", "UNet evaluations per candidate", "images per second", "speed-up"],
+        cells,
+        note,
+        draw_speed_ups,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and writing
+
+STAGES = {"start_batch": "image and mask", "measure": "scores", "write_image": "files"}  # of generate_defectfill.py
+
+# The smallest model that both commands take: it stands in their way least.
+SMALLEST = Sizes(
+    vae_channels=(8, 8, 8, 8), unet_channels=(32, 32, 32), attention=(False, False, True), text_width=32, text_layers=1
+)
+
+
+def drawn_object(folder: Path, size: int, good: int, defects: int = 3) -> Path:
+    """A folder of the object nut with holes, its images `size` px a side."""
+    make_demo_data.main(f"--size 128 --parts nut --defects {defects} --good {good} --output_dir {folder}".split())
+    enlarge(str(folder), size)
+    return folder / "nut"
+
+
+def training_options(base: Path, data: Path, resolution: int, output: Path) -> argparse.Namespace:
+    """Of a training of one step, on whole images."""
+    flags = f"""--pretrained_model_name_or_path {base} --train_data_dir {data} --defect hole --split all --zoom off
+        --resolution {resolution} --max_train_steps 1 --train_batch_size 1 --validation_steps 0 --report_to none
+        --seed 0 --output_dir {output}"""
+    return training.parse_args(flags.split())
+
+
+def generate(lora: Path, good: Path, images: int, candidates: int, output: Path) -> None:
+    """Generates so many images, each sampled in one step."""
+    flags = f"""--lora {lora} --image {good} --mask_source random --zoom off --num_images {images}
+        --num_candidates {candidates} --num_inference_steps 1 --selection rmse --seed 0 --output_dir {output}"""
+    generation.main(generation.parse_args(flags.split()))
+
+
+def bench_data(args: argparse.Namespace, device: torch.device) -> None:
+    """Measures loading and writing, and writes the results."""
+    lines, cells = [], []
+    for size in args.image_sizes:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            build_pipeline(SMALLEST).save_pretrained(folder / "base")
+            data = drawn_object(folder / "data", size, args.images)
+            options = training_options(folder / "base", data, args.resolution, folder / "lora")
+            seconds = loading_seconds(training.prepare(options, Accelerator()).samples, args.samples, args.workers)
+            training.main(options)
+            with clocked_stages() as clocks:
+                generate(folder / "lora", data / "train/good", args.images, args.num_candidates, folder / "generated")
+        rates = [f"{1 / value:.3g}" for value in seconds.values()]
+        cells.append([f"{size}", *rates, *(f"{1000 * sum(clock) / args.images:.0f}" for clock in clocks.values())])
+        seconds |= {stage: sum(clock) / args.images for stage, clock in clocks.items()}
+        lines += [{"variant": stage, "number": size, "seconds": value} for stage, value in seconds.items()]
+    head = ["image side, px", *(f"samples per second, {n} workers" for n in args.workers)]
+    head += [f"{stage}, ms of CPU" for stage in STAGES.values()]
+    note = (
+        f"The model takes {args.resolution} px. Generation: {args.images} images of {args.num_candidates} candidates, "
+        f"scored by RMSE on {device.type}. 0 workers: the main process."
+    )
+    write_results(args, lines, head, cells, note, draw_growth)
+
+
+def loading_seconds(samples: TrainingSamples, batches: int, workers: list[int]) -> dict[str, float]:
+    """Seconds of a training sample by number of workers, in batches of four."""
+    found = {}
+    for number in workers:
+        loader = iter(DataLoader(samples, batch_sampler=sampling_schedule(0, batches, 4), num_workers=number))
+        next(loader)  # the workers are there
+        began = time.perf_counter()
+        rest = sum(len(batch["index"]) for batch in loader)
+        found[f"sample, {number} workers"] = (time.perf_counter() - began) / rest
+    return found
+
+
+@contextlib.contextmanager
+def clocked_stages() -> Iterator[dict[str, list[float]]]:
+    """The CPU seconds of each call of a stage, in whatever thread."""
+    clocks: dict[str, list[float]] = {stage: [] for stage in STAGES.values()}
+
+    def clocked(function: Callable, seconds: list[float]) -> Callable:
+        def run(*args, **kwargs):
+            began = time.thread_time()
+            result = function(*args, **kwargs)
+            seconds.append(time.thread_time() - began)
+            return result
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for name, stage in STAGES.items():
+            function = clocked(getattr(generation, name), clocks[stage])
+            stack.enter_context(mock.patch.object(generation, name, function))
+        yield clocks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Growth
+
+
+def bench_growth(args: argparse.Namespace, device: torch.device) -> None:
+    """Measures with one quantity larger, the others at their smallest, and writes the results."""
+    pipe = load(args.base, device, args.mixed_precision)
+
+    def step(resolution: int, train_batch_size: int) -> Callable:
+        sizes = {
+            "resolution": resolution,
+            "train_batch_size": train_batch_size,
+            "rank": 8,
+            "lora_targets": "attention",
+        }
+        bench = make_training_bench(argparse.Namespace(**vars(args) | sizes), device)
+        return lambda: bench.run(Step(cached=False))
+
+    def image(resolution: int, candidates: int) -> Callable:
+        images, masks = drawn_pairs([("nut", "hole")], 1, resolution, seed=1)
+        grids = latent_masks(masks, resolution // pipe.vae_scale_factor)
+        pairs = Pairs(images.to(pipe.device), grids.to(pipe.device), [[*range(candidates)]])
+        return lambda: inpaint_pairs(pipe, pairs, Variant(args.num_inference_steps, candidates))
+
+    def start(references: int) -> Callable:
+        data = drawn_object(folder / f"references-{references}", args.resolution, 0, references)
+        options = training_options(folder / "base", data, args.resolution, folder / "none")
+        return lambda: training.prepare(options, Accelerator())
+
+    def run_of(images: int) -> Callable:
+        def run() -> None:
+            with tempfile.TemporaryDirectory(dir=folder) as output:
+                generate(folder / "lora", data / "train/good", images, 1, Path(output))
+
+        return run
+
+    work: dict[tuple[str, int], Callable] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build_pipeline(SMALLEST).save_pretrained(folder / "base")
+        data = drawn_object(folder / "data", args.resolution, max(args.numbers))
+        training.main(training_options(folder / "base", data, args.resolution, folder / "lora"))
+        for resolution in (args.resolution * n for n in (1, 2, 3)):
+            work["training step, by resolution", resolution] = step(resolution, 1)
+            work["image, by resolution", resolution] = image(resolution, 1)
+        for number in args.numbers:
+            work["training step, by batch", number] = step(args.resolution, number)
+            work["image, by candidates", number] = image(args.resolution, number)
+            work["start of training, by references", number] = start(number)
+            work["generation, by images", number] = run_of(number)
+        for run in work.values():
+            run()  # kernels are chosen and memory is taken before the clock runs
+        lines = [
+            {"variant": kind, "number": number, "seconds": seconds_of(device, run)}
+            for _ in range(args.rounds)
+            for (kind, number), run in work.items()
+        ]
+    seconds: dict[str, dict[int, list[float]]] = {kind: {} for kind, _ in work}
+    for line in lines:
+        seconds[line["variant"]].setdefault(line["number"], []).append(line["seconds"])
+    cells = []
+    for kind, by_number in seconds.items():
+        medians = {number: statistics.median(found) for number, found in by_number.items()}
+        power = np.polyfit(np.log([*medians]), np.log([*medians.values()]), 1)[0]
+        cells.append([kind, ", ".join(f"{number}: {found:.3g}" for number, found in medians.items()), f"{power:.2f}"])
+    note = f"Medians of {args.rounds} rounds. Power: seconds grow with the number to this power."
+    write_results(args, lines, ["", "seconds", "power"], cells, note, draw_growth)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,36 +674,56 @@ def bench_generation(args: argparse.Namespace, device: torch.device) -> None:
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="train|generate")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="train|generate|data|growth")
+    candidates = ("num_candidates", 4, "Candidates per image.")
+    images = ("images", 4, "Images to generate.")
     numbers = {
         "train": (
+            ("rounds", 3, "How often each is measured."),
             ("train_batch_size", 4, "Samples of a step."),
             ("rank", 8, "Of the LoRA."),
         ),
         "generate": (
-            ("images", 4, "Images to generate."),
-            ("num_candidates", 4, "Candidates per image."),
+            ("rounds", 3, "How often each is measured."),
+            images,
+            candidates,
             ("batch_size", 16, "Maximum candidates per UNet call when several images share it."),
             ("num_inference_steps", 50, "DDIM steps."),
             ("fast_steps", 20, "UniPC steps."),
         ),
-    }
-    for what, words in (("train", "A training step."), ("generate", "Generated images.")):
-        add = commands.add_parser(what, help=words, description=words).add_argument
-        model = add.__self__.add_mutually_exclusive_group(required=True)
-        model.add_argument("--base", metavar="DIR", help="Inpainting model.")
-        model.add_argument("--sd2_size", action="store_true", help="Random weights of Stable Diffusion 2's size.")
-        add("--output_dir", type=Path, required=True, metavar="DIR")
-        common = (
-            ("resolution", 128, "Side of the model's square, in px."),
+        "data": (images, candidates, ("samples", 100, "Batches of 4 to load.")),
+        "growth": (
             ("rounds", 3, "How often each is measured."),
-        )
-        for flag, default, text in (*common, *numbers[what]):
-            add(f"--{flag}", type=int, default=default, metavar="N", help=f"{text} Default: %(default)s.")
-        if what == "train":
+            ("rank", 8, "Of the LoRA."),
+            ("num_inference_steps", 10, "DDIM steps."),
+        ),
+    }
+    texts = {
+        "train": "A training step.",
+        "generate": "Generated images.",
+        "data": "Loading and writing.",
+        "growth": "Growth.",
+    }
+    for what, words in texts.items():
+        add = commands.add_parser(what, help=words, description=words).add_argument
+        if what != "data":
+            model = add.__self__.add_mutually_exclusive_group(required=True)
+            model.add_argument("--base", metavar="DIR", help="Inpainting model.")
+            model.add_argument("--sd2_size", action="store_true", help="Random weights of Stable Diffusion 2's size.")
             add("--mixed_precision", choices=("bf16", "no"), default="bf16", help="Default: %(default)s.")
+        add("--output_dir", type=Path, required=True, metavar="DIR")
+        for flag, default, text in (("resolution", 128, "Side of the model's square, in px."), *numbers[what]):
+            add(f"--{flag}", type=int, default=default, metavar="N", help=f"{text} Default: %(default)s.")
+        if what in ("train", "growth"):
             add("--lora_targets", choices=list(LORA_TARGETS), default="attention", help="Default: %(default)s.")
+        if what == "train":
             add("--torch_compile", action="store_true", help="Also with the UNet's blocks compiled, after minutes.")
+        if what == "growth":
+            add("--numbers", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="Default: 1 2 4 8.")
+        if what == "data":
+            sizes = [1024, 2048, 4096]
+            add("--image_sizes", type=int, nargs="+", default=sizes, metavar="PX", help="Default: 1024 2048 4096.")
+            add("--workers", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="Default: 0 1 2.")
     args = parser.parse_args(input_args)
     if args.what == "generate" and args.batch_size < args.num_candidates:
         parser.error(f"--batch_size {args.batch_size}: must be at least --num_candidates {args.num_candidates}")
@@ -511,7 +732,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    {"train": bench_training, "generate": bench_generation}[args.what](args, device)
+    work = {"train": bench_training, "generate": bench_generation, "data": bench_data, "growth": bench_growth}
+    work[args.what](args, device)
 
 
 def command() -> None:

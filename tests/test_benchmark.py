@@ -71,6 +71,40 @@ def test_generation_is_measured_in_every_way(base, tmp_path, monkeypatch, model)
     assert "2 images of 2 candidates, 32 px, 2 rounds" in note and note.count("%") == 2
 
 
+@pytest.mark.slow
+def test_loading_and_writing_are_measured_at_each_size(tmp_path):
+    command = f"""data --image_sizes 64 256 --resolution 32 --samples 3 --workers 0 1 --images 2 --num_candidates 2
+        --output_dir {tmp_path}"""
+    benchmark.main(benchmark.parse_args(command.split()))
+    head, _, *rows, _, note = (tmp_path / "data.md").read_text().splitlines()
+    assert head.split("|")[2:-1] == [
+        " samples per second, 0 workers ", " samples per second, 1 workers ", " image and mask, ms of CPU ",
+        " scores, ms of CPU ", " files, ms of CPU ",
+    ]  # fmt: skip
+    cells = [[float(cell) for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[0] for row in cells] == [64, 256] and all(value > 0 for row in cells for value in row)
+    assert cells[1][-1] > cells[0][-1]  # larger files take longer
+    assert Image.open(tmp_path / "data.png").size == (960, 600) and "2 images of 2 candidates" in note
+
+
+@pytest.mark.slow
+def test_growth_is_measured_in_every_direction(base, tmp_path):
+    command = f"""growth --base {base} --resolution 32 --rounds 2 --numbers 1 6 --num_inference_steps 2
+        --mixed_precision no --output_dir {tmp_path}"""
+    benchmark.main(benchmark.parse_args(command.split()))
+    lines = list(csv.DictReader((tmp_path / "growth.csv").open()))
+    found = {(line["variant"], int(line["number"])) for line in lines}
+    by_number = ("training step, by batch", "image, by candidates", "start of training, by references")
+    assert found == {
+        *((f"{what}, by resolution", size) for what in ("training step", "image") for size in (32, 64, 96)),
+        *((kind, number) for kind in (*by_number, "generation, by images") for number in (1, 6)),
+    }
+    rows = [row.split("|")[1:-1] for row in (tmp_path / "growth.md").read_text().splitlines()[2:-2]]
+    powers = {row[0].strip(): float(row[2]) for row in rows}
+    assert len(lines) == 2 * len(found) and len(powers) == 6
+    assert 0 < powers["training step, by batch"] < 1.5 and powers["image, by resolution"] > 0
+
+
 def test_a_batch_smaller_than_a_pictures_candidates_is_refused(capsys):
     with pytest.raises(SystemExit):
         benchmark.parse_args("generate --base x --output_dir y --num_candidates 8 --batch_size 4".split())

@@ -34,6 +34,7 @@ from defectfill_dataset import (
     tokenize_prompts,
     upsample_mask,
 )
+from defectfill_dataset import samples as samples_module
 from defectfill_dataset.splits import split_rows
 from defectfill_scripts.make_tiny_base import WORDS, make_tokenizer
 
@@ -459,6 +460,28 @@ def test_processes_share_one_order():
     pair = [sampling_schedule(0, 2, 2, rank, 2) for rank in range(2)]
     assert [[*a, *b] for a, b in zip(*pair)] == alone
     assert sampling_schedule(1, 2, 4) == alone[1:]
+
+
+def test_a_crop_far_larger_than_the_model_is_shrunk_once(tmp_path, monkeypatch):
+    """Nothing that the model can see changes: not a pixel by 2 of 255, and no cell of the mask is lost."""
+    mask = np.zeros((400, 500), dtype=bool)
+    mask[200:300, 100:250] = mask[50, 400] = True
+    folder = tmp_path / "nut"
+    (folder / "test/hole").mkdir(parents=True), (folder / "ground_truth/hole").mkdir(parents=True)
+    y, x = np.mgrid[:400, :500]
+    picture = np.stack([127 + 100 * np.sin(x / 40), 127 + 100 * np.cos(y / 30), 200 * mask], axis=-1).astype(np.uint8)
+    Image.fromarray(picture).save(folder / "test/hole/0.png")
+    Image.fromarray(mask).save(folder / "ground_truth/hole/0_mask.png")
+    data = load_defect_pairs(folder, split="all")["train"]
+    shrunk, *_ = make_samples(data)
+    monkeypatch.setattr(samples_module, "shrink", lambda crop, side: crop)
+    whole, *_ = make_samples(data)
+    assert shrunk.crops[0].image.size == (72, 72) and whole.crops[0].image.size == (500, 400)
+    for step in range(5):
+        a, b = shrunk[step, 0, 1], whole[step, 0, 1]
+        assert (a["pixel_values"][:2] - b["pixel_values"][:2]).abs().max() < 2 / 127.5
+        assert (a["mask"] >= b["mask"]).all() and (a["mask"] != b["mask"]).sum() <= 4
+        assert torch.equal(a["random_mask"], b["random_mask"])
 
 
 def test_image_and_mask_are_cropped_as_one(tmp_path):

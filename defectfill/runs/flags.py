@@ -503,7 +503,7 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
         help="Share of the image below which a defect counts as small (--zoom auto), and share of its crop below "
              "which a long defect is tiled.")
     add("--dataloader_num_workers", type=int, default=0, metavar="N",
-        help="Processes that load images. Default: 0, the main process loads them.")
+        help="Processes that load images. Default: 0, a thread of the main process loads them.")
 
     add = group("prompts")
     add("--phrase", help="Words that name the defect, [V*]. Default: sks for one type, {defect} for several.")

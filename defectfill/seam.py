@@ -4,6 +4,8 @@ Shapes: H x W an image's or a crop's own size, G cells a side of the latent grid
 Masks are 1 inside the defect. An alpha is 8-bit: 255 is the candidate alone, 0 the image alone.
 """
 
+import functools
+
 import numpy as np
 import torch
 from PIL import Image, ImageChops
@@ -63,7 +65,7 @@ def grid_mask(latent_mask: torch.Tensor, shape: tuple[int, int]) -> np.ndarray:
 
 def differences(a: Image.Image, b: Image.Image) -> np.ndarray:
     """(H, W) absolute differences of two images of one mode, in 0..255: the greatest of the channels'."""
-    return np.asarray(ImageChops.difference(a, b)).reshape(a.height, a.width, -1).max(axis=2)
+    return np.asarray(functools.reduce(ImageChops.lighter, ImageChops.difference(a, b).split()))
 
 
 def vae_error(image: Image.Image, reconstruction: Image.Image, inside: np.ndarray) -> int:

@@ -95,6 +95,7 @@ from defectfill_dataset import (
     open_image,
     pool_mask,
     tensor_image,
+    two_tones,
     upright_exif,
 )
 from defectfill_dataset.commands import exit_on_input_error, say
@@ -139,6 +140,7 @@ class Canvas:
         source: RGB, the source image.
         image: RGB, with the finished crops pasted in, but for `inpainted`.
         grey: whether the source file is grey, and so the image that is written.
+        tones: the source's two grey tones, if it has no others, and so those of the image that is written.
         placed: its mask; None if there is no place for one.
         mask_left: (H, W) bool, the pixels of the mask that no pasted crop has inpainted.
         alpha: (H, W) in 0..255, how candidates are blended in, from the whole mask; not used with `grid`.
@@ -158,6 +160,7 @@ class Canvas:
     source: Image.Image
     image: Image.Image
     grey: bool
+    tones: tuple[int, int] | None = None
     placed: PlacedMask | None = None
     mask_left: np.ndarray | None = None
     alpha: np.ndarray | None = None
@@ -184,7 +187,10 @@ def start_canvas(planned: PlannedImage, resolution: int, scale_factor: int) -> C
     alpha = feather_alpha(mask) if planned.recipe.settings["composite"] == "feather" else mask * np.uint8(255)
     vae_error = np.zeros(mask.shape, dtype=np.uint8)
     boxes = crop_boxes(mask, resolution, planned.recipe.zoom)
-    canvas = Canvas(planned, image, image.copy(), grey, placed, mask.copy(), alpha, mask.copy(), vae_error, boxes)
+    tones = two_tones(image)
+    canvas = Canvas(
+        planned, image, image.copy(), grey, tones, placed, mask.copy(), alpha, mask.copy(), vae_error, boxes
+    )
     next_crop(canvas, resolution, scale_factor)
     return canvas
 
@@ -263,7 +269,7 @@ def paste_inpainted(canvas: Canvas) -> None:
     if len(canvas.contact_rows) < SHEET_CROPS:
         alpha = pool_mask(crop.alpha, crop.source.shape[-1]) / 255
         results = torch.where(alpha > 0, torch.lerp(crop.source, candidates * 2 - 1, alpha), crop.source)
-        cells = [thumbnail(in_source_mode(canvas, tensor_image(result))) for result in results]
+        cells = [thumbnail(as_source(canvas, tensor_image(result))) for result in results]
         good, mask = (thumbnail(tensor_image(x)) for x in (crop.source, crop.pixel_mask.expand(3, -1, -1) * 2 - 1))
         numbers = line.get("reference_distances", line["scores"])
         canvas.contact_rows.append(contact_row(good, mask, cells, numbers, line["chosen"]))
@@ -276,8 +282,11 @@ def paste_inpainted(canvas: Canvas) -> None:
     canvas.inpainted = None
 
 
-def in_source_mode(canvas: Canvas, image: Image.Image) -> Image.Image:
-    """The image, in grey if the source file is."""
+def as_source(canvas: Canvas, image: Image.Image) -> Image.Image:
+    """The image, in the source's two tones if it has no others, and in grey if the source file is."""
+    if canvas.tones:
+        dark, light = canvas.tones
+        image = image.convert("L").point(lambda tone: light if 2 * tone > dark + light else dark).convert("RGB")
     return image.convert("L") if canvas.grey else image
 
 
@@ -285,7 +294,7 @@ def write_image(canvas: Canvas, folder: Path, keep_metadata: bool) -> dict:
     """Writes image, masks and contact rows of a finished canvas; returns the line of the manifest."""
     paste_inpainted(canvas)
     planned, mask, defects = canvas.planned, canvas.painted, canvas.placed.defects
-    source, image = (in_source_mode(canvas, x) for x in (canvas.source, canvas.image))
+    source, image = (as_source(canvas, x) for x in (canvas.source, canvas.image))
     files = {kind: f"{kind}/{planned.name}.png" for kind in KINDS}
     exif = upright_exif(planned.source_image.file) if keep_metadata else b""
     save_image(image, folder / files["images"], exif)

@@ -176,6 +176,15 @@ def tensor_image(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
+def two_tones(image: Image.Image) -> tuple[int, int] | None:
+    """The two grey tones of an RGB image that has no others, the darker first; else None."""
+    colours = [np.unique(colour) for _, colour in image.getcolors(2) or []]
+    if [len(colour) for colour in colours] != [1, 1]:
+        return None
+    dark, light = sorted(int(colour[0]) for colour in colours)
+    return dark, light
+
+
 def heat_overlay(image: Image.Image, attention: torch.Tensor) -> Image.Image:
     """The image with an (h, w) map, stretched to [0, 1], laid over it: blue low, red high."""
     low, high = attention.min(), attention.max()

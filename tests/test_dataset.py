@@ -32,6 +32,7 @@ from defectfill_dataset import (
     select_defects,
     split_names,
     tokenize_prompts,
+    two_tones,
     upsample_mask,
 )
 from defectfill_dataset import samples as samples_module
@@ -320,6 +321,22 @@ def test_a_sixteen_bit_big_endian_and_a_turned_image():
     assert load_image(turned).size == (4, 8) and np.array_equal(
         np.asarray(load_image(turned))[..., 0], np.rot90(deep // 257, -1)
     )
+
+
+@pytest.mark.parametrize(
+    ("colours", "tones"),
+    [
+        ([(9, 9, 9), (3, 3, 3)], (3, 9)),
+        ([(0, 0, 0), (255, 0, 0)], None),
+        ([(3, 3, 3)], None),
+        ([(1, 1, 1), (2, 2, 2), (3, 3, 3)], None),
+    ],
+)
+def test_two_tones_are_two_greys_and_no_more(colours, tones):
+    image = Image.new("RGB", (4, 4), colours[0])
+    for x, colour in enumerate(colours[1:]):
+        image.putpixel((x, 2), colour)
+    assert two_tones(image) == tones
 
 
 def test_masks_of_unclear_coding_are_refused():

@@ -416,6 +416,20 @@ def test_one_image_grey_and_turned_by_exif(trained, tmp_path):
     assert line["windows"][0]["chosen"] == 0 and line["windows"][0]["scores"] == [None] * 3
 
 
+def test_a_source_of_two_tones_gets_a_defect_in_these_two(trained, tmp_path):
+    """Any other tone would tell a detector where the defect is; so it is with photographs cut to black and white."""
+    tones = np.where(np.indices((40, 40)).sum(axis=0) % 16 < 8, 20, 230).astype(np.uint8)
+    mask = np.zeros((40, 40), dtype=np.uint8)
+    mask[5:30, 8:35] = 255
+    Image.fromarray(tones).convert("RGB").save(tmp_path / "a.png"), Image.fromarray(mask).save(tmp_path / "m.png")
+    argv = ["--image", tmp_path / "a.png", "--mask", tmp_path / "m.png", "--output_dir", tmp_path / "out", *FAST]
+    generate("--lora", trained / LORA_FILE, *argv)
+    result = Image.open(tmp_path / "out/images/a.png")
+    pixels = np.asarray(result)
+    assert result.mode == "RGB" and {*np.unique(pixels)} == {20, 230}
+    assert np.array_equal(pixels[mask == 0, 0], tones[mask == 0]) and not np.array_equal(pixels[..., 0], tones)
+
+
 @pytest.mark.slow
 def test_random_masks_are_seeded_and_differ(trained, inputs, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

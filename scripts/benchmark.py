@@ -161,13 +161,13 @@ def draw_speed_ups(figure: Figure, lines: list[dict]) -> None:
 
 
 def draw_growth(figure: Figure, lines: list[dict]) -> None:
-    """Seconds over the number, both logarithmic, a plot for each kind."""
+    """Seconds over the number, a plot for each kind."""
     kinds = list(dict.fromkeys(line["variant"] for line in lines))
     for kind, axes in zip(kinds, figure.subplots(2, -(-len(kinds) // 2), squeeze=False).flat):
         numbers, seconds = zip(*((line["number"], line["seconds"]) for line in lines if line["variant"] == kind))
-        axes.loglog(numbers, seconds, "o", markersize=4)
-        axes.set_xticks(sorted({*numbers}), [str(number) for number in sorted({*numbers})], minor=False)
-        axes.minorticks_off()
+        axes.plot(numbers, seconds, "o", markersize=4)
+        axes.set_xticks(sorted({*numbers}))
+        axes.set_ylim(bottom=0)
         axes.set_title(kind, fontsize=9), axes.set_ylabel("s", fontsize=9)
 
 

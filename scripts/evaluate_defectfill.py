@@ -542,7 +542,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def add_data_flags(add: Callable) -> None:
     add("--data_dir", type=Path, required=True, metavar="DIR", help="Real images, in any layout that training reads.")
-    add("--output_dir", type=Path, required=True, metavar="DIR")
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="Report, detectors and, with run, images.")
     add("--object", metavar="NAME", help="Object in --data_dir, if it holds several.")
     add("--defect", nargs="+", metavar="NAME", help="Defect types. Default: all.")
     add(
@@ -567,7 +567,8 @@ def add_data_flags(add: Callable) -> None:
         "--protocol",
         choices=["clean", "paper"],
         default="clean",
-        help="clean: no mask of a generated image may be a test mask. paper: they may, and the report says so.",
+        help="Whether test masks may be painted. clean: no mask of a generated image may be one. paper: they may, and "
+        "the report says so.",
     )
     add(
         "--references",
@@ -591,8 +592,14 @@ def add_data_flags(add: Callable) -> None:
 def add_detector_flags(add: Callable) -> None:
     add("--seeds", type=positive, default=5, metavar="N", help="Detectors of each arm and bank.")
     add("--steps", type=positive, default=300, metavar="N", help="Training steps of each.")
-    add("--batch_size", type=positive, default=8, metavar="N")
-    add("--learning_rate", type=float, default=1e-3, metavar="X")
+    add("--batch_size", type=positive, default=8, metavar="N", help="Views in a step of a detector. Default: 8.")
+    add(
+        "--learning_rate",
+        type=float,
+        default=1e-3,
+        metavar="X",
+        help="Highest learning rate of a detector. Default: 1e-3.",
+    )
     add(
         "--encoder",
         default="tu-mobilenetv3_small_050",
@@ -617,7 +624,7 @@ def add_quality_flags(add: Callable, required: bool) -> None:
     )  # fmt: skip
     add("--network", choices=[*NETWORKS], default="squeezenet", help="Network of the features.")
     add("--kid_subset_size", type=positive, default=50, metavar="N", help="Images in a subset of KID.")
-    add("--kid_subsets", type=positive, default=100, metavar="N")
+    add("--kid_subsets", type=positive, default=100, metavar="N", help="Subsets whose KID is averaged. Default: 100.")
 
 
 def add_run_flags(add: Callable) -> None:

@@ -6,6 +6,7 @@ For contributors, after a change of flags or codes; a test says when they are ou
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 from pathlib import Path
@@ -20,8 +21,10 @@ COMMANDS = ("train_defectfill", "generate_defectfill", *(
     f"defectfill_scripts.{name}"
     for name in (
         "check_data", "prepare_data", "preview_masks", "run_objects", "export_generated", "merge_lora", "gpu_check",
+        "evaluate_defectfill",
     )
 ))  # fmt: skip
+SUBCOMMANDS = {"defectfill_scripts.evaluate_defectfill": ("detect", "quality", "run")}
 
 
 def errors_page() -> str:
@@ -39,26 +42,26 @@ def errors_page() -> str:
 
 
 def help_text(module: str) -> str:
-    """What the command prints for --help, 100 columns wide."""
+    """What the command and its subcommands print for --help, 100 columns wide."""
     shown: list[str] = []
-    name = module.rpartition(".")[2]
+    name, parts = module.rpartition(".")[2], SUBCOMMANDS.get(module, ())
     original, columns = argparse.ArgumentParser.format_help, os.environ.get("COLUMNS")
 
     def record(parser: argparse.ArgumentParser) -> str:
-        parser.prog = f"{name}.py"
+        parser.prog = " ".join([f"{name}.py", *parts[len(shown) - 1 : len(shown)]])
         shown.append(original(parser))
         return ""
 
     os.environ["COLUMNS"] = "102"  # argparse keeps two free
     argparse.ArgumentParser.format_help = record  # type: ignore[method-assign]
     try:
-        importlib.import_module(module).parse_args(["--help"])
-    except SystemExit:
-        pass
+        for part in [[], *([part] for part in parts)]:
+            with contextlib.suppress(SystemExit):
+                importlib.import_module(module).parse_args([*part, "--help"])
     finally:
         argparse.ArgumentParser.format_help = original  # type: ignore[method-assign]
         os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
-    return "".join(line.rstrip() + "\n" for line in shown[0].splitlines())
+    return "".join(line.rstrip() + "\n" for line in "\n\n".join(shown).splitlines())
 
 
 def documents() -> dict[str, str]:

@@ -119,7 +119,7 @@ def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch
 
     def killed_run():  # dies between the two stages of the UNet
         fit, calls = make_tiny_base.fit, []
-        make_tiny_base.fit = lambda *args: (calls.append(1), fit(*args), len(calls) == 3 and os._exit(9))
+        make_tiny_base.fit = lambda *args: (calls.append(1), fit(*args), len(calls) == 2 and os._exit(9))
         make_base("--output_dir", tmp_path / "killed", *SMALL)
 
     assert wait_for(fork(killed_run)) == 9
@@ -146,6 +146,7 @@ def test_the_base_that_ships_is_small_whole_and_made_as_its_page_says():
     readme = (TINY_BASE / "README.md").read_text()
     command = readme.partition("make_tiny_base.py ")[2].partition("\n\n")[0].replace("\\\n", " ")
     options = vars(make_tiny_base.parse_args(command.split()))
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
     assert figures["options"] == {k: v for k, v in options.items() if k not in make_tiny_base.WITHOUT_EFFECT}
     assert f"{figures['reconstruction_psnr']} dB" in readme and f"{figures['inpainting_psnr']} dB" in readme
 

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -699,11 +700,21 @@ def main(args: argparse.Namespace) -> None:
         figures, picture = measure(pipe, scenes)
         for module in (pipe.vae, pipe.unet, pipe.text_encoder):
             module.to(memory_format=torch.contiguous_format)
-        pipe.to("cpu", dtype=torch.float16).save_pretrained(args.output_dir)
+        save(pipe.to("cpu", dtype=torch.float16), args.output_dir)
         picture.save(args.output_dir / "samples.png")
         figures |= {"seconds_of_last_start": round(time.time() - began), "options": options}
         write_json(args.output_dir / "figures.json", figures)
         print(json.dumps(figures, indent=2))
+
+
+def save(pipe: StableDiffusionInpaintPipeline, folder: Path) -> None:
+    """Saves a pipeline without what the run has left in it: where its weights came from, and how texts were padded."""
+    for module in (pipe.vae, pipe.unet):
+        module._internal_dict = FrozenDict({k: v for k, v in module.config.items() if k != "_name_or_path"})
+    pipe.text_encoder.config._name_or_path = ""
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # a class that diffusers has
+    pipe.tokenizer.backend_tokenizer.no_padding()
+    pipe.save_pretrained(folder)
 
 
 def load_scenes(file: Path, make: Callable[[], Scenes]) -> Scenes:

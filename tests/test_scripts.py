@@ -116,6 +116,13 @@ def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch
         for run in (make_random_base(tmp_path / "random"), "whole", "more")
     )
     assert 0 < (more - whole).norm() < 0.3 * (random - whole).norm()
+    for run in ("whole", "more"):
+        StableDiffusionInpaintPipeline.from_pretrained(tmp_path / run)  # of classes that diffusers has
+    for file in ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+        one, other = (json.loads((tmp_path / run / file).read_text()) for run in ("whole", "more"))
+        assert one | {"scaling_factor": 1} == other | {"scaling_factor": 1}, file
+    one, other = ((tmp_path / run / "tokenizer/tokenizer.json").read_text() for run in ("whole", "more"))
+    assert one == other
 
     def killed_run():  # dies between the two stages of the UNet
         fit, calls = make_tiny_base.fit, []

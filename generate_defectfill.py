@@ -290,6 +290,16 @@ def as_source(canvas: Canvas, image: Image.Image) -> Image.Image:
     return image.convert("L") if canvas.grey else image
 
 
+def in_tones(images: torch.Tensor, tones: tuple[int, int] | None) -> torch.Tensor:
+    """(N, 3, S, S) images in [0, 1] as they are written: each pixel the nearer of the two tones, if there are two."""
+    if tones is None:
+        return images
+    dark, light = (tone / 255 for tone in tones)
+    grey = images.mean(dim=1, keepdim=True).expand_as(images)
+    toned = torch.where(2 * grey > dark + light, light, dark)
+    return torch.where(grey.isfinite(), toned, grey)  # what is broken stays so
+
+
 def write_image(canvas: Canvas, folder: Path, keep_metadata: bool) -> dict:
     """Writes image, masks and contact rows of a finished canvas; returns the line of the manifest."""
     paste_inpainted(canvas)
@@ -526,8 +536,9 @@ def generate_batch(
         reconstructions = reconstruct(pipe, images)
         sources, masks = (x.to(candidates.device) for x in (images / 2 + 0.5, masks))
         for i, canvas in enumerate(unfinished):
+            shown, source = (in_tones(x, canvas.tones) for x in (candidates[i], sources[i : i + 1]))
             measures = measure(
-                candidates[i], sources[i], reconstructions[i], masks[i], run.scorer, recipe.reference_colours, likeness
+                shown, source[0], reconstructions[i], masks[i], run.scorer, recipe.reference_colours, likeness
             )
             rejections = quality_filter.rejections(measures)
             for reason in filter(None, rejections):

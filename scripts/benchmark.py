@@ -608,12 +608,7 @@ def bench_growth(args: argparse.Namespace, device: torch.device) -> None:
     pipe = load(args.base, device, args.mixed_precision)
 
     def step(resolution: int, train_batch_size: int) -> Callable:
-        sizes = {
-            "resolution": resolution,
-            "train_batch_size": train_batch_size,
-            "rank": 8,
-            "lora_targets": "attention",
-        }
+        sizes = {"resolution": resolution, "train_batch_size": train_batch_size}
         bench = make_training_bench(argparse.Namespace(**vars(args) | sizes), device)
         return lambda: bench.run(Step(cached=False))
 

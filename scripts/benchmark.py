@@ -570,7 +570,7 @@ def loading_seconds(samples: TrainingSamples, batches: int, workers: list[int]) 
     """Seconds of a training sample by number of workers, in batches of four."""
     found = {}
     for number in workers:
-        loader = iter(DataLoader(samples, batch_sampler=sampling_schedule(0, batches, 4), num_workers=number))
+        loader = iter(DataLoader(samples, batch_sampler=sampling_schedule(0, batches + 1, 4), num_workers=number))
         next(loader)  # the workers are there
         began = time.perf_counter()
         rest = sum(len(batch["index"]) for batch in loader)

@@ -285,9 +285,12 @@ def paste_inpainted(canvas: Canvas) -> None:
 def as_source(canvas: Canvas, image: Image.Image) -> Image.Image:
     """The image, in the source's two tones if it has no others, and in grey if the source file is."""
     if canvas.tones:
-        dark, light = canvas.tones
-        image = image.convert("L").point(lambda tone: light if 2 * tone > dark + light else dark).convert("RGB")
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        image = tensor_image(in_tones(pixels[None], canvas.tones)[0] * 2 - 1)
     return image.convert("L") if canvas.grey else image
+
+
+LUMA = (0.299, 0.587, 0.114)  # how PIL makes grey of R, G and B
 
 
 def in_tones(images: torch.Tensor, tones: tuple[int, int] | None) -> torch.Tensor:
@@ -295,7 +298,7 @@ def in_tones(images: torch.Tensor, tones: tuple[int, int] | None) -> torch.Tenso
     if tones is None:
         return images
     dark, light = (tone / 255 for tone in tones)
-    grey = images.mean(dim=1, keepdim=True).expand_as(images)
+    grey = torch.einsum("nchw,c->nhw", images, images.new_tensor(LUMA)).unsqueeze(1).expand_as(images)
     toned = torch.where(2 * grey > dark + light, light, dark)
     return torch.where(grey.isfinite(), toned, grey)  # what is broken stays so
 

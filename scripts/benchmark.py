@@ -533,6 +533,13 @@ def training_options(base: Path, data: Path, resolution: int, output: Path) -> a
     return training.parse_args(flags.split())
 
 
+def drawn_run(folder: Path, size: int, resolution: int, good: int) -> tuple[Path, argparse.Namespace]:
+    """A drawn object, and the options of a training on it that leaves its LoRA in `folder / "lora"`."""
+    build_pipeline(SMALLEST).save_pretrained(folder / "base")
+    data = drawn_object(folder / "data", size, good)
+    return data, training_options(folder / "base", data, resolution, folder / "lora")
+
+
 def generate(lora: Path, good: Path, images: int, candidates: int, output: Path) -> None:
     """Generates so many images, each sampled in one step."""
     flags = f"""--lora {lora} --image {good} --mask_source random --zoom off --num_images {images}
@@ -546,9 +553,7 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> None:
     for size in args.image_sizes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            build_pipeline(SMALLEST).save_pretrained(folder / "base")
-            data = drawn_object(folder / "data", size, args.images)
-            options = training_options(folder / "base", data, args.resolution, folder / "lora")
+            data, options = drawn_run(folder, size, args.resolution, args.images)
             seconds = loading_seconds(training.prepare(options, Accelerator()).samples, args.samples, args.workers)
             training.main(options)
             with clocked_stages() as clocks:
@@ -633,9 +638,8 @@ def bench_growth(args: argparse.Namespace, device: torch.device) -> None:
     work: dict[tuple[str, int], Callable] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        build_pipeline(SMALLEST).save_pretrained(folder / "base")
-        data = drawn_object(folder / "data", args.resolution, max(args.numbers))
-        training.main(training_options(folder / "base", data, args.resolution, folder / "lora"))
+        data, options = drawn_run(folder, args.resolution, args.resolution, max(args.numbers))
+        training.main(options)
         for resolution in (args.resolution * n for n in (1, 2, 3)):
             work["training step, by resolution", resolution] = step(resolution, 1)
             work["image, by resolution", resolution] = image(resolution, 1)

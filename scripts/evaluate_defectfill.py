@@ -592,14 +592,8 @@ def add_data_flags(add: Callable) -> None:
 def add_detector_flags(add: Callable) -> None:
     add("--seeds", type=positive, default=5, metavar="N", help="Detectors of each arm and bank.")
     add("--steps", type=positive, default=300, metavar="N", help="Training steps of each.")
-    add("--batch_size", type=positive, default=8, metavar="N", help="Views in a step of a detector. Default: 8.")
-    add(
-        "--learning_rate",
-        type=float,
-        default=1e-3,
-        metavar="X",
-        help="Highest learning rate of a detector. Default: 1e-3.",
-    )
+    add("--batch_size", type=positive, default=8, metavar="N", help="Views in a step of a detector.")
+    add("--learning_rate", type=float, default=1e-3, metavar="X", help="Highest learning rate of a detector.")
     add(
         "--encoder",
         default="tu-mobilenetv3_small_050",
@@ -624,7 +618,7 @@ def add_quality_flags(add: Callable, required: bool) -> None:
     )  # fmt: skip
     add("--network", choices=[*NETWORKS], default="squeezenet", help="Network of the features.")
     add("--kid_subset_size", type=positive, default=50, metavar="N", help="Images in a subset of KID.")
-    add("--kid_subsets", type=positive, default=100, metavar="N", help="Subsets whose KID is averaged. Default: 100.")
+    add("--kid_subsets", type=positive, default=100, metavar="N", help="Subsets whose KID is averaged.")
 
 
 def add_run_flags(add: Callable) -> None:

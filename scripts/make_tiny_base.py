@@ -682,8 +682,11 @@ def main(args: argparse.Namespace) -> None:
             return
         device = Accelerator().device
         pipe.to(device)
-        vae_crops = functools.partial(crops_of, scenes, args.vae_batch_size)
-        fit("vae", Reconstruction(pipe.vae), lambda: (vae_crops(),), args.vae_steps, 1e-3, work_dir, args.seed)
+
+        def crops(batch_size: int) -> Callable[[], tuple]:
+            return lambda: (crops_of(scenes, batch_size),)
+
+        fit("vae", Reconstruction(pipe.vae), crops(args.vae_batch_size), args.vae_steps, 1e-3, work_dir, args.seed)
         latents = load_latents(work_dir / "latents.safetensors", lambda: encode(pipe.vae, scenes, device))
         pipe.vae.register_to_config(scaling_factor=latents["scale"].item())
         stages = [
@@ -692,8 +695,8 @@ def main(args: argparse.Namespace) -> None:
         ]
         train_unet(pipe, scenes, latents, stages, work_dir, args.seed)
         if args.decoder_steps:
-            crops = functools.partial(crops_of, scenes, args.decoder_batch_size)
-            fit("decoder", Decoding(pipe.vae), lambda: (crops(),), args.decoder_steps, 1e-3, work_dir, args.seed)
+            batches = crops(args.decoder_batch_size)
+            fit("decoder", Decoding(pipe.vae), batches, args.decoder_steps, 1e-3, work_dir, args.seed)
         pipe.to(device, dtype=torch.float32)
         for module in (pipe.vae, pipe.unet, pipe.text_encoder):
             module.eval()

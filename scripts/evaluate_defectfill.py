@@ -253,7 +253,7 @@ def detect(evaluation: Evaluation, notes: Sequence[str]) -> None:
     """Trains the detectors of every arm that are missing, and writes the report, with these notes in it."""
     args, views = evaluation.args, evaluation.views
     recipe = Recipe(args.steps, args.batch_size, args.learning_rate, args.encoder, args.classifier, args.pretrained,
-                    device())  # fmt: skip
+                    args.mixed_precision, device())  # fmt: skip
     if recipe.pretrained and not can_load_pretrained(recipe):
         recipe = recipe._replace(pretrained=False)
     folder = args.output_dir / "detect"
@@ -602,6 +602,12 @@ def add_detector_flags(add: Callable) -> None:
     )
     add("--classifier", default="mobilenetv3_small_050", metavar="NAME", help="Classifier of types, of timm.")
     add("--pretrained", action="store_true", help="Start both from ImageNet's weights, if they can be had.")
+    add(
+        "--mixed_precision",
+        choices=["no", "bf16"],
+        default="no",
+        help="Precision of the detectors. bf16 takes two thirds of the time on a CPU that has it.",
+    )
     add(
         "--real_share",
         type=share,

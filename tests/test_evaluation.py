@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from drawn import COLOURS
 from huggingface_hub import ModelCard
 from networks import make_squeezenet
@@ -308,7 +309,9 @@ def test_curves_classes_and_synthetic_alone(tmp_path, bank, nut):
     for i in range(6):
         put(bank, f"images/stain/{i}.png", 3000 + i, f"masks/stain/{i}.png", "stain")
     argv = ["detect", "--data_dir", data, "--bank", f"ours={bank},{bank}", "--output_dir", tmp_path / "out", *FAST]
-    run(*argv, "--seeds", 1, "--references", 2, 3, "--numbers", 4, "--synthetic_alone")
+    run(*argv, "--seeds", 1, "--references", 2, 3, "--numbers", 4, "--synthetic_alone", "--mixed_precision", "bf16")
+    with pytest.raises(InputError, match="DF320 recipe"):
+        run(*argv, "--seeds", 1, "--references", 2, 3, "--numbers", 4, "--synthetic_alone")
     settings = json.loads((tmp_path / "out/report.json").read_text())["settings"]
     assert [*settings] == ["k2-nall", "k3-nall", "k3-n4"]
     figures = settings["k3-nall"]["figures"]
@@ -329,8 +332,20 @@ def test_leaks_end_the_command_before_anything_is_trained(nut, bank, tmp_path, m
         run(*argv, "--protocol", "paper")
 
 
+def test_detectors_of_bf16_have_fp32_weights_and_scores():
+    pool = Pool([plain_view(0), plain_view(1, squares((2, 2, 4, 1), size=32))])
+    fp32 = detectors.Recipe(2, 2, 1e-3, "resnet18", "resnet18", False, "no", torch.device("cpu"))
+    bf16 = fp32._replace(mixed_precision="bf16")
+    one, other = (detectors.train_segmenter(pool, recipe, 0) for recipe in (fp32, bf16))
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
+    assert not torch.equal(one.encoder.conv1.weight, other.encoder.conv1.weight)
+    scores, rounded = (detectors.score_maps(one, pool.images.numpy(), recipe) for recipe in (fp32, bf16))
+    assert rounded.dtype == np.float32 and not np.array_equal(scores, rounded)
+    assert np.abs(scores - rounded).max() < 0.05 * np.abs(scores).max()
+
+
 def test_pretrained_weights_that_cannot_be_had_are_told(caplog):
-    recipe = detectors.Recipe(1, 2, 1e-3, "resnet18", "resnet18", True, "cpu")
+    recipe = detectors.Recipe(1, 2, 1e-3, "resnet18", "resnet18", True, "no", torch.device("cpu"))
     assert not detectors.can_load_pretrained(recipe) and "start from random weights" in caplog.text
 
 

@@ -35,6 +35,7 @@ class Recipe(NamedTuple):
         encoder: of the segmenter, a name of segmentation_models_pytorch.
         classifier: a name of timm.
         pretrained: start both from ImageNet's weights.
+        mixed_precision: "no" or "bf16", of the networks; losses and scores are fp32.
     """
 
     steps: int
@@ -43,7 +44,13 @@ class Recipe(NamedTuple):
     encoder: str
     classifier: str
     pretrained: bool
+    mixed_precision: str
     device: torch.device
+
+    def outputs(self, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """The fp32 logits of (B, R, R, 3) uint8 views."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16"):
+            return model(normalised(images, self.device)).float()
 
 
 def check_networks(encoder: str, classifier: str) -> None:
@@ -83,7 +90,7 @@ def fit(model: torch.nn.Module, loss_of: Callable, pool: Pool, recipe: Recipe, s
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=recipe.steps)
     for step in range(recipe.steps):
         images, labels = pool.batch(recipe.batch_size, derive_seed(seed, "batch", step))
-        loss = loss_of(model(normalised(images, recipe.device)), labels.to(recipe.device))
+        loss = loss_of(recipe.outputs(model, images), labels.to(recipe.device))
         if not torch.isfinite(loss):
             what = f"the detector's loss at step {step} is {loss.item()}; give a lower --learning_rate"
             raise RunError(f"{what} and another --output_dir.")
@@ -114,7 +121,7 @@ def train_segmenter(pool: Pool, recipe: Recipe, seed: int) -> torch.nn.Module:
 def score_maps(model: torch.nn.Module, images: np.ndarray, recipe: Recipe) -> np.ndarray:
     """(N, R, R) fp32 logits of (N, R, R, 3) uint8 views."""
     batches = torch.from_numpy(images).split(SCORES_AT_ONCE)
-    return torch.cat([model(normalised(x, recipe.device))[:, 0].float().cpu() for x in batches]).numpy()
+    return torch.cat([recipe.outputs(model, x)[:, 0].cpu() for x in batches]).numpy()
 
 
 def train_classifier(pool: Pool, classes: int, recipe: Recipe, seed: int) -> torch.nn.Module:
@@ -136,4 +143,4 @@ def main_types(labels: torch.Tensor) -> torch.Tensor:
 def classify(model: torch.nn.Module, images: np.ndarray, recipe: Recipe) -> np.ndarray:
     """(N,) the class of each (N, R, R, 3) uint8 view."""
     batches = torch.from_numpy(images).split(SCORES_AT_ONCE)
-    return torch.cat([model(normalised(x, recipe.device)).argmax(dim=1).cpu() for x in batches]).numpy()
+    return torch.cat([recipe.outputs(model, x).argmax(dim=1).cpu() for x in batches]).numpy()

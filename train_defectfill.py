@@ -64,7 +64,7 @@ from defectfill.runs.record import LossLog, lora_record, run_record, stop_if_all
 from defectfill.runs.signals import StopSignal
 from defectfill.runs.space import check_space
 from defectfill.runs.speed import StepClock
-from defectfill.runs.validation import measured_at, validation_record
+from defectfill.runs.validation import best_step, measured_at, validation_record
 from defectfill.sampling import assemble_pipeline, composite, ddim, inpaint
 from defectfill_dataset import (
     CropRule,
@@ -683,7 +683,7 @@ def save(
             args.output_dir, state | {"identity": prepared.identity, "train_batch_size": args.train_batch_size},
             lambda to: write_lora(to / LORA_FILE, training.bare_models, prepared.record | {"steps": state["step"]}),
             training.parameters, training.optimizer, training.lr_scheduler, accelerator.scaler,
-            args.checkpoints_total_limit, fallback,
+            args.checkpoints_total_limit, fallback, best_step(state["validation"]),
         )  # fmt: skip
 
     written = from_main_process(write, accelerator.is_main_process)

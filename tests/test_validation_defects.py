@@ -126,6 +126,14 @@ def test_a_resumed_run_keeps_earlier_figures_and_measuring_changes_no_weight(tra
     assert all(torch.equal(tensors[0][k], other[k]) for other in tensors for k in tensors[0])
 
 
+def test_the_best_checkpoint_outlives_the_limit(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_defectfill, "measured_at", lambda step, _: {str(step): {"mean_x0_error": abs(step - 2)}})
+    keep_one = ["--checkpointing_steps", "1", "--checkpoints_total_limit", "1"]
+    out = train(*FLAGS, *keep_one, "--max_train_steps", "5")
+    assert record_of(out)["validation"]["best_step"] == 2
+    assert sorted(folder.name for folder in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-5"]
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_run_resumes_only_with_the_number_it_began_with(train, whole, number):
     with pytest.raises(InputError, match="DF320 data_sha256(.|\n)*DF320 validation_defects_sha256"):

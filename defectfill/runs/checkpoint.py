@@ -87,6 +87,7 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler | None,
     total_limit: int | None,
     fallback: Path | None = None,
+    best_step: int | None = None,
 ) -> Path | None:
     """Writes `checkpoint-<step>`, then deletes the oldest beyond `total_limit`; returns it, None if it failed.
 
@@ -99,6 +100,7 @@ def save_checkpoint(
         parameters: what the optimizer trains, by name.
         total_limit: how many checkpoints to keep, None for all.
         fallback: if `output_dir` cannot be written, the checkpoint goes to a new folder in this one.
+        best_step: its checkpoint is never deleted.
 
     Raises:
         RunError: a weight or a number of the optimizer is not finite (DF323); nothing is written.
@@ -115,6 +117,8 @@ def save_checkpoint(
         return _write_checkpoint(refuge, state, write_weights, tensors)
     if written and total_limit is not None:
         for old in list_checkpoints(output_dir)[:-total_limit]:
+            if old.name == f"checkpoint-{best_step}":
+                continue
             try:
                 _discard(old)
             except OSError as error:

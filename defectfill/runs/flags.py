@@ -598,7 +598,8 @@ def parse_training_args(description: str, input_args: list[str] | None = None) -
         help="Folder, best on another disk, for results that cannot be written to --output_dir. Default: "
              "defectfill/results in the user's cache folder.")
     add("--checkpointing_steps", type=int, default=500, metavar="N", help="Save a checkpoint every N steps.")
-    add("--checkpoints_total_limit", type=int, metavar="N", help="Keep only the newest N checkpoints. Default: all.")
+    add("--checkpoints_total_limit", type=int, metavar="N",
+        help="Keep only the newest N checkpoints, and the best by --validation_defects. Default: all.")
     add("--resume_from_checkpoint", metavar="latest|PATH",
         help="Checkpoint to resume, or latest; with latest and no checkpoint, training starts from scratch.")
 

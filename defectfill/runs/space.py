@@ -33,7 +33,8 @@ def check_space(
         matrices: elements of each LoRA matrix, which is written in fp32.
         use_8bit_adam: matrices of 4096 elements and more have moments of a byte each, with scales and a table.
         steps: left to train, counted from 0.
-        checkpoints_total_limit: for a moment there is one more: the oldest is deleted once the newest is complete.
+        checkpoints_total_limit: for a moment there is one more: the oldest is deleted once the newest is complete. The
+            best by validation defects, which may be older still, is not counted.
         validation_steps: 0 for none.
         image_size: pixels of a validation image, RGB.
 

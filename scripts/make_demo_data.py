@@ -9,6 +9,8 @@ mask, and one light shades the result. Nothing is downloaded or copied; the imag
     nut    on a dark ground   hole, crack
     cloth  woven              tear, stain
     board  printed circuit    open, short, mouse_bite, spur, pin_hole
+
+Shapes: H x W pixels at twice the size asked for, halved at the end. Heights are in pixels, colours in [0, 1].
 """
 
 import argparse

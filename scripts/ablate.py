@@ -13,28 +13,27 @@ and samples.png are made from them.
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import defectfill.quiet  # noqa: F401
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import StableDiffusionInpaintPipeline, UNet2DModel
+from diffusers import UNet2DModel
 from PIL import Image
 
 import train_defectfill
-from defectfill.base_model import read_base
-from defectfill.lora import LoraFile, load_lora, read_lora
+from defectfill.drawn.comparison import feather, load_base
+from defectfill.drawn.pairs import KINDS, drawn_pairs, latent_masks
+from defectfill.drawn.parts import write_parts
+from defectfill.drawn.scores import defect_features, figures_of, iou, segment
+from defectfill.lora import read_lora
+from defectfill.markdown import markdown_table
 from defectfill.runs.files import exclusive_lock, write_json
-from defectfill.sampling import inpaint, load_pipeline
-from defectfill.seam import feather_alpha
+from defectfill.sampling import inpaint
 from defectfill_dataset import derive_seed, tensor_image
 from defectfill_dataset.commands import Parser, say
 from defectfill_dataset.text import numbered_lines, parse_json, read_json, read_text
-from defectfill_scripts import make_demo_data
-from defectfill_scripts.train_segmenter import drawn_pairs, iou, latent_masks, segment
 
 
 # Of scripts/demo.sh.
@@ -64,40 +63,6 @@ FIGURES = {
     "feature distance": "distance",
 }  # fmt: skip
 SHOWN = 6  # images of each run that are kept
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
-
-
-@torch.no_grad()
-def defect_features(segmenter: UNet2DModel, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """(B, C): the segmenter's encoder features, each of unit length over its channels, averaged inside the mask.
-
-    The form of LPIPS (Zhang et al., CVPR 2018) with another network; what is compared is the kind of defect, not its
-    place.
-    """
-    levels: list[torch.Tensor] = []
-    hooks = [block.register_forward_hook(lambda _, __, out: levels.append(out[0])) for block in segmenter.down_blocks]
-    segmenter(images, 0)
-    for hook in hooks:
-        hook.remove()
-    pooled = []
-    for level in levels:
-        weights = F.adaptive_avg_pool2d(masks, level.shape[-2:])
-        pooled.append((F.normalize(level, dim=1) * weights).sum((2, 3)) / weights.sum((2, 3)))
-    return torch.cat(pooled, dim=1)
-
-
-def figures_of(segmenter: UNet2DModel, images: torch.Tensor, masks: torch.Tensor, real: torch.Tensor) -> dict:
-    """Metrics of (B, 3, R, R) images with (B, 1, R, R) target masks; `real` (n, C) are features of real defects."""
-    each = iou(segment(segmenter, images), masks)
-    distance = torch.cdist(defect_features(segmenter, images, masks), real).min(dim=1).values
-    return {
-        "segmenter_iou": each.mean().item(),
-        "found": (each > 0.3).float().mean().item(),
-        "distance": distance.mean().item(),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,19 +103,6 @@ def inpaint_parts(
         feathered.append(feather(image, candidate, mask))
         exact.append(torch.where(mask > 0.5, candidate, image))
     return torch.stack(feathered), torch.stack(exact)
-
-
-def load_base(base: str, lora: LoraFile | None) -> StableDiffusionInpaintPipeline:
-    """The base's pipeline with DDIM on the CPU, in fp32, with the LoRA if there is one."""
-    pipe = load_pipeline(read_base(base), None, "no", torch.device("cpu"))
-    if lora:
-        load_lora(pipe, lora)
-    return pipe
-
-
-def feather(image: torch.Tensor, candidates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(..., 3, R, R) candidates blended into the (3, R, R) image inside the (1, R, R) mask."""
-    return torch.lerp(image, candidates, torch.from_numpy(feather_alpha(mask[0].numpy() > 0.5)) / 255)
 
 
 def read_results(file: Path) -> list[dict]:
@@ -209,38 +161,21 @@ def table(results: list[dict]) -> str:
     """Markdown: each variant's figures, and the segmenter's IoU for each case."""
     variants = list(dict.fromkeys(line["variant"] for line in results))
     cases = list(dict.fromkeys((line["part"], line["defect"]) for line in results))
-    rows = [f"| | seeds | {' | '.join(FIGURES)} |", "|---" * (2 + len(FIGURES)) + "|"]
+    rows = [["", "seeds", *FIGURES]]
+    by_case = [["segmenter IoU", *(" ".join(case) for case in cases)]]
     for variant in variants:
         mine = [line for line in results if line["variant"] == variant]
         cells = [over_seeds(mine, figure) for figure in FIGURES.values()]
-        rows.append(f"| {variant} | {len({line['seed'] for line in mine})} | {' | '.join(cells)} |")
-    rows += [
-        "",
-        f"| segmenter IoU | {' | '.join(' '.join(case) for case in cases)} |",
-        "|---" * (1 + len(cases)) + "|",
-    ]
-    for variant in variants:
-        mine = [line for line in results if line["variant"] == variant]
+        rows.append([variant, f"{len({line['seed'] for line in mine})}", *cells])
         cells = [over_seeds([r for r in mine if (r["part"], r["defect"]) == case], "segmenter_iou") for case in cases]
-        rows.append(f"| {variant} | {' | '.join(cells)} |")
-    return "\n".join(rows) + "\n"
+        by_case.append([variant, *cells])
+    return f"{markdown_table(rows)}\n{markdown_table(by_case)}"
 
 
 def samples(args: argparse.Namespace, results: list[dict]) -> Image.Image:
     """Images of the first seed: a row for each variant and case."""
     files = [run_folder(args, line) / "pictures.png" for line in results if line["seed"] == 0]
     return Image.fromarray(np.concatenate([np.asarray(Image.open(file)) for file in files]))
-
-
-def add_comparison_flags(add: Callable, images: int) -> None:
-    """The flags of the scripts that compare what LoRAs of this one generate."""
-    add("--base", required=True, metavar="DIR", help="Base made by make_tiny_base.py.")
-    add("--segmenter", required=True, metavar="DIR", help="Segmenter made by train_segmenter.py.")
-    lora_help = "LoRAs in the runs/ of an output folder of ablate.py, of one defect type each."
-    add("--lora", nargs="+", type=Path, required=True, metavar="DIR", help=lora_help)
-    add("--images", type=int, default=images, metavar="N", help="Good parts for each LoRA.")
-    add("--resolution", type=int, default=128, metavar="PX", help="Side of the images.")
-    add("--seed", type=int, default=0, metavar="N", help="Of parts, masks and noise.")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -250,7 +185,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--segmenter", required=True, metavar="DIR", help="Segmenter made by train_segmenter.py.")
     add("--output_dir", type=Path, required=True, metavar="DIR")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="Default: all.")
-    add("--cases", nargs="+", default=CASES, metavar="PART:DEFECT", help="Of make_demo_data.py. Default: %(default)s.")
+    kinds = [":".join(kind) for kind in KINDS]
+    cases_help = "Of make_demo_data.py. Default: %(default)s."
+    add("--cases", nargs="+", choices=kinds, default=CASES, metavar="PART:DEFECT", help=cases_help)
     add("--seeds", type=int, default=3, metavar="N", help="Default: %(default)s.")
     add("--images", type=int, default=16, metavar="N", help="Good parts inpainted by each LoRA. Default: %(default)s.")
     add("--resolution", type=int, default=128, metavar="PX", help="Default: %(default)s.")
@@ -274,7 +211,7 @@ def main(args: argparse.Namespace) -> None:
         write_json(args.output_dir / "options.json", options)
         for part in {case.partition(":")[0] for case in args.cases}:
             if not (args.output_dir / "data" / part).exists():
-                make_demo_data.main(["--output_dir", f"{args.output_dir}/data", "--good", "4", "--parts", part])
+                write_parts(args.output_dir / "data", [part], size=256, defects=12, good=4, seed=0)
         results_file = args.output_dir / "results.jsonl"
         run_all(args, results_file)
         results = read_results(results_file)

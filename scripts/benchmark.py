@@ -55,8 +55,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import generate_defectfill as generation
 import train_defectfill as training
 from defectfill.base_model import read_base
+from defectfill.drawn.pairs import drawn_pairs, latent_masks
+from defectfill.drawn.parts import enlarge, write_parts
+from defectfill.drawn.small_base import Sizes, build_pipeline
 from defectfill.latents import ImageLatents, encode_images
 from defectfill.lora import LORA_TARGETS, add_lora, lora_parameters
+from defectfill.markdown import markdown_table
 from defectfill.random_base import random_sd2_pipeline
 from defectfill.runs.files import atomic_write, write_json
 from defectfill.runs.record import versions
@@ -76,10 +80,6 @@ from defectfill_dataset import (
     upsample_mask,
 )
 from defectfill_dataset.commands import Parser, exit_on_input_error, say
-from defectfill_scripts import make_demo_data
-from defectfill_scripts.gpu_check import enlarge
-from defectfill_scripts.make_tiny_base import Sizes, build_pipeline
-from defectfill_scripts.train_segmenter import drawn_pairs, latent_masks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def write_results(
 ) -> None:
     """Writes and prints the table; every measurement, a plot of them, and the environment beside it."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) + f"\n\n{note}\n"
+    text = markdown_table([head, *rows]) + f"\n{note}\n"
     with atomic_write(args.output_dir / f"{args.what}.md") as temporary:
         temporary.write_text(text)
     with atomic_write(args.output_dir / f"{args.what}.csv") as temporary, temporary.open("w", newline="") as stream:
@@ -520,7 +520,7 @@ SMALLEST = Sizes(
 
 def drawn_object(folder: Path, size: int, good: int, defects: int = 3) -> Path:
     """A folder of the object nut with holes, its images `size` px a side."""
-    make_demo_data.main(f"--size 128 --parts nut --defects {defects} --good {good} --output_dir {folder}".split())
+    write_parts(folder, ["nut"], size=128, defects=defects, good=good, seed=0)
     enlarge(str(folder), size)
     return folder / "nut"
 

@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 
+from defectfill.drawn.comparison import add_comparison_flags, load_base
+from defectfill.drawn.pairs import drawn_pairs, latent_masks
+from defectfill.drawn.scores import defect_features, figures_of
 from defectfill.lora import read_lora
+from defectfill.markdown import markdown_table
 from defectfill.runs.files import atomic_write
 from defectfill.sampling import SCHEDULERS, inpaint
 from defectfill_dataset import derive_seed
 from defectfill_dataset.commands import Parser, say
-from defectfill_scripts.ablate import add_comparison_flags, defect_features, figures_of, load_base
-from defectfill_scripts.train_segmenter import drawn_pairs, latent_masks
 
 
 # Scheduler, steps, whether guided, and where; the first is what the others are compared with.
@@ -85,7 +87,7 @@ def table(lines: list[dict]) -> str:
         "feature distance",
         "change",
     ]
-    text = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = [heads]
     for variant in VARIANTS:
         mine = [line for line in lines if line["variant"] == variant]
         mean = {k: np.mean([line[k] for line in mine]) for k in ("found", "distance", "change")}
@@ -95,8 +97,8 @@ def table(lines: list[dict]) -> str:
         cells = [variant, f"{mine[0]['rows']:.0f}", f"{ious[variant].mean():.3f}", *(f"{x:.3f}" for x in by_part)]
         cells += [f"{paired.mean():+.3f} ± {error:.3f}" if paired.any() else ""]
         cells += [f"{mean['found']:.3f}", f"{mean['distance']:.3f}", f"{mean['change']:.3f}"]
-        text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text) + f"\n\n{len(mine)} images per variant.\n"
+        rows.append(cells)
+    return markdown_table(rows) + f"\n{len(mine)} images per variant.\n"
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

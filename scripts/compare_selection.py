@@ -20,8 +20,12 @@ from diffusers import UNet2DModel
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
+from defectfill.drawn.comparison import add_comparison_flags, feather, load_base
+from defectfill.drawn.pairs import drawn_pairs, latent_masks
+from defectfill.drawn.scores import iou, segment
 from defectfill.likeness import Likeness, read_squeezenet, squeezenet_features, vae_features
 from defectfill.lora import read_lora
+from defectfill.markdown import markdown_table
 from defectfill.runs.files import atomic_write, write_json
 from defectfill.sampling import inpaint, reconstruct
 from defectfill.selection import choose_candidate, measure, ssim_score
@@ -29,8 +33,6 @@ from defectfill_dataset import derive_seed, load_defect_pairs, tensor_image
 from defectfill_dataset.commands import Parser, say
 from defectfill_dataset.samples import make_crops
 from defectfill_dataset.text import read_json, read_text
-from defectfill_scripts.ablate import add_comparison_flags, feather, load_base
-from defectfill_scripts.train_segmenter import drawn_pairs, iou, latent_masks, segment
 
 
 CANDIDATES = 4  # of each image
@@ -138,8 +140,7 @@ def table(images: list[dict], labels: torch.Tensor, ious: torch.Tensor) -> str:
         ious: (P, N), of the segmenter's prediction with the mask.
     """
     could = (labels == 2).any(dim=1).sum().item()
-    rows = [f"| kept by | could be real | flawed | nothing | of the {could} images with one | segmenter IoU |"]
-    rows += ["|---" * 6 + "|"]
+    rows = [["kept by", "could be real", "flawed", "nothing", f"of the {could} images with one", "segmenter IoU"]]
     every = torch.arange(len(images))
     ways = {way: torch.tensor([line["kept"][way] for line in images]) for way in images[0]["kept"]}
     ways = {
@@ -151,10 +152,8 @@ def table(images: list[dict], labels: torch.Tensor, ious: torch.Tensor) -> str:
         found = labels[every, kept]
         counts = [(found == label).sum().item() for label in (2, 1, 0)]
         cells = [f"{count} ({count / len(images):.2f})" for count in counts]
-        rows.append(
-            f"| {way} | {' | '.join(cells)} | {counts[0] / max(could, 1):.2f} | {ious[every, kept].mean():.3f} |"
-        )
-    return "\n".join(rows) + f"\n\n{len(images)} images with {labels.shape[1]} candidates each.\n"
+        rows.append([way, *cells, f"{counts[0] / max(could, 1):.2f}", f"{ious[every, kept].mean():.3f}"])
+    return markdown_table(rows) + f"\n{len(images)} images with {labels.shape[1]} candidates each.\n"
 
 
 def read_labels(file: Path, order: list[int]) -> torch.Tensor:

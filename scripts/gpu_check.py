@@ -28,6 +28,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+from defectfill.markdown import markdown_table
+
 
 SMALL_BASE = Path(__file__).resolve().parent / "tiny_base"
 COMMANDS = ("train_defectfill", "generate_defectfill")
@@ -152,16 +154,6 @@ def describe_machine() -> dict:
     return found
 
 
-def enlarge(folder: str, size: int) -> None:
-    """Enlarges the images and masks of a folder to `size` px a side; to draw them in that size takes seconds each."""
-    from PIL import Image
-
-    for file in Path(folder).rglob("*.png"):
-        with Image.open(file) as image:
-            method = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.BICUBIC
-            image.resize((size, size), method).save(file)
-
-
 def save_random_base(folder: str) -> dict:
     """Saves random weights of Stable Diffusion 2's size, made on the GPU."""
     import torch
@@ -242,6 +234,8 @@ class Check:
         """A folder of drawn nuts with holes, and good ones."""
         folder = self.work / f"pictures-{size}"
         if not folder.exists():
+            from defectfill.drawn.parts import enlarge
+
             drawn = min(size, DRAWN)
             argv = f"--size {drawn} --parts nut --defects 3 --good {self.sizes.images} --output_dir {folder}"
             self.command("defectfill_scripts.make_demo_data", argv)
@@ -435,7 +429,7 @@ def describe(result: dict) -> str:
 
 def advice(results: list[dict]) -> list[str]:
     """For each size of card the fastest training and generation whose memory fits."""
-    lines = ["| card | training, fastest that fits | generation, fastest that fits |", "|---|---|---|"]
+    rows = [["card", "training, fastest that fits", "generation, fastest that fits"]]
     measured = [result for result in results if result.get("peak_reserved_gib")]
     for card in CARDS:
         fitting = [r for r in measured if r["peak_reserved_gib"] + OVERHEAD <= card]
@@ -445,9 +439,9 @@ def advice(results: list[dict]) -> list[str]:
             cells.append(
                 f"`{best['flags'] or 'no flags'}` ({best['peak_reserved_gib']} GiB)" if best else "none measured"
             )
-        lines.append(f"| {card} GB | {' | '.join(cells)} |")
+        rows.append([f"{card} GB", *cells])
     note = f"Reserved memory and {OVERHEAD} GiB for CUDA and a desktop, as measured on this card."
-    return [*lines, "", note] if measured else ["No memory was measured."]
+    return [*markdown_table(rows).splitlines(), "", note] if measured else ["No memory was measured."]
 
 
 def page(check: Check, results: list[dict]) -> str:
@@ -467,8 +461,7 @@ def page(check: Check, results: list[dict]) -> str:
         f"Training and generation: {base}, {sizes.resolution} px; an image is the best by RMSE of {sizes.candidates} "
         f"candidates of {sizes.inference_steps} steps. Steps named small: the small base, "
         f"{sizes.small_resolution} px.", "",
-        f"| step | result | {' | '.join(COLUMNS.values())} |", "|---" * (2 + len(COLUMNS)) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows), "",
+        markdown_table([["step", "result", *COLUMNS.values()], *rows]),
         "## Which flags fit", "", *advice(results), "",
     ])  # fmt: skip
 

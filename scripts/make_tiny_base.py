@@ -21,7 +21,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import defectfill.quiet  # noqa: F401
@@ -32,23 +32,32 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionInpaintPipeline
 from diffusers.configuration_utils import FrozenDict
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from defectfill.base_model import read_base
+from defectfill.drawn.fitting import fit
+from defectfill.drawn.parts import (
+    PARTS,
+    blob,
+    distance_to,
+    fractal,
+    grid,
+    jagged_line,
+    render,
+    smoothstep,
+    wandering_line,
+)
+from defectfill.drawn.small_base import COLOURS, GREYS, SHAPES, Sizes, build_pipeline
 from defectfill.latents import encode_images
 from defectfill.noise_levels import error_weights, prediction_target
-from defectfill.random_base import make_tokenizer
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
-from defectfill.sampling import assemble_pipeline, composite, ddim, inpaint, load_pipeline
+from defectfill.sampling import composite, ddim, inpaint, load_pipeline
 from defectfill_dataset import (
     InputError,
     Problem,
@@ -67,108 +76,6 @@ from defectfill_dataset.commands import Parser, exit_on_input_error
 from defectfill_dataset.masks import bounds
 from defectfill_dataset.readers import image_files
 from defectfill_dataset.text import Schema, read_json
-from defectfill_scripts.make_demo_data import (
-    PARTS,
-    blob,
-    distance_to,
-    fractal,
-    grid,
-    jagged_line,
-    render,
-    smoothstep,
-    wandering_line,
-)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The pipeline
-
-COLOURS = {"black": (14, 12, 12), "dark": (45, 40, 38), "gray": (125, 125, 125), "bright": (205, 202, 196),
-           "white": (245, 243, 240), "pale": (205, 165, 115), "brown": (95, 55, 25), "red": (170, 40, 35),
-           "orange": (205, 115, 45), "yellow": (215, 190, 70), "green": (60, 120, 60), "blue": (50, 80, 160),
-           "purple": (110, 60, 130)}  # fmt: skip
-GREYS = 5  # the first so many
-SHAPES = ("spot", "line", "zigzag", "ring", "patch", "specks")
-WORDS = f"""a an the photo picture close up of on with and in good sks part {" ".join([*COLOURS, *SHAPES, *PARTS])}
-faint deep raised plain same rim open short mouse bite spur pin copper pcb
-metal brushed woven grained wood magnetic hazelnut bottle cable capsule carpet grid leather pill screw tile toothbrush
-transistor zipper hole crack cut print scratch stain dent tear blowhole break fray uneven broken large small
-contamination bent color faulty imprint thread fold glue poke rough oil stroke flip missing wire defect""".split()
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The shape of a base; the defaults are those of the one that ships.
-
-    Args:
-        attention: for each UNet level, from the picture down, whether it has (self- and cross-) attention on the way
-            down; on the way up every level but the lowest has.
-        head: channels of an attention head.
-        context: tokens that the text encoder reads.
-        prediction_type: what the UNet predicts, "epsilon" or "v_prediction" (Stable Diffusion 2's own other one).
-    """
-
-    resolution: int = 128
-    vae_channels: Sequence[int] = (16, 32, 64)
-    unet_channels: Sequence[int] = (64, 96, 120)
-    attention: Sequence[bool] = (False, True, True)
-    head: int = 32
-    text_width: int = 96
-    text_layers: int = 2
-    context: int = 24
-    prediction_type: str = "epsilon"
-
-
-def build_pipeline(sizes: Sizes, words: Iterable[str] = WORDS) -> StableDiffusionInpaintPipeline:
-    """A pipeline of random weights; a latent cell is 2 ** (len(vae_channels) - 1) pixels a side."""
-    tokenizer = make_tokenizer(words, sizes.context)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=sizes.text_width,
-            intermediate_size=2 * sizes.text_width,
-            num_hidden_layers=sizes.text_layers,
-            num_attention_heads=4,
-            max_position_embeddings=sizes.context,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    levels = len(sizes.unet_channels)
-    up = [True] * (levels - 1) + [False]  # from the top level down
-    unet = UNet2DConditionModel(
-        sample_size=sizes.resolution // 2 ** (len(sizes.vae_channels) - 1),
-        in_channels=9,
-        out_channels=4,
-        block_out_channels=tuple(sizes.unet_channels),
-        layers_per_block=1,
-        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in sizes.attention),
-        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(up)),
-        cross_attention_dim=sizes.text_width,
-        attention_head_dim=tuple(c // sizes.head for c in sizes.unet_channels),  # the number of heads, as in SD 2
-        norm_num_groups=8,
-        use_linear_projection=True,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=tuple(sizes.vae_channels),
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * len(sizes.vae_channels),
-        up_block_types=("UpDecoderBlock2D",) * len(sizes.vae_channels),
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=sizes.resolution,
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        prediction_type=sizes.prediction_type,
-    )
-    return assemble_pipeline(unet, text_encoder, vae, scheduler, tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,71 +284,6 @@ def read_pictures(folder: Path, number: int, crop: int | None, seed: int) -> lis
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fitting
-
-
-def fit(
-    name: str,
-    objective: torch.nn.Module,
-    batch_of: Callable[[], tuple],
-    steps: int,
-    learning_rate: float,
-    work_dir: Path,
-    seed: int,
-) -> None:
-    """Trains `objective` in place with AdamW, warm-up and cosine decay, and leaves the weights' moving average in it.
-
-    Args:
-        objective: a module whose forward returns the loss of a batch.
-        batch_of: draws a batch; seeded anew at every step.
-        work_dir: checkpoints go to `work_dir / name`; training goes on from the newest.
-    """
-    accelerator = Accelerator()
-    if accelerator.device.type == "cuda":
-        objective.to(accelerator.device, memory_format=torch.channels_last)
-    folder = work_dir / name
-    folder.mkdir(exist_ok=True)
-    parameters = dict(objective.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=1e-3)
-    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=min(200, steps // 10), num_training_steps=steps)
-    average = EMAModel(parameters.values(), decay=0.9995, use_ema_warmup=True, power=3 / 4, foreach=True)
-    step = 0
-    last = checkpoints.find_checkpoint(folder, "latest")
-    if last:
-        weights = load_file(last / "weights.safetensors")
-        state = checkpoints.restore(checkpoints.load(last, weights), parameters, optimizer, scheduler, None)
-        average.load_state_dict(state["average"] | {"shadow_params": [weights[f"average {n}"] for n in parameters]})
-        step = state["step"]
-    prepared, optimizer = accelerator.prepare(objective, optimizer)
-    average.to(accelerator.device)
-    progress = tqdm(total=steps, initial=step, desc=name, disable=not accelerator.is_main_process, mininterval=5)
-    smooth = None
-    while step < steps:
-        torch.manual_seed(derive_seed(seed, name, step, accelerator.process_index))
-        loss = prepared(*(x.to(accelerator.device) for x in batch_of()))
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        average.step(parameters.values())
-        step += 1
-        smooth = loss.detach() if smooth is None else 0.99 * smooth + 0.01 * loss.detach()
-        progress.update()
-        if step % 50 == 0 or step == steps:  # no sooner: the device would wait
-            if not smooth.isfinite():
-                raise FloatingPointError(f"{name}: a loss up to step {step} is not finite")
-            progress.set_postfix(loss=f"{smooth.item():.4f}", refresh=False)
-        if accelerator.is_main_process and (step % 250 == 0 or step == steps):
-            shadow = {f"average {n}": p for n, p in zip(parameters, average.shadow_params)}
-            weights = {n: p.detach().cpu().contiguous() for n, p in {**parameters, **shadow}.items()}
-            state = {k: v for k, v in average.state_dict().items() if k != "shadow_params"}
-            checkpoints.save_checkpoint(
-                folder, {"step": step, "identity": {}, "average": state},
-                lambda path, weights=weights: save_file(weights, path / "weights.safetensors"),
-                parameters, optimizer, scheduler, None, total_limit=2,
-            )  # fmt: skip
-    progress.close()
-    average.copy_to(parameters.values())
 
 
 def picture_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -13,20 +13,17 @@ from pathlib import Path
 
 import defectfill.quiet  # noqa: F401
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from tqdm.auto import tqdm
 
+from defectfill.drawn.fitting import fit
+from defectfill.drawn.pairs import KINDS, drawn_pairs
+from defectfill.drawn.parts import PARTS
+from defectfill.drawn.scores import iou, segment
 from defectfill.runs.files import exclusive_lock, write_json
-from defectfill_dataset import derive_seed, pool_mask
+from defectfill_dataset import derive_seed
 from defectfill_dataset.commands import Parser
-from defectfill_scripts.make_demo_data import PARTS, render
-from defectfill_scripts.make_tiny_base import fit
-
-
-KINDS = [(part, defect) for part, (_, defects) in PARTS.items() for defect in defects]
 
 
 def build_segmenter(resolution: int) -> UNet2DModel:
@@ -43,21 +40,6 @@ def build_segmenter(resolution: int) -> UNet2DModel:
     )
 
 
-def drawn_pairs(kinds: list, number: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`number` pairs of each (part, defect), defect None for good parts: (n, 3, R, R) in [-1, 1], (n, 1, R, R)."""
-    images, masks = [], []
-    for part, defect in tqdm([kind for kind in kinds for _ in range(number)], desc="Pictures"):
-        image, mask = render(part, defect, size, (seed, len(images)))
-        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1)
-        masks.append(torch.from_numpy(np.array(mask))[None] / 255 if mask else torch.zeros(1, size, size))
-    return torch.stack(images), torch.stack(masks)
-
-
-def latent_masks(masks: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, 1, size, size): which cells of the latent grid (B, 1, R, R) masks touch."""
-    return torch.stack([pool_mask(mask[0].numpy() > 0.5, size) for mask in masks])
-
-
 class Segmentation(torch.nn.Module):
     """Loss of a segmenter: cross-entropy and Dice."""
 
@@ -70,19 +52,6 @@ class Segmentation(torch.nn.Module):
         p = logits.sigmoid()
         dice = 1 - (2 * (p * masks).sum() + 1) / (p.sum() + masks.sum() + 1)
         return F.binary_cross_entropy_with_logits(logits, masks) + dice
-
-
-@torch.no_grad()
-def segment(unet: UNet2DModel, images: torch.Tensor) -> torch.Tensor:
-    """(B, 1, R, R) bool: where the segmenter sees a defect."""
-    return torch.cat([unet(batch, 0).sample > 0 for batch in images.split(16)])
-
-
-def iou(found: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """(B,) intersection over union of (B, 1, R, R) masks; 1 where both are empty."""
-    found, masks = found > 0.5, masks > 0.5
-    union = (found | masks).flatten(1).sum(1)
-    return torch.where(union > 0, (found & masks).flatten(1).sum(1) / union.clamp(min=1), 1.0)
 
 
 def main(input_args: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import defectfill.quiet  # noqa: F401
 
+from defectfill.markdown import markdown_table
 from defectfill_dataset.codes import CODES
 from defectfill_dataset.commands import Parser
 
@@ -29,16 +30,10 @@ SUBCOMMANDS = {"defectfill_scripts.evaluate_defectfill": ("detect", "quality", "
 
 def errors_page() -> str:
     """docs/errors.md."""
-    lines = [
-        "# Errors and notes",
-        "",
-        "A message begins with a code and, mostly, the file or flag, and ends with the fix.",
-        "",
-    ]
+    text = "# Errors and notes\n\nA message begins with a code and, mostly, the file or flag, and ends with the fix.\n"
     for group, codes in CODES.items():
-        lines += [f"## {group}", "", "| code | meaning |", "|---|---|"]
-        lines += [f"| {code} | {meaning} |" for code, meaning in codes.items()] + [""]
-    return "\n".join(lines[:-1]) + "\n"
+        text += f"\n## {group}\n\n" + markdown_table([("code", "meaning"), *codes.items()])
+    return text
 
 
 def help_text(module: str) -> str:

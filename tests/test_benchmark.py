@@ -11,12 +11,13 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpai
 from PIL import Image
 from toy_model import toy_pipeline
 
-from defectfill_scripts import benchmark, train_segmenter
+from defectfill.drawn.pairs import drawn_pairs
+from defectfill_scripts import benchmark
 
 
 @pytest.fixture
 def toy_pairs():
-    images, _ = train_segmenter.drawn_pairs([("nut", None)], 3, 32, 0)
+    images, _ = drawn_pairs([("nut", None)], 3, 32, 0)
     grids = torch.zeros(3, 1, 8, 8)
     grids[:, :, 2:6, 3:7] = 1
     return benchmark.Pairs(images, grids, [[1, 2], [3, 4], [5, 6]])

@@ -12,6 +12,8 @@ from folders import make_mvtec, make_seed_layout
 from PIL import Image
 from toy_model import make_samples
 
+from defectfill.drawn.small_base import WORDS
+from defectfill.random_base import make_tokenizer
 from defectfill_dataset import (
     DefectPairs,
     InputError,
@@ -37,7 +39,6 @@ from defectfill_dataset import (
 )
 from defectfill_dataset import samples as samples_module
 from defectfill_dataset.splits import split_rows
-from defectfill_scripts.make_tiny_base import WORDS, make_tokenizer
 
 
 def problems(call, *args, **kwargs) -> list[str]:

@@ -387,11 +387,13 @@ def test_run_trains_generates_and_goes_on(tmp_path, monkeypatch, nut):
 
 
 def test_names_in_a_report_are_text(tmp_path):
-    from defectfill.evaluation.report import html_table, markdown_table
+    from defectfill.evaluation.report import escaped, html_table
+    from defectfill.markdown import markdown_table
 
     rows = [["arm"], ["<script>alert(1)</script>"], ["[a](http://b)"], ["+0.1 [-0.2, +0.3]: no gain"]]
-    assert "<script>" not in html_table(rows) + markdown_table(rows)
-    assert "](http" not in markdown_table(rows) and "| +0.1 [-0.2, +0.3]: no gain |" in markdown_table(rows)
+    table = markdown_table(escaped(rows))
+    assert "<script>" not in html_table(rows) + table
+    assert "](http" not in table and "| +0.1 [-0.2, +0.3]: no gain |" in table
 
 
 def test_plain_ground_does_not_make_two_binary_images_the_same():

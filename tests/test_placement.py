@@ -11,6 +11,7 @@ from runs import generate, read_lines
 from scipy import ndimage
 
 import generate_defectfill as g
+from defectfill.drawn import parts
 from defectfill.runs import report as page
 from defectfill_dataset import (
     SHAPES,
@@ -42,7 +43,7 @@ from defectfill_dataset.synthesis.locations import (
 )
 from defectfill_dataset.synthesis.placement import GAP, NamedMask, find_place
 from defectfill_dataset.synthesis.shapes import SCALES, Transform, cut_out, random_transform, transform, union
-from defectfill_scripts import make_demo_data, preview_masks
+from defectfill_scripts import preview_masks
 
 
 def rng(*seed: int) -> np.random.Generator:
@@ -137,8 +138,8 @@ def test_drawn_shapes_are_whole_of_the_size_said_and_seeded(kind, side):
 @pytest.mark.parametrize("size", [48, 160, 300])
 def test_the_nut_is_found_on_its_ground(size):
     for i in range(3):
-        surface = make_demo_data.nut(rng(i), size)
-        image = Image.fromarray((make_demo_data.light(rng(i), surface, 1.0) * 255).astype(np.uint8))
+        surface = parts.nut(rng(i), size)
+        image = Image.fromarray((parts.light(rng(i), surface, 1.0) * 255).astype(np.uint8))
         found = find_foreground(image)
         assert found.shape == (size, size) and not found.all() and count_components(found) == 1
         nut = ndimage.binary_dilation(surface.part, iterations=max(2, size // 12))  # `part` leaves its edge out
@@ -148,7 +149,7 @@ def test_the_nut_is_found_on_its_ground(size):
 @pytest.mark.parametrize("part", ["plate", "cloth"])
 @pytest.mark.parametrize("size", [48, 160])
 def test_a_surface_that_fills_the_picture_is_all_part(part, size):
-    assert all(find_foreground(make_demo_data.render(part, None, size, (7, i))[0]).all() for i in range(4))
+    assert all(find_foreground(parts.render(part, None, size, (7, i))[0]).all() for i in range(4))
 
 
 def test_flat_pictures_and_small_marks_have_no_ground():
@@ -212,12 +213,12 @@ def test_the_one_place_is_found_by_searching_all_except_in_very_large_areas(monk
 
 @pytest.fixture(scope="module")
 def nut() -> Image.Image:
-    return make_demo_data.render("nut", None, 160, (0, 0))[0]
+    return parts.render("nut", None, 160, (0, 0))[0]
 
 
 @pytest.fixture(scope="module")
 def references() -> list[NamedMask]:
-    masks = [make_demo_data.render("nut", defect, 120, (0, 5))[1] for defect in ("hole", "crack")]
+    masks = [parts.render("nut", defect, 120, (0, 5))[1] for defect in ("hole", "crack")]
     return [NamedMask(name, np.asarray(mask) > 0) for name, mask in zip(("hole", "crack"), masks)]
 
 

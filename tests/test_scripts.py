@@ -18,6 +18,10 @@ from PIL import Image
 from runs import fork, in_clean_process, read_lines, reset_accelerate, wait_for
 from safetensors.torch import load_file
 
+from defectfill.drawn.pairs import drawn_pairs
+from defectfill.drawn.parts import PARTS, render
+from defectfill.drawn.scores import defect_features, iou
+from defectfill.drawn.small_base import SHAPES, WORDS
 from defectfill.random_base import random_sd2_pipeline
 from defectfill.sampling import ddim, inpaint
 from defectfill_dataset import InputError, binarise, check_pairs, image_tensor, load_defect_pairs, upsample_mask
@@ -38,16 +42,16 @@ SD2_MILLIONS = {"unet": 865, "vae": 83, "text_encoder": 340}  # parameters of St
 @pytest.mark.slow
 def test_demo_data_is_a_dataset_with_exact_masks(tmp_path):
     make_demo_data.main(["--output_dir", str(tmp_path), "--size", "64", "--defects", "3", "--good", "2"])
-    for part, (_, defects) in make_demo_data.PARTS.items():
+    for part, (_, defects) in PARTS.items():
         data = load_defect_pairs(tmp_path, part)
         assert len(data["train"]) == len(defects) and len(data["test"]) == 2 * len(defects) and len(data["good"]) == 2
         check_pairs(data["train"]), check_pairs(data["test"])
         assert data["train"][0]["image"].size == (64, 64)
 
 
-@pytest.mark.parametrize("part, defect", [(p, d) for p, (_, ds) in make_demo_data.PARTS.items() for d in ds])
+@pytest.mark.parametrize("part, defect", [(p, d) for p, (_, ds) in PARTS.items() for d in ds])
 def test_a_defect_changes_the_picture_inside_its_mask_alone(part, defect):
-    make, defects = make_demo_data.PARTS[part]
+    make, defects = PARTS[part]
     for seed in range(3):
         good, bad = (make(np.random.default_rng(seed), 128) for _ in range(2))
         mask = defects[defect](np.random.default_rng(100 + seed), bad)
@@ -57,9 +61,9 @@ def test_a_defect_changes_the_picture_inside_its_mask_alone(part, defect):
 
 
 def test_pictures_are_a_function_of_their_seed():
-    first, second = (make_demo_data.render("nut", "hole", 48, (0, 3)) for _ in range(2))
+    first, second = (render("nut", "hole", 48, (0, 3)) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(first, second))
-    other = make_demo_data.render("nut", "hole", 48, (0, 4))
+    other = render("nut", "hole", 48, (0, 4))
     assert not np.array_equal(first[0], other[0]) and not np.array_equal(first[1], other[1])
     assert set(np.unique(np.asarray(first[1]))) == {0, 255} and binarise(first[1]).any()
 
@@ -163,7 +167,7 @@ def test_the_base_that_ships_fills_a_hole_with_the_parts_own_texture():
     pipe = StableDiffusionInpaintPipeline.from_pretrained(TINY_BASE, dtype=torch.float32)
     pipe.scheduler = ddim(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
-    image, _ = make_demo_data.render("nut", None, 128, (5, 5))
+    image, _ = render("nut", None, 128, (5, 5))
     x, grid = image_tensor(image, 128), torch.zeros(1, 32, 32)
     grid[:, 13:18, 13:18] = 1
     [[painted]] = inpaint(pipe, x[None], grid[None], "A photo of a nut", [[0]], 10, guidance_scale=1.0) * 2 - 1
@@ -193,10 +197,10 @@ def test_marks_are_named_and_inside_their_masks():
     for _ in range(80):
         marked, mask, name = make_tiny_base.draw_mark(rng, plain)
         assert not ((marked != plain).any(axis=-1) & ~mask).any()
-        assert sum(shape in name.split() for shape in make_tiny_base.SHAPES) == 1
+        assert sum(shape in name.split() for shape in SHAPES) == 1
         words |= {*name.split()}
-    assert words <= {*make_tiny_base.WORDS}
-    assert {*make_tiny_base.SHAPES, "faint", "deep", "raised", "plain", "same", "rim", "red"} <= words
+    assert words <= {*WORDS}
+    assert {*SHAPES, "faint", "deep", "raised", "plain", "same", "rim", "red"} <= words
 
 
 def test_a_grey_picture_gets_grey_marks():
@@ -228,7 +232,7 @@ def segmenter(tmp_path_factory):
 def test_a_segmenter_learns_and_is_measured_on_pictures_it_has_not_seen(segmenter):
     figures = json.loads((segmenter / "figures.json").read_text())["iou"]
     assert "nut hole" in figures and "cloth" in figures and all(0 <= x <= 1 for x in figures.values())
-    images, masks = train_segmenter.drawn_pairs([("cloth", "stain")], 3, 32, 0)
+    images, masks = drawn_pairs([("cloth", "stain")], 3, 32, 0)
     reset_accelerate()
     torch.manual_seed(0)
     unet = train_segmenter.build_segmenter(32)
@@ -245,16 +249,16 @@ def test_iou_of_masks():
     masks[0, 0, :2] = masks[1, 0, :2] = 1
     found = torch.zeros(3, 1, 4, 4)
     found[0, 0, :, :2] = 1
-    assert train_segmenter.iou(found, masks).tolist() == pytest.approx([1 / 3, 0, 1])
+    assert iou(found, masks).tolist() == pytest.approx([1 / 3, 0, 1])
 
 
 @pytest.mark.slow
 def test_features_see_the_defect_and_not_the_rest(segmenter):
     unet = ablate.UNet2DModel.from_pretrained(segmenter)
-    images, masks = train_segmenter.drawn_pairs([("nut", "hole")], 2, 32, 0)
-    features = ablate.defect_features(unet, images, masks)
-    assert features.shape[0] == 2 and torch.equal(features, ablate.defect_features(unet, images, masks))
-    assert not torch.allclose(features, ablate.defect_features(unet, images, 1 - masks))
+    images, masks = drawn_pairs([("nut", "hole")], 2, 32, 0)
+    features = defect_features(unet, images, masks)
+    assert features.shape[0] == 2 and torch.equal(features, defect_features(unet, images, masks))
+    assert not torch.allclose(features, defect_features(unet, images, 1 - masks))
 
 
 @pytest.mark.slow
@@ -275,6 +279,12 @@ def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypat
     assert "| segmenter IoU | nut hole |" in table
     assert all(line["object_prompt_iou"] is not None and line["x0_error"] > 0 for line in lines[2:])
     assert Image.open(tmp_path / "out/samples.png").height == 4 * 32
+
+
+def test_an_ablation_of_a_case_that_is_not_drawn_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        ablate.parse_args("--base x --segmenter y --output_dir z --cases nut:hole screw:hole".split())
+    assert "--cases: invalid choice: 'screw:hole'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
 
 import train_defectfill as t
+from defectfill.drawn.small_base import WORDS, Sizes, build_pipeline
 from defectfill.lora import lora_parameters
+from defectfill.random_base import make_tokenizer
 from defectfill_dataset import TrainingSamples, build_prompts, tokenize_prompts
-from defectfill_scripts.make_tiny_base import WORDS, Sizes, build_pipeline, make_tokenizer
 
 
 RESOLUTION = 32

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from defectfill_dataset.errors import one_line
 from defectfill_dataset.text import read_json
 
+from ..markdown import markdown_table
 from ..runs.cards import markdown_text
 from ..runs.files import atomic_write, write_json
 from ..runs.manifest import write_lines
@@ -172,10 +173,9 @@ def comparison_table(comparisons: dict[tuple[str, str, str], dict]) -> Table:
 PLAIN = re.compile(r"[\w %±+.,:-]*(\[[\d.,% +-]+\][\w :]*)?")  # what Markdown shows as it is
 
 
-def markdown_table(rows: Table) -> str:
-    cells = [[cell if PLAIN.fullmatch(cell) else markdown_text(cell) for cell in row] for row in rows]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+def escaped(rows: Table) -> Table:
+    """The rows, for Markdown."""
+    return [[cell if PLAIN.fullmatch(cell) else markdown_text(cell) for cell in row] for row in rows]
 
 
 def html_table(rows: Table) -> str:
@@ -366,7 +366,7 @@ def as_markdown(title: str, about: Sequence[str], parts: Sequence[tuple]) -> Ite
     yield f"# {markdown_text(one_line(title))}\n\n" + "".join(f"- {markdown_text(one_line(n))}\n" for n in about)
     for head, content in parts:
         if isinstance(content, list):
-            yield f"\n## {markdown_text(head)}\n\n{markdown_table(content)}"
+            yield f"\n## {markdown_text(head)}\n\n{markdown_table(escaped(content))}"
 
 
 def as_html(about: Sequence[str], parts: Sequence[tuple]) -> Iterator[str]:

@@ -2,9 +2,11 @@
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
+import signal
 
 import filelock
 import pytest
@@ -14,7 +16,8 @@ from runs import FAST, check, fork, generate, wait_for
 from defectfill.lora import LORA_FILE
 from defectfill.runs.files import exclusive_lock
 from defectfill.runs.manifest import PLAN
-from defectfill_dataset import InputError, RunError
+from defectfill_dataset import InputError, RunError, data_digest, load_defect_pairs
+from defectfill_dataset.builder import DefectPairs
 from defectfill_scripts import prepare_data
 
 
@@ -82,6 +85,30 @@ def test_of_processes_that_start_at_once_one_writes(tmp_path):
         assert sorted(map(wait_for, writers)) == [0, 0, 0, 7]
         for end in (start, go, told, refused):
             os.close(end)
+
+
+def test_a_cache_that_is_built_at_once_or_by_a_killed_process_is_whole(data, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    examples = DefectPairs._generate_examples
+
+    def one_and_die(self, *args, **kwargs):
+        yield next(iter(examples(self, *args, **kwargs)))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def load(to=None):
+        found = load_defect_pairs(data, cache_dir=str(cache))
+        (tmp_path / to).write_text(json.dumps({split: data_digest(rows) for split, rows in found.items()}))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DefectPairs, "_generate_examples", one_and_die)
+        assert wait_for(fork(functools.partial(load, "killed"))) == -signal.SIGKILL
+    assert list(cache.rglob("*.incomplete"))
+    loading = [fork(functools.partial(load, f"digest-{number}"), seconds=60) for number in range(3)]
+    assert [wait_for(pid) for pid in loading] == [0, 0, 0]
+    digests = {(tmp_path / f"digest-{number}").read_text() for number in range(3)}
+    cache = tmp_path / "other"
+    load("alone")
+    assert digests == {(tmp_path / "alone").read_text()} and not list((tmp_path / "cache").rglob("*.incomplete"))
 
 
 def test_a_lock_that_is_a_link_leads_nowhere(tmp_path):

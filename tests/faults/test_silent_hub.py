@@ -32,6 +32,21 @@ def clock():
     return lambda: time.monotonic() - began
 
 
+@pytest.mark.parametrize("pattern", ["whoami", "repos/create", "auth-check"])
+def test_training_does_not_begin(hub, patient, train, tmp_path, clock, pattern):
+    hub.fault = (pattern, "hang")
+    with pytest.raises(InputError, match="DF503 --push_to_hub: the Hub has not answered within 1 s"):
+        train("--push_to_hub", "--hub_model_id", "ann/lora")
+    assert clock() < 20 and [f.name for f in (tmp_path / "out").iterdir()] in ([".lock"], [])
+
+
+def test_the_start_has_no_more_time_than_the_push(hub, train, clock):
+    hub.fault = ("whoami", "hang")
+    with pytest.raises(InputError, match="DF503 .*within 0.5 s"):
+        train("--push_to_hub", "--push_timeout", "0.5")
+    assert clock() < 20
+
+
 @pytest.mark.parametrize("pattern", ["whoami", "repos/create", "GET .*/ann/lora$"])
 @pytest.mark.parametrize("answer", [429, 501, "reset", "no JSON"])
 def test_a_hub_out_of_reach_is_no_wrong_token(hub, patient, pattern, answer):
@@ -71,9 +86,10 @@ push(Path({str(trained)!r}), "ann/lora", 4)
 @pytest.mark.parametrize(
     "pattern, answer",
     [("/preupload/", 404), ("/commit/", 409), ("/preupload/", 429), ("/commit/", 500), ("/blob/", 503),
-     ("/commit/", "reset"), ("/preupload/", "no JSON")],
+     ("/commit/", "reset"), ("/preupload/", "no JSON"), ("/commit/", "hang")],
 )  # fmt: skip
 def test_a_push_that_fails_otherwise_is_one_message_and_can_be_made_again(hub, trained, clock, pattern, answer):
+    """After "hang" the upload was killed."""
     hub.repos["ann/lora"] = {"private": True, "files": {}}
     hub.fault, before = (pattern, answer), (trained / LORA_FILE).read_bytes()
     with pytest.raises(hub_module.PushError) as caught:

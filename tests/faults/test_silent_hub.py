@@ -93,7 +93,7 @@ def test_a_push_that_fails_otherwise_is_one_message_and_can_be_made_again(hub, t
     hub.repos["ann/lora"] = {"private": True, "files": {}}
     hub.fault, before = (pattern, answer), (trained / LORA_FILE).read_bytes()
     with pytest.raises(hub_module.PushError) as caught:
-        hub_module.push(trained, "ann/lora", 4)
+        hub_module.push(trained, "ann/lora", 3)
     told, command = str(caught.value).splitlines()
     assert told.startswith("DF504 Push to ann/lora failed: ") and "; all is safe in " in told
     assert shlex.split(command)[:4] == ["hf", "upload", "ann/lora", str(trained)] and clock() < 30

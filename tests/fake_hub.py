@@ -4,6 +4,8 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -17,7 +19,7 @@ class FakeHub(ThreadingHTTPServer):
     Attributes:
         repos: id -> {"private": bool, "files": {path: bytes}}; a dataset's id begins with "datasets/".
         fault: (pattern, status) answers requests whose "METHOD path" matches with that status; "hang" never answers,
-            until `reset`, and "hang in the body" begins to.
+            until `reset`, "hang in the body" begins to, "reset" ends the connection, and "no JSON" answers a page.
     """
 
     daemon_threads = True
@@ -66,6 +68,12 @@ class Handler(BaseHTTPRequestHandler):
                 hub.released.wait()
                 self.close_connection = True
                 return
+            if hub.fault[1] == "reset":
+                self.close_connection = True
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                return
+            if hub.fault[1] == "no JSON":
+                return self.answer(200, b"<html>Please log in to this network</html>")
             return self.answer(hub.fault[1], {"error": "fault"})
         for pattern, action in ROUTES:
             found = re.fullmatch(pattern, f"{self.command} {self.path.split('?')[0]}")

@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import re
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 from bad_data import ACCEPTED, FOLDERS, NAMES, REFUSED, SIZE, make_pair, png, write_table
 from PIL import Image
-from runs import check
+from runs import check, fork, wait_for
 
 import train_defectfill
 from defectfill.runs.source_images import SourceImage, check_source_images
@@ -114,6 +116,25 @@ def test_training_and_generation_warn_of_what_is_odd(train, tmp_path, caplog, mo
     told = [record.getMessage() for record in caplog.records]
     assert "DF104 test/hole/000.png, test/hole/001.png: does not end as PNG requires" in told[0]
     assert told[-1].startswith(f"DF104 {pairs[0].image}, {pairs[1].image}: does not end") and len(told) == 2
+
+
+def test_bombs_are_refused_in_little_memory(tmp_path):
+    """Half a GiB more than the tests have; each would need as much or more."""
+    bombs = [row for row in REFUSED if "pixels" in row or "bomb" in row]
+    for row in bombs:
+        REFUSED[row][0](make_pair(tmp_path / "bolt", row))
+
+    def checked_in_little_memory():
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + 2**29, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        with pytest.raises(MemoryError):
+            bytes(12000 * 10000 * 5)
+        assert check(tmp_path / "bolt", "--split", "all", "--output_dir", tmp_path / "report") == 2
+
+    assert wait_for(fork(checked_in_little_memory, seconds=60)) == 0
+    [found] = json.loads((tmp_path / "report/report.json").read_text())["objects"]
+    told = [line for line in found["problems"] if "too large" in line]
+    assert len(told) == len(bombs) == 3
 
 
 def test_images_of_8192_pixels_a_side_are_no_bombs(tmp_path, recwarn):

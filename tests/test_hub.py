@@ -17,19 +17,25 @@ from defectfill_dataset import InputError
 from defectfill_scripts import prepare_data
 
 
+TRACKERS_KEY = "canary_of_a_tracker_0123456789"
+
+
 def all_bytes(folder) -> bytes:
     return b"".join(f.read_bytes() for f in folder.rglob("*") if f.is_file())
 
 
-def test_a_push_is_private_and_holds_the_lora_and_its_card_alone(hub, train, data, tmp_path):
+def test_a_push_is_private_and_holds_the_lora_and_its_card_alone(hub, train, data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", TRACKERS_KEY)
     out = train("--push_to_hub", "--hub_model_id", "nut-hole", "--report_to", "tensorboard", "--validation_steps", "2",
                 "--validation_inference_steps", "1")  # fmt: skip
     assert list(hub.repos) == ["ann/nut-hole"] and hub.repos["ann/nut-hole"]["private"]
     files = hub.repos["ann/nut-hole"]["files"]
     assert files.keys() == {LORA_FILE, "README.md"} and files[LORA_FILE] == (out / LORA_FILE).read_bytes()
     published = b"".join(files.values())
-    assert str(tmp_path).encode() not in published and TOKEN.encode() not in all_bytes(out)
-    assert all(TOKEN.encode() not in body for _, _, body, _ in hub.requests)
+    printed, bodies = "".join(capfd.readouterr()).encode(), b"".join(body for _, _, body, _ in hub.requests)
+    assert str(tmp_path).encode() not in published
+    for secret in (TOKEN.encode(), TRACKERS_KEY.encode()):
+        assert secret not in all_bytes(out) and secret not in bodies and secret not in printed
     card = files["README.md"].decode()
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "diffusers" and "base_model" not in head  # a local base has no name on the Hub

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import train_defectfill as t
 from defectfill.lora import LORA_FILE
 from defectfill.runs.signals import StopSignal
-from defectfill_dataset import sampling_schedule
+from defectfill_dataset import RunError, sampling_schedule
 
 
 @pytest.fixture
@@ -75,6 +75,59 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(train, br
     with pytest.raises((ArithmeticError, RuntimeError), match=r"(?i)step 2: loss [\d.]+, .*gradient norm nan"):
         train("--max_train_steps", "3")
     assert len(updates) == 1
+
+
+@pytest.fixture
+def not_finite(monkeypatch):
+    """Puts a NaN into the second step of a run: not_finite(where)."""
+
+    def arm(where: str) -> None:
+        load, encode, rates = t.TrainingSamples.__getitem__, t.encode_images, t.get_scheduler
+
+        def item(self, key):
+            found = load(self, key)
+            return found | {"pixel_values": found["pixel_values"] * torch.nan} if key[0] == 1 else found
+
+        calls = itertools.count(1)
+
+        def latents(vae, pixels, masks):
+            step = next(calls) if torch.is_grad_enabled() else 0
+            return encode(vae, pixels * torch.nan if step == 2 else pixels, masks)
+
+        def scheduler(*args, **kwargs):
+            made = rates(*args, **kwargs)
+            made.lr_lambdas = [lambda step: torch.nan if step == 1 else 1.0] * 2
+            return made
+
+        if where == "pixels":
+            monkeypatch.setattr(t.TrainingSamples, "__getitem__", item)
+        elif where == "latents":
+            monkeypatch.setattr(t, "encode_images", latents)
+        else:
+            monkeypatch.setattr(t, "get_scheduler", scheduler)
+
+    return arm
+
+
+@pytest.mark.parametrize("where, step", [("pixels", 2), ("latents", 2), ("learning rate", 3)])
+def test_what_is_not_finite_is_noticed_within_a_step_and_not_saved(train, not_finite, tmp_path, where, step):
+    """A rate of the second step breaks the weights, and with them the third step's losses."""
+    not_finite(where)
+    with pytest.raises(RunError, match=f"DF323 step {step}: loss nan"):
+        train("--max_train_steps", "4")
+    assert not (tmp_path / "out" / LORA_FILE).exists() and not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_weights_that_a_learning_rate_has_broken_are_not_saved(train, not_finite, tmp_path):
+    not_finite("learning rate")
+    with pytest.raises(
+        RunError, match="DF323 step 2: weights or moments of AdamW are not finite.*checkpoint-1 is good"
+    ):
+        train("--max_train_steps", "4", "--checkpointing_steps", "1")
+    [checkpoint] = (tmp_path / "out").glob("checkpoint-*")
+    assert all(
+        tensor.isfinite().all() for file in checkpoint.glob("*.safetensors") for tensor in load_file(file).values()
+    )
 
 
 def test_the_gradients_of_both_models_are_clipped_as_one(train, each_update):

@@ -23,6 +23,7 @@ from toy_model import toy_pipeline
 import train_defectfill
 from defectfill.lora import LORA_FILE, add_lora, portable_name, read_lora
 from defectfill.runs import checkpoint as checkpoints
+from defectfill.runs import files
 from defectfill.runs.files import TEMPORARY, atomic_write, clear_leftovers, exclusive_lock
 from defectfill_dataset import InputError, RunError
 
@@ -123,6 +124,30 @@ def test_a_killed_run_with_cached_latents_resumes_bit_equal(train, base, data, t
     assert killed_run(options(base, data, out, *RUN, *flags), "step") == KILLED
     train(*RUN, *flags, "--resume_from_checkpoint", "latest", output=out)
     assert same_results(whole, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "point, schedule, more",
+    [
+        ("step", "cosine --lr_warmup_steps 3", []),
+        (
+            "write",
+            "cosine_with_restarts --lr_warmup_steps 0 --gradient_accumulation_steps 2",
+            ["--text_encoder_lr", "0"],
+        ),
+    ],
+)
+def test_a_killed_run_with_workers_and_a_schedule_resumes_bit_equal(
+    train, base, data, tmp_path, uninterrupted, point, schedule, more
+):
+    """Like one that loads its images itself."""
+    flags = ["--rank", "4", "--lr_scheduler", *schedule.split(), *more]
+    whole, out = uninterrupted(data, *flags), tmp_path / "killed"
+    flags += ["--dataloader_num_workers", "2"]
+    assert killed_run(options(base, data, out, *RUN, *flags), point) == KILLED
+    train(*RUN, *flags, "--resume_from_checkpoint", "latest", output=out)
+    assert same_results(whole, out) and len({line["lr"] for line in read_lines(out / "losses.jsonl")}) > 3
 
 
 def in_pefts_names(checkpoint: Path, models) -> None:
@@ -340,6 +365,14 @@ def test_steps_accumulated_by_the_environment_must_stay_too(train, two_checkpoin
         train("--resume_from_checkpoint", "latest", output=out, data=two_checkpoints.parent / "nut")
 
 
+def test_a_run_resumes_only_in_as_many_processes_as_it_began_with(train, two_checkpoints, tmp_path, monkeypatch):
+    out = shutil.copytree(two_checkpoints, tmp_path / "out")
+    monkeypatch.setattr(train_defectfill.Accelerator, "num_processes", 2)
+    with pytest.raises(InputError, match="DF320 processes: the run was started with 1, now it is 2") as caught:
+        train("--resume_from_checkpoint", "latest", output=out, data=two_checkpoints.parent / "nut")
+    assert len(caught.value.problems) == 1
+
+
 def test_a_run_resumes_only_on_the_data_it_began_with(train, two_checkpoints, tmp_path):
     out = shutil.copytree(two_checkpoints, tmp_path / "out")
     with pytest.raises(InputError, match="DF320 data_sha256"):
@@ -429,6 +462,50 @@ def test_an_atomic_write_leaves_the_old_file_when_writing_fails(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def plant_kill_at_the_end(out: Path, point: str) -> None:
+    """Kills the process while it leaves its results: in the LoRA file, after its rename, or as it is compared."""
+    save, rename = train_defectfill.save_lora, files.rename
+
+    def save_or_die(path, *args):
+        if path.parent == out:
+            path.write_bytes(b"torn")
+            die()
+        save(path, *args)
+
+    def rename_and_die(source, target):
+        rename(source, target)
+        if target == out / LORA_FILE:
+            die()
+
+    if point == "in the file":
+        train_defectfill.save_lora = save_or_die
+    elif point == "in the comparison":
+        train_defectfill.reload_and_compare = lambda *args: die()
+    else:
+        files.rename = rename_and_die
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_its_end_again_and_again_leaves_the_same_lora(train, base, data, two_checkpoints, tmp_path):
+    out, whole = tmp_path / "out", (two_checkpoints / LORA_FILE).read_bytes()
+    shutil.copytree(two_checkpoints.parent / "nut", tmp_path / "data/nut")
+    flags = ["--checkpointing_steps", "1", "--resume_from_checkpoint", "latest"]
+    for point in ("in the file", "after the rename", "in the comparison"):
+
+        def run(point=point):
+            plant_kill_at_the_end(out, point)
+            reset_accelerate()
+            train_defectfill.main(train_defectfill.parse_args(options(base, tmp_path / "data/nut", out, *flags)))
+
+        assert wait_for(fork(run)) == KILLED
+        found = (out / LORA_FILE).read_bytes() if (out / LORA_FILE).exists() else None
+        assert found == (None if point == "in the file" else whole)
+        assert checkpoints.find_checkpoint(out, "latest") == out / "checkpoint-2"
+    train(*flags, output=out, data=tmp_path / "data/nut")
+    assert (out / LORA_FILE).read_bytes() == whole and (out / "README.md").exists()
+    assert not list(out.glob(f"{TEMPORARY}*"))
+
+
 # Signals and writers
 
 
@@ -451,6 +528,34 @@ def test_a_signal_ends_the_run_at_a_step_with_a_checkpoint(train, base, data, tm
     assert checkpoints.list_checkpoints(out)[-1].name == "checkpoint-3"
     train(*RUN, *flags, "--resume_from_checkpoint", "latest", output=out)
     assert same_results(whole, out)
+
+
+def test_a_signal_in_a_validation_ends_the_run_after_it(train, tmp_path, monkeypatch):
+    original = train_defectfill.validation_image
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(train_defectfill, "validation_image", signalled)
+    flags = ["--validation_steps", "1", "--validation_inference_steps", "1", "--max_train_steps", "3"]
+    with pytest.raises(SystemExit) as ended:
+        train(*flags)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [c.name for c in checkpoints.list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert [f.name for f in (tmp_path / "out/validation").iterdir()] == ["step-000001.png"]
+
+
+def test_a_signal_while_the_results_are_written_does_not_cost_them(train, monkeypatch):
+    finish = train_defectfill.finish
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(*args)
+
+    monkeypatch.setattr(train_defectfill, "finish", signalled)
+    out = train()
+    assert all((out / name).exists() for name in (LORA_FILE, "README.md", "run_record.json"))
 
 
 def test_a_second_signal_ends_at_once():

@@ -72,8 +72,9 @@ def check_hub(repo_id: str | None, public: bool, default_name: str, timeout: flo
 
 
 def is_the_hubs(error: Exception) -> bool:
-    """Whether the Hub failed, and did not refuse."""
-    return isinstance(error, HfHubHTTPError) and error.response.status_code >= 500
+    """Whether the Hub failed, was asked too often or is another server, and did not refuse."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    return status >= 500 or status == 429 or isinstance(error, json.JSONDecodeError)
 
 
 def check_repository(repo_id: str | None, public: bool, default_name: str, repo_type: str) -> str:

@@ -24,7 +24,7 @@ def start_logging(accelerator: Accelerator) -> None:
 
 
 def start_trackers(accelerator: Accelerator, folder: Path, config: dict) -> None:
-    """Starts the trackers, which write into `folder`, and gives them the run's options."""
+    """Starts the trackers, which write into `folder`, and gives them the options of the method."""
     if accelerator.log_with:
         folder.mkdir(exist_ok=True)
     accelerator.init_trackers("defectfill", config=config, init_kwargs={"wandb": {"dir": str(folder)}})

@@ -47,13 +47,16 @@ def test_the_start_has_no_more_time_than_the_push(hub, train, clock):
     assert clock() < 20
 
 
-def test_a_hub_out_of_reach_is_no_wrong_token(hub, train, monkeypatch):
-    hub.fault = ("whoami", 501)
-    with pytest.raises(InputError, match="DF503 --push_to_hub: the Hub cannot be reached.*501"):
-        train("--push_to_hub")
-    hub.fault = ("auth-check", 501)
-    with pytest.raises(InputError, match="DF503 --push_to_hub: the Hub cannot be reached.*501"):
-        train("--push_to_hub")
+@pytest.mark.parametrize("pattern", ["whoami", "repos/create", "GET .*/ann/lora$"])
+@pytest.mark.parametrize("answer", [429, 501, "reset", "no JSON"])
+def test_a_hub_out_of_reach_is_no_wrong_token(hub, patient, pattern, answer):
+    """Nor a repository that may not be written."""
+    hub.fault = (pattern, answer)
+    with pytest.raises(InputError, match=r"DF503 --push_to_hub: the Hub (cannot be reached \(|has not answered)"):
+        hub_module.check_hub("ann/lora", False, "lora", 60)
+
+
+def test_whatever_a_client_raises_is_a_hub_out_of_reach(train, monkeypatch):
     monkeypatch.setattr(hub_module.HfApi, "whoami", lambda self: 1 / 0)  # whatever it is
     with pytest.raises(InputError, match="DF503 --push_to_hub: the Hub cannot be reached.*division"):
         train("--push_to_hub")
@@ -77,6 +80,28 @@ push(Path({str(trained)!r}), "ann/lora", 4)
     assert "DF504 Push to ann/lora failed: no answer within 4 s; all is safe in" in last[0]
     assert shlex.split(last[1])[:4] == ["hf", "upload", "ann/lora", str(trained)]
     assert (trained / LORA_FILE).read_bytes() == before and not hub.repos["ann/lora"]["files"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pattern, answer",
+    [("/preupload/", 404), ("/commit/", 409), ("/preupload/", 429), ("/commit/", 500), ("/blob/", 503),
+     ("/commit/", "reset"), ("/preupload/", "no JSON"), ("/commit/", "hang")],
+)  # fmt: skip
+def test_a_push_that_fails_otherwise_is_one_message_and_can_be_made_again(hub, trained, clock, pattern, answer):
+    """After "hang" the upload was killed."""
+    hub.repos["ann/lora"] = {"private": True, "files": {}}
+    hub.fault, before = (pattern, answer), (trained / LORA_FILE).read_bytes()
+    with pytest.raises(hub_module.PushError) as caught:
+        hub_module.push(trained, "ann/lora", 3)
+    told, command = str(caught.value).splitlines()
+    assert told.startswith("DF504 Push to ann/lora failed: ") and "; all is safe in " in told
+    assert shlex.split(command)[:4] == ["hf", "upload", "ann/lora", str(trained)] and clock() < 30
+    assert not hub.repos["ann/lora"]["files"]
+    hub.fault = None
+    hub_module.push(trained, "ann/lora", 60)
+    assert (trained / LORA_FILE).read_bytes() == before == hub.repos["ann/lora"]["files"][LORA_FILE]
+    assert hub.repos["ann/lora"]["files"].keys() == {LORA_FILE, "README.md"} and list(hub.repos) == ["ann/lora"]
 
 
 @pytest.mark.slow

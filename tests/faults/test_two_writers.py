@@ -1,16 +1,23 @@
 """A folder that another run finished meanwhile, and folders of something else: nothing in them is overwritten."""
 
+import errno
+import fcntl
+import functools
 import json
+import os
 import shutil
+import signal
 
 import filelock
 import pytest
 from generated_folder import export
-from runs import FAST, check, generate
+from runs import FAST, check, fork, generate, wait_for
 
 from defectfill.lora import LORA_FILE
+from defectfill.runs.files import exclusive_lock
 from defectfill.runs.manifest import PLAN
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, RunError, data_digest, load_defect_pairs
+from defectfill_dataset.builder import DefectPairs
 from defectfill_scripts import prepare_data
 
 
@@ -56,6 +63,92 @@ def test_a_generation_that_finished_before_the_lock_is_not_made_again(trained, i
     with pytest.raises(InputError, match="DF320"):
         generate(*argv, "--seed", 1, "--output_dir", tmp_path / "out")
     assert contents(tmp_path / "out/images") == whole
+
+
+def test_of_processes_that_start_at_once_one_writes(tmp_path):
+    """Whoever has the lock keeps it until the others have been refused."""
+    for race in range(5):
+        (start, go), (told, refused), out = os.pipe(), os.pipe(), tmp_path / str(race)
+
+        def writer(start=start, told=told, refused=refused, out=out):
+            os.read(start, 1)
+            try:
+                with exclusive_lock(out):
+                    assert len(os.read(told, 1) + os.read(told, 1) + os.read(told, 1)) == 3
+                os._exit(7)
+            except InputError as error:
+                assert error.problems[0].code == "DF191"
+                os.write(refused, b"x")
+
+        writers = [fork(writer, seconds=30) for _ in range(4)]
+        os.write(go, b"xxxx")
+        assert sorted(map(wait_for, writers)) == [0, 0, 0, 7]
+        for end in (start, go, told, refused):
+            os.close(end)
+
+
+def test_a_cache_that_is_built_at_once_or_by_a_killed_process_is_whole(data, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    examples = DefectPairs._generate_examples
+
+    def one_and_die(self, *args, **kwargs):
+        yield next(iter(examples(self, *args, **kwargs)))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def load(to=None):
+        found = load_defect_pairs(data, cache_dir=str(cache))
+        (tmp_path / to).write_text(json.dumps({split: data_digest(rows) for split, rows in found.items()}))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DefectPairs, "_generate_examples", one_and_die)
+        assert wait_for(fork(functools.partial(load, "killed"))) == -signal.SIGKILL
+    assert list(cache.rglob("*.incomplete"))
+    loading = [fork(functools.partial(load, f"digest-{number}"), seconds=60) for number in range(3)]
+    assert [wait_for(pid) for pid in loading] == [0, 0, 0]
+    digests = {(tmp_path / f"digest-{number}").read_text() for number in range(3)}
+    cache = tmp_path / "other"
+    load("alone")
+    assert digests == {(tmp_path / "alone").read_text()} and not list((tmp_path / "cache").rglob("*.incomplete"))
+
+
+def test_a_lock_that_is_a_link_leads_nowhere(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "out/.lock").symlink_to(tmp_path / "notes.txt")
+    with pytest.raises(InputError, match="DF190"), exclusive_lock(tmp_path / "out"):
+        pass
+    (tmp_path / "out/.lock").unlink()
+    (tmp_path / "out/.lock").symlink_to(tmp_path / "nothing")
+    with pytest.raises(InputError, match="DF190"), exclusive_lock(tmp_path / "out"):
+        pass
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    """As some network drives: there is one writer at a time all the same, or none."""
+
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if number != errno.ENOSYS:
+        with pytest.raises(InputError, match="DF190"), exclusive_lock(tmp_path / "out"):
+            pass
+        return
+    with exclusive_lock(tmp_path / "out"), pytest.raises(InputError, match="DF191"), exclusive_lock(tmp_path / "out"):
+        pass
+
+
+def test_a_file_system_that_cannot_rename_is_told_at_the_start(train, tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source), None, str(target))
+
+    monkeypatch.setattr("defectfill.runs.files.os.replace", refuse)
+    monkeypatch.setattr("train_defectfill.load_models", None)  # not reached
+    with pytest.raises(RunError, match=r"DF324 .*out: cannot be written \(.*Invalid cross-device link"):
+        train()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def table(results: list[dict]) -> str:
 def samples(args: argparse.Namespace, results: list[dict]) -> Image.Image:
     """Images of the first seed: a row for each variant and case."""
     files = [run_folder(args, line) / "pictures.png" for line in results if line["seed"] == 0]
-    return Image.fromarray(np.concatenate([np.asarray(Image.open(file)) for file in files]))
+    return Image.fromarray(np.concatenate([np.asarray(Image.open(file, formats=("PNG",))) for file in files]))
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

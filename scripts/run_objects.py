@@ -36,21 +36,31 @@ import filelock
 import torch
 
 from defectfill.runs import signals
+from defectfill.runs.disks import told_if_unwritable
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
 from defectfill.runs.flags import parse_generation_args, parse_training_args
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects, single_types
-from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, reading_arguments, say
+from defectfill_dataset.commands import (
+    Parser,
+    add_reading_flags,
+    exit_on_input_error,
+    quoted_flags,
+    reading_arguments,
+    say,
+)
 from defectfill_dataset.errors import did_you_mean
 from defectfill_dataset.readers import read_object, relative
 from defectfill_dataset.readers.rows import split_of
 from defectfill_dataset.splits import SPLIT_RULES, split_rows
-from defectfill_dataset.text import Schema, read_json
+from defectfill_dataset.text import Schema, read_bytes, read_json
 
 
 STAGES = {"train": "lora", "generate": "generated"}  # and the folder that each writes
 COMMANDS = {stage: [sys.executable, "-m", f"{stage}_defectfill"] for stage in STAGES}
 COLUMNS = ["object", "defect", "status", "train_seconds", "generate_seconds", "images"]
 SUMMARY, JOB = "summary.csv", "job.json"
+LONGEST_NAME = 255  # bytes of a file's name
+MOST_PROCESSES = 1000
 PATIENCE = 60  # seconds for the command of a start that was killed to write its checkpoint
 
 
@@ -110,6 +120,8 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
         good = {relative(row.image, root): row.image for row in splits["good"]}
         for_training = {k: v for k, v in good.items() if split_of(*k.split("/")) == "train"}
         good = {k.replace("/", "-"): v for k, v in (for_training or good).items()}
+        for image in (image for name, image in good.items() if len(os.fsencode(name)) > LONGEST_NAME):
+            problems.append(Problem("DF202", image, "its path gives too long a name", "move or rename it"))
         defects = single_types(row.defect for row in splits["train"])
         if not defects:
             problems.append(Problem("DF163", root, "no defect images", f"leave out {name}, with --objects"))
@@ -250,8 +262,18 @@ def run_stages(job: Job, args: argparse.Namespace, children: Children, gpu: str 
 
 
 def link_images(job: Job) -> None:
-    """Makes good/ anew: `--image` takes one folder, and good images may lie in several, or beside others."""
+    """Makes good/ anew: `--image` takes one folder, and good images may lie in several, or beside others.
+
+    Raises:
+        InputError: it holds something else than links (DF192).
+    """
     folder = job.folder / "good"
+    if (
+        folder.is_symlink()
+        or folder.exists()
+        and not (folder.is_dir() and all(f.is_symlink() for f in folder.iterdir()))
+    ):
+        raise InputError(Problem("DF192", folder, "is not of this script", "choose another --output_dir"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, image in job.good.items():
@@ -307,10 +329,13 @@ def shard(text: str) -> tuple[int, int]:
 
 def slurm_shard() -> str:
     """The shard of a task of a SLURM array, 0/1 outside of one; no shard if numbers are missing between the tasks'."""
-    task, first, last, count = (
-        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}") or default)
-        for name, default in (("ID", 0), ("MIN", 0), ("MAX", 0), ("COUNT", 1))
-    )
+    given = {
+        name: os.environ.get(f"SLURM_ARRAY_TASK_{name}") or default
+        for name, default in (("ID", "0"), ("MIN", "0"), ("MAX", "0"), ("COUNT", "1"))
+    }
+    if not all(re.fullmatch("[0-9]{1,9}", value) for value in given.values()):
+        return "a SLURM array without its numbers"
+    task, first, last, count = map(int, given.values())
     return f"{task - first}/{count}" if last - first + 1 == count else "a SLURM array with gaps"
 
 
@@ -321,8 +346,20 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, metavar="DIR", help="Folder of all jobs and of summary.csv.")
     add("--objects", nargs="+", metavar="NAME", help="Only these objects. Default: all.")
     add("--num_images", type=int, default=100, metavar="N", help="Images to generate for each job.")
-    add("--train_args", default="", metavar="FLAGS", help="Flags for train_defectfill.py. Default: none.")
-    add("--generate_args", default="", metavar="FLAGS", help="Flags for generate_defectfill.py. Default: none.")
+    add(
+        "--train_args",
+        type=quoted_flags,
+        default="",
+        metavar="FLAGS",
+        help="Flags for train_defectfill.py. Default: none.",
+    )
+    add(
+        "--generate_args",
+        type=quoted_flags,
+        default="",
+        metavar="FLAGS",
+        help="Flags for generate_defectfill.py. Default: none.",
+    )
     split_help = "Which defects train: auto, first_third or all, as in training."
     add("--split", choices=SPLIT_RULES, default="auto", help=split_help)
     add_reading_flags(add, "DIR")
@@ -341,13 +378,19 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_images", "processes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    if (args.processes or 1) > MOST_PROCESSES:
+        parser.error(f"--processes {args.processes}: must be at most {MOST_PROCESSES:,}")
     return args
 
 
 def check_output(folder: Path) -> None:
     """Raises InputError (DF192) if the folder holds a summary that is not ours."""
     file = folder / SUMMARY
-    if file.exists() and not file.read_bytes().startswith(",".join(COLUMNS).encode()):
+    try:
+        ours = not file.exists() or read_bytes(file).startswith(",".join(COLUMNS).encode())
+    except OSError:
+        ours = False
+    if not ours:
         raise InputError(Problem("DF192", file, "is not of this script", "choose another --output_dir"))
 
 
@@ -369,7 +412,13 @@ def main(args: argparse.Namespace) -> None:
     if args.plan:
         print_plan(mine, args)
         return
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with told_if_unwritable(args.output_dir, "make room there, and run the same command again"):
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        run_jobs(jobs, mine, args)
+
+
+def run_jobs(jobs: list[Job], mine: list[Job], args: argparse.Namespace) -> None:
+    """Runs the jobs of this share, so many at once; ends with exit status 1 if one failed."""
     children, failed = Children(), dict[str, str]()
     gpus: list = gpu_names() or [None]
     processes = args.processes or len(gpus)

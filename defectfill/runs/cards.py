@@ -9,7 +9,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 
 from defectfill_dataset import InputError, Problem, file_digest
 from defectfill_dataset.errors import one_line
-from defectfill_dataset.text import read_text
+from defectfill_dataset.text import MOST_YAML_BYTES, read_text
 
 from .files import atomic_write, visible_files
 
@@ -166,7 +166,7 @@ def read_model_card(folder: Path) -> ModelCard:
         InputError: there is none, or its head cannot be read (DF385).
     """
     file = folder / "README.md"
-    text = read_text(file, "DF385", "give the output folder of a training")
+    text = read_text(file, "DF385", "give the output folder of a training", MOST_YAML_BYTES)
     try:
         return ModelCard(text)
     except Exception as error:  # of YAML, and of what the Hub's client makes of it

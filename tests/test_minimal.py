@@ -102,6 +102,7 @@ WRITTEN_ANEW = {
     "jpeg progressive.jpg": jpeg(progressive=True),
     "jpeg restarts.jpg": jpeg(restart_marker_blocks=2),
     "jpeg hidden table.jpg": hidden_table(jpeg()),
+    "jpeg unusual segment.jpg": jpeg(segment(0xDC, SECRET)),
     "jpeg cmyk.jpg": None,
     "jpeg of rgb.jpg": jpeg(keep_rgb=True),
     "bmp.bmp": saved("BMP") + SECRET,

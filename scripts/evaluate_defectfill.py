@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 import re
 import shlex
@@ -247,7 +248,7 @@ def prepare(args: argparse.Namespace) -> Evaluation:
     data = load_defect_pairs(
         args.data_dir, args.object, args.split, None, args.layout, args.mask_classes, args.skip_problems
     )
-    defects = tuple(sorted(args.defect or single_types(defect_types(data))))
+    defects = tuple(sorted(set(args.defect or single_types(defect_types(data)))))
     select_defects(data, defects)
     check_pairs(*data.values(), resolution=args.resolution, of_folder=True)
     viewing = Viewing(args.resolution, args.window, args.group, defects)
@@ -574,6 +575,12 @@ def sides(text: str) -> int:
     return number
 
 
+def rate(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{number} must be a finite number above 0")
+    return number
+
+
 def share(text: str) -> float:
     if not 0 <= (number := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{number} must be from 0 to 1")
@@ -677,7 +684,7 @@ def add_detector_flags(add: Callable) -> None:
     add("--seeds", type=up_to(1000), default=5, metavar="N", help="Detectors of each arm and bank.")
     add("--steps", type=up_to(10_000_000), default=300, metavar="N", help="Training steps of each.")
     add("--batch_size", type=up_to(10_000), default=8, metavar="N", help="Views in a step of a detector.")
-    add("--learning_rate", type=float, default=1e-3, metavar="X", help="Highest learning rate of a detector.")
+    add("--learning_rate", type=rate, default=1e-3, metavar="X", help="Highest learning rate of a detector.")
     add(
         "--encoder",
         default="tu-mobilenetv3_small_050",

@@ -501,6 +501,7 @@ def no_training(monkeypatch):
         (["--bank", "real=y"], "is that of a control"),
         (["--bank", "copy-paste=y"], "is that of a control"),
         (["--bank", "ours=y"], "two have one name"),
+        *((["--learning_rate", x], "must be a finite number above 0") for x in ("nan", "inf", "0", "-1")),
         (["--group", "(" * 5000], "no regular expression"),
         (["--group", "a{99999999999999}"], "no regular expression"),
         *(([flag, "1000000000000"], "must be from 1 to") for flag in (
@@ -591,6 +592,20 @@ def test_a_single_test_part_is_told_before_anything_is_trained(nut, bank, tmp_pa
         (nut / f"train/good/00{number}.png").unlink()
     with pytest.raises(InputError, match="DF352 --data_dir: has a single test part"):
         detect(nut, bank, tmp_path / "out", "--split", tmp_path / "split.json", "--group", r"00(\d)")
+
+
+def test_data_without_good_images_is_told(nut, bank, tmp_path, no_training):
+    shutil.rmtree(nut / "train")
+    with pytest.raises(InputError, match="DF352 --data_dir: has no good images"):
+        detect(nut, bank, tmp_path / "out")
+
+
+def test_a_type_that_is_named_twice_is_one(nut, bank, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        evaluate, "train_and_test", lambda run, pool, evaluation, *more: 1 / len(evaluation.viewing.defects[1:])
+    )
+    with pytest.raises(ZeroDivisionError):
+        detect(nut, bank, tmp_path / "out", "--defect", "hole", "hole")
 
 
 def test_too_few_images_for_a_figure_of_quality(nut, bank, tmp_path):

@@ -225,7 +225,8 @@ def real_views(
             left_out += not found and split == "test"
         if not views[split]:
             raise InputError(Problem("DF352", "--defect", f"no {split} image shows them alone", "give other types"))
-    good, rows = data["good"], split_good(data, viewing, painted)
+    rows = split_good(data, viewing, painted)
+    good = data["good"]
     train_good, test_good = (
         [
             view

@@ -36,6 +36,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
+from defectfill.base_model import read_base
 from defectfill.evaluation.arms import CONTROLS, Backgrounds, Pool, bank_pool, control_pools, paste_views
 from defectfill.evaluation.detectors import (
     DIVISOR,
@@ -478,6 +479,9 @@ def make_banks(evaluation: Evaluation) -> None:
     names = ("train_args", "generate_args", "filter_args", "pretrained_model_name_or_path", "num_images", "seed")
     data = {f"{split}_sha256": data_digest(rows) for split, rows in evaluation.data.items()}
     options = {name: getattr(args, name) for name in names} | {"defects": list(evaluation.viewing.defects)}
+    if Path(args.pretrained_model_name_or_path).expanduser().is_dir():
+        base = read_base(args.pretrained_model_name_or_path)
+        data |= {"base": base.name, "base_sha256": base.digest}
     check_options(work, options | data)
     write_good(evaluation, work / "good")
     for k in args.references or [None]:

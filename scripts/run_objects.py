@@ -14,6 +14,7 @@ the training defects.
 
 import argparse
 import csv
+import hashlib
 import itertools
 import os
 import queue
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -35,11 +37,12 @@ import defectfill.quiet  # noqa: F401
 import filelock
 import torch
 
+from defectfill.base_model import read_base
 from defectfill.runs import signals
 from defectfill.runs.disks import told_if_unwritable
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
 from defectfill.runs.flags import parse_generation_args, parse_training_args
-from defectfill_dataset import InputError, MaskClasses, Problem, find_objects, single_types
+from defectfill_dataset import InputError, MaskClasses, Problem, file_digest, find_objects, single_types
 from defectfill_dataset.commands import (
     Parser,
     add_reading_flags,
@@ -49,7 +52,7 @@ from defectfill_dataset.commands import (
     say,
 )
 from defectfill_dataset.errors import did_you_mean
-from defectfill_dataset.readers import read_object, relative
+from defectfill_dataset.readers import Row, read_object, relative
 from defectfill_dataset.readers.rows import split_of
 from defectfill_dataset.splits import SPLIT_RULES, split_rows
 from defectfill_dataset.text import Schema, read_bytes, read_json
@@ -71,6 +74,7 @@ class Job(NamedTuple):
     defect: str
     folder: Path
     good: dict[str, Path]  # good images to generate on, by the names they get
+    sha256: str  # of what is learnt from, and of the names and sizes of the good images
 
     @property
     def name(self) -> str:
@@ -83,6 +87,7 @@ class Stage(Schema):
     command: list[str]
     seconds: float
     done: bool
+    inputs_sha256: str | None = None  # none in earlier versions
 
 
 class JobFile(Schema):
@@ -129,7 +134,11 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
             fix = "add some, or give --image in --generate_args"
             problems.append(Problem("DF160", root, "holds no good images to generate on", fix))
         folders = {defect: args.output_dir / name / re.sub(r"[^\w-]+", "_", defect) for defect in defects}
-        jobs += [Job(name, defect, folder, good) for defect, folder in folders.items()]
+        if not problems:
+            jobs += [
+                Job(name, defect, folder, good, inputs_digest(root, splits["train"], defect, good))
+                for defect, folder in folders.items()
+            ]
         for one, other in itertools.combinations(defects, 2):
             if folders[one] == folders[other]:
                 what = f"{one!r} and {other!r} would have one folder"
@@ -137,6 +146,22 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
     if problems:
         raise InputError(*problems)
     return jobs
+
+
+def inputs_digest(root: Path, rows: Sequence[Row], defect: str, good: dict[str, Path]) -> str:
+    """What changes with the images and masks of a type, and with the list of good images."""
+    digest = hashlib.sha256()
+    for row in sorted((row for row in rows if row.defect == defect), key=lambda row: row.image):
+        masks = "".join(map(file_digest, row.mask.paths)) or repr(row.mask)
+        digest.update(f"{relative(row.image, root)} {file_digest(row.image)} {masks}\n".encode(errors="replace"))
+    for name, image in sorted(good.items()):
+        digest.update(f"{name} {image.stat().st_size if image.is_file() else None}\n".encode(errors="replace"))
+    return digest.hexdigest()
+
+
+def base_sha256(name: str) -> str | None:
+    """The digest of a base in a folder, which is checked; None for one of the Hub."""
+    return read_base(name).digest if Path(name).expanduser().is_dir() else None
 
 
 def arguments(job: Job, args: argparse.Namespace) -> dict[str, list[str]]:
@@ -178,7 +203,13 @@ def read_job(job: Job) -> dict:
 def to_do(job: Job, args: argparse.Namespace) -> dict[str, list[str]]:
     """The stages that are not done with these arguments, and all that follow them."""
     record = read_job(job)
-    is_done = lambda item: bool(record[item[0]]) and record[item[0]]["done"] and record[item[0]]["command"] == item[1]
+
+    def is_done(item: tuple[str, list[str]]) -> bool:
+        kept = record[item[0]]
+        if not kept or not kept["done"] or kept["command"] != item[1]:
+            return False
+        return kept.get("inputs_sha256") in (None, job.sha256)
+
     return dict(itertools.dropwhile(is_done, arguments(job, args).items()))
 
 
@@ -251,6 +282,7 @@ def run_stages(job: Job, args: argparse.Namespace, children: Children, gpu: str 
         record = read_job(job)
         seconds = time.monotonic() - began + (record[stage]["seconds"] if record[stage] else 0)
         record[stage] = {"command": argv, "seconds": round(seconds, 1), "done": status == 0}
+        record[stage]["inputs_sha256"] = job.sha256
         if stage == "train" and record["generate"]:
             record["generate"]["done"] = False  # it was with another LoRA
         record["failed"] = bool(status) and not children.number
@@ -405,7 +437,9 @@ def print_plan(jobs: list[Job], args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     jobs = find_jobs(args)
     argv = arguments(jobs[0], args)
-    parse_training_args("", argv["train"]), parse_generation_args("", argv["generate"])  # wrong flags end it here
+    training, _ = parse_training_args("", argv["train"]), parse_generation_args("", argv["generate"])  # wrong flags
+    if digest := base_sha256(training.pretrained_model_name_or_path):
+        jobs = [job._replace(sha256=f"{job.sha256} {digest}") for job in jobs]
     check_output(args.output_dir)
     number, of = args.shard
     mine = jobs[number::of]

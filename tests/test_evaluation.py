@@ -473,7 +473,7 @@ def test_run_checks_all_networks_before_it_trains_a_lora_and_its_children_end_wi
         with pytest.raises(InputError, match=code):
             run(*argv, *wrong)
     assert not started
-    with pytest.raises(RunError, match="exit code 1. Run the same command again"):
+    with pytest.raises(RunError, match="DF386 .*exit code 1; run the same command again"):
         run(*argv)
     [(words, environment)] = started
     assert words[1:3] == ["-m", "train_defectfill"] and environment[signals.LAUNCHED] == "1"
@@ -641,13 +641,19 @@ def test_damaged_results_are_named_and_made_again(nut, bank, tmp_path, caplog, m
     assert read_run(run, folder, tested)["pixel_ap"] == written["pixel_ap"]
 
 
-def test_a_run_does_not_go_on_with_other_data(nut, tmp_path, monkeypatch):
+def test_a_run_does_not_go_on_with_other_data_or_another_base(nut, tmp_path, monkeypatch, base):
     monkeypatch.setattr(evaluate, "make_bank", lambda *args: None)
     monkeypatch.setattr(evaluate, "check_leaks", lambda *args: 1 / 0)
-    argv = ["run", "--data_dir", nut, "--output_dir", tmp_path / "out", *FAST, "--pretrained_model_name_or_path", "x"]
+    shutil.copytree(base, tmp_path / "base")
+    argv = ["run", "--data_dir", nut, "--output_dir", tmp_path / "out", *FAST]
+    argv += ["--pretrained_model_name_or_path", tmp_path / "base"]
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             run(*argv)
+    config = tmp_path / "base/scheduler/scheduler_config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(InputError, match="DF320 base_sha256: .*has other content"):
+        run(*argv)
     put(nut, "test/hole/000.png", 77, "ground_truth/hole/000_mask.png")
     with pytest.raises(InputError, match="DF320 train_sha256"):
         run(*argv)

@@ -330,6 +330,19 @@ def test_files_that_are_not_ours(tmp_path, control, objects):
     assert "nut/hole: DF310" in message and len(names(control)) == 4
 
 
+def test_other_data_and_another_base_are_not_taken_for_done(tmp_path, control, objects, base):
+    argv = [objects, "--output_dir", tmp_path / "out", "--objects", "nut"]
+    argv.append(f"--train_args=--pretrained_model_name_or_path {shutil.copytree(base, tmp_path / 'base')}")
+    assert run(*argv) is None and run(*argv) is None and names(control) == STEPS[:2]
+    for number, name in enumerate(("test/hole/000.png", "ground_truth/hole/000_mask.png", "train/good/000.png")):
+        file = objects / "nut" / name
+        file.write_bytes(file.read_bytes() + b"changed")
+        assert run(*argv) is None and run(*argv) is None and names(control) == STEPS[:2] * (2 + number), name
+    config = tmp_path / "base/scheduler/scheduler_config.json"
+    config.write_text(config.read_text() + " ")
+    assert run(*argv) is None and names(control) == STEPS[:2] * 5
+
+
 def test_a_folder_good_of_something_else_stays(tmp_path, control, objects):
     (own := tmp_path / "out/nut/hole/good").mkdir(parents=True)
     (own / "photo.png").write_bytes(b"the only copy")

@@ -347,7 +347,7 @@ def make_card(folder: Path) -> Path:
     return folder / "README.md"
 
 
-JOB = run_objects.Job("nut", "hole", Path(), {})
+JOB = run_objects.Job("nut", "hole", Path(), {}, "ab")
 
 
 def make_job(folder: Path) -> Path:

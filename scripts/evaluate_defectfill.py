@@ -343,10 +343,13 @@ def is_kept(run: Run, folder: Path, views: RealViews) -> bool:
 
 
 def check_options(folder: Path, options: dict) -> None:
-    """Keeps what decides the results; raises InputError (DF320) if the folder has results of something else."""
+    """Keeps what decides the results; raises InputError (DF320) if the folder has results of something else.
+
+    An earlier version may have written fewer options.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if (file := folder / "options.json").exists():
-        checkpoints.check_identity(read_json(file, Schema, "DF310"), options)
+        checkpoints.check_identity(options | read_json(file, Schema, "DF310"), options)
     write_json(file, options)
 
 

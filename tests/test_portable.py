@@ -1,5 +1,6 @@
 """The LoRA file in other programs, and their LoRA files here."""
 
+import dataclasses
 import json
 import re
 
@@ -241,3 +242,11 @@ def test_odd_numbers_and_folders_of_a_merge_are_one_line(trained, tmp_path, caps
                                                           tmp_path / "file/x.safetensors"]):  # fmt: skip
         with pytest.raises(RunError, match="DF324 .*cannot be written"):
             merge(trained, *place)
+
+
+def test_a_base_that_changed_is_not_merged(trained, tmp_path, monkeypatch):
+    read = merge_lora.read_base
+    monkeypatch.setattr(merge_lora, "read_base", lambda *args: dataclasses.replace(read(*args), digest="ab"))
+    monkeypatch.setattr(merge_lora, "load_pipeline", None)  # not reached
+    with pytest.raises(InputError, match="DF414 .*has other weights or configuration than when it was trained"):
+        merge(trained, "--output_dir", tmp_path / "new")

@@ -51,7 +51,7 @@ from defectfill_dataset.commands import (
     reading_arguments,
     say,
 )
-from defectfill_dataset.errors import did_you_mean
+from defectfill_dataset.errors import did_you_mean, one_line
 from defectfill_dataset.readers import Row, read_object, relative
 from defectfill_dataset.readers.rows import split_of
 from defectfill_dataset.splits import SPLIT_RULES, split_rows
@@ -477,7 +477,7 @@ def run_jobs(jobs: list[Job], mine: list[Job], args: argparse.Namespace) -> None
         say("Stopped. Run the same command again to go on.")
         raise SystemExit(128 + children.number)
     if failed:
-        raise SystemExit("\n".join(["Failed:", *(f"{name}: {why}" for name, why in failed.items())]))
+        raise SystemExit("\n".join(["Failed:", *(f"{one_line(name)}: {why}" for name, why in failed.items())]))
     say(f"All {len(mine)} jobs are done or under way elsewhere: {args.output_dir / SUMMARY}")
 
 

@@ -330,6 +330,15 @@ def test_files_that_are_not_ours(tmp_path, control, objects):
     assert "nut/hole: DF310" in message and len(names(control)) == 4
 
 
+def test_the_name_of_a_type_that_failed_is_on_one_line(tmp_path, control):
+    make_seed_layout(tmp_path / "data/plate", {"hole": 3})
+    for folder in [*(tmp_path / "data/plate").rglob("hole")]:
+        folder.rename(folder.with_name("hole\nForged: fine"))
+    (control / "fail-train-hole_Forged_fine").touch()
+    message = run(tmp_path / "data", "--output_dir", tmp_path / "out")
+    assert [line.partition(":")[0] for line in message.split("\n")] == ["Failed", "plate/hole\\nForged"]
+
+
 def test_other_data_and_another_base_are_not_taken_for_done(tmp_path, control, objects, base):
     argv = [objects, "--output_dir", tmp_path / "out", "--objects", "nut"]
     argv.append(f"--train_args=--pretrained_model_name_or_path {shutil.copytree(base, tmp_path / 'base')}")

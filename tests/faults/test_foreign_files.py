@@ -378,6 +378,7 @@ WRONG_RUNS = {
     "texts": [str(run) for run in RUNS],
     "bools": [True, 48 * 48 - 1],
     "negative": [RUNS[0] + 5, -5, *RUNS[2:]],
+    "negative, filling the image": [48 * 48 + 5, -5],
     "few": RUNS[:-1],
     "many": [*RUNS, 1],
     "huge": [10**400],

@@ -109,6 +109,12 @@ def test_unknown_keys_and_the_values_as_they_are_written_stay():
     assert list(parse_json('{"b": 1, "step": 1, "a": {}}', Small)) == ["b", "step", "a"]
 
 
+def test_a_table_with_an_endless_cell_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n" + "x" * 200_000 + ",1\n")
+    with pytest.raises(InputError, match="DF166 .*is not a table: field larger than"):
+        read_csv(tmp_path / "x.csv")
+
+
 def test_yaml_does_not_grow(tmp_path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]

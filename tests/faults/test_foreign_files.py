@@ -464,6 +464,16 @@ def test_polygons_and_shapes_are_bounded(tmp_path):
     assert "it has 20,000 shapes; at most 10,000 are read" in problem.what
 
 
+def test_a_number_of_400_digits_is_none(tmp_path):
+    root = make_coco(tmp_path / "nut")
+    file = root / "annotations/instances.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["segmentation"] = [[10**400, 10, 20, 10, 20, 20]]
+    write_json(file, content)
+    (problem,) = read_object(root, "nut").problems
+    assert problem.code == "DF167" and problem.what.endswith("0 is not a number")
+
+
 @pytest.mark.parametrize("grid", [0, 1, 2, 4])
 def test_a_polygon_is_filled_in_bands_as_at_once(grid):
     """Corners anywhere, and on whole, half and quarter pixels, where they meet the centres."""

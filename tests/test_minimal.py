@@ -100,6 +100,8 @@ WRITTEN_ANEW = {
     "jpeg hidden rows.jpg": shorter(jpeg(), 48),
     "jpeg hidden part of a block.jpg": shorter(jpeg(), 60),
     "jpeg progressive.jpg": jpeg(progressive=True),
+    "jpeg progressive with a profile.jpg": jpeg(progressive=True, icc_profile=PROFILE + SECRET),
+    "webp with a profile.webp": saved("WEBP", lossless=True, icc_profile=PROFILE + SECRET),
     "jpeg restarts.jpg": jpeg(restart_marker_blocks=2),
     "jpeg hidden table.jpg": hidden_table(jpeg()),
     "jpeg unusual segment.jpg": jpeg(segment(0xDC, SECRET)),

@@ -98,7 +98,7 @@ CODES: dict[str, dict[str, str]] = {
     "Generation": {
         "DF328": "An image does not fit in memory. The others are generated.",
         "DF329": "An image's file name would be too long. The others are generated.",
-        "DF330": "A generated file, or its line of the manifest, is not what was written.",
+        "DF330": "A generated file, its line of the manifest, or a kept detector's result is not what was written.",
         "DF340": "There is no room for a mask in an image.",
         "DF341": "There are no masks to use.",
         "DF342": "No candidate passed the quality filters.",
@@ -109,6 +109,8 @@ CODES: dict[str, dict[str, str]] = {
         "DF353": "What is tested on was learnt from.",
         "DF354": "`--like`, or a line of it, cannot be used.",
         "DF355": "A detector's network is not known to its library.",
+        "DF385": "The model card of `--lora` cannot be read.",
+        "DF386": "A training or generation that an evaluation started has failed.",
         "DF400": "The LoRA does not exist.",
         "DF401": "The LoRA file is not a complete safetensors file.",
         "DF402": "The file is not a plain LoRA, or its metadata cannot be used.",

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,6 +75,15 @@ def seed(text: str) -> int:
     if not -(2**63) <= number < 2**63:
         raise argparse.ArgumentTypeError(f"{number} must be from -2^63 to 2^63 - 1")
     return number
+
+
+def quoted_flags(text: str) -> str:
+    """A flag's text that holds flags of another command, in quotes, as a shell splits it."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' cannot be split: {error}") from error
+    return text
 
 
 def exit_on_input_error(main: Callable[[], None]) -> None:

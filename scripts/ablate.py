@@ -29,13 +29,16 @@ from defectfill.drawn.parts import write_parts
 from defectfill.drawn.scores import defect_features, figures_of, iou, segment
 from defectfill.lora import read_lora
 from defectfill.markdown import markdown_table
+from defectfill.runs.checkpoint import check_identity
 from defectfill.runs.files import exclusive_lock, write_json
+from defectfill.runs.manifest import read_lines, write_lines
 from defectfill.sampling import inpaint
 from defectfill_dataset import derive_seed, tensor_image
-from defectfill_dataset.commands import Parser, say
-from defectfill_dataset.text import numbered_lines, parse_json, read_json, read_text
+from defectfill_dataset.commands import Parser, exit_on_input_error, say
+from defectfill_dataset.text import Schema, read_json
 
 
+MAY_CHANGE = ("output_dir", "variants", "seeds", "cases")  # when an ablation goes on
 # Of scripts/demo.sh.
 RECIPE = "--lora_targets all --rank 32 --lora_alpha 32 --lora_dropout 0 --cache_latents 8".split()
 VARIANTS = {
@@ -105,14 +108,25 @@ def inpaint_parts(
     return torch.stack(feathered), torch.stack(exact)
 
 
+class ResultLine(Schema):
+    """What tells a result from the others."""
+
+    variant: str
+    seed: int
+    part: str
+    defect: str
+
+
 def read_results(file: Path) -> list[dict]:
-    return [parse_json(line) for _, line in numbered_lines(read_text(file))]
+    """The whole lines of results.jsonl; raises InputError (DF310) for one that is something else."""
+    return read_lines(file, ResultLine)
 
 
 def run_all(args: argparse.Namespace, results_file: Path) -> None:
     """Runs what is not yet in the results, a seed after the other, so that a stop leaves whole rounds."""
     segmenter = UNet2DModel.from_pretrained(args.segmenter)
-    lines = read_results(results_file) if results_file.exists() else []
+    lines = read_results(results_file)
+    write_lines(results_file, lines)  # without half a line that a kill left
     done = {tuple(line[k] for k in ("variant", "seed", "part", "defect")) for line in lines}
     for seed in range(args.seeds):
         for part, defect in (case.split(":") for case in args.cases):
@@ -175,7 +189,7 @@ def table(results: list[dict]) -> str:
 def samples(args: argparse.Namespace, results: list[dict]) -> Image.Image:
     """Images of the first seed: a row for each variant and case."""
     files = [run_folder(args, line) / "pictures.png" for line in results if line["seed"] == 0]
-    return Image.fromarray(np.concatenate([np.asarray(Image.open(file)) for file in files]))
+    return Image.fromarray(np.concatenate([np.asarray(Image.open(file, formats=("PNG",))) for file in files]))
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -208,7 +222,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     with exclusive_lock(args.output_dir):
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        write_json(args.output_dir / "options.json", options)
+        if (file := args.output_dir / "options.json").exists():
+            before = read_json(file, Schema, "DF310")
+            check_identity(*({k: v for k, v in x.items() if k not in MAY_CHANGE} for x in (before, options)))
+        write_json(file, options)
         for part in {case.partition(":")[0] for case in args.cases}:
             if not (args.output_dir / "data" / part).exists():
                 write_parts(args.output_dir / "data", [part], size=256, defects=12, good=4, seed=0)
@@ -221,7 +238,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def command() -> None:
-    main(parse_args())
+    exit_on_input_error(lambda: main(parse_args()))
 
 
 if __name__ == "__main__":

@@ -62,12 +62,14 @@ from defectfill.latents import ImageLatents, encode_images
 from defectfill.lora import LORA_TARGETS, add_lora, lora_parameters
 from defectfill.markdown import markdown_table
 from defectfill.random_base import random_sd2_pipeline
-from defectfill.runs.files import atomic_write, write_json
+from defectfill.runs.files import atomic_write, is_record, write_json
 from defectfill.runs.record import versions
 from defectfill.runs.speed import peak_memory
 from defectfill.sampling import SCHEDULERS, compile_unet, inpaint, load_pipeline
 from defectfill.selection import rmse_score
 from defectfill_dataset import (
+    InputError,
+    Problem,
     TokenizedPrompts,
     TrainingSamples,
     boxes_mask,
@@ -118,6 +120,9 @@ def speed_ups(lines: list[dict]) -> dict[str, tuple[float, list[float]]]:
     return {name: (statistics.median(own), [a / b for a, b in zip(first, own)]) for name, own in seconds.items()}
 
 
+ENVIRONMENT = "environment.json"
+
+
 def in_words(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
@@ -131,7 +136,12 @@ def write_results(
     draw: Callable[[Figure, list[dict]], None],
 ) -> None:
     """Writes and prints the table; every measurement, a plot of them, and the environment beside it."""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    flags = {k: str(v) for k, v in vars(args).items()}
+    write_json(  # first: it tells that the others are ours
+        args.output_dir / ENVIRONMENT,
+        versions() | {"device": device, "threads": torch.get_num_threads()} | flags,
+    )
     text = markdown_table([head, *rows]) + f"\n{note}\n"
     with atomic_write(args.output_dir / f"{args.what}.md") as temporary:
         temporary.write_text(text)
@@ -142,12 +152,6 @@ def write_results(
         figure = Figure(figsize=(8, 5), layout="constrained")
         draw(figure, lines)
         figure.savefig(temporary, dpi=120)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    flags = {k: str(v) for k, v in vars(args).items()}
-    write_json(
-        args.output_dir / "environment.json",
-        versions() | {"device": device, "threads": torch.get_num_threads()} | flags,
-    )
     say(*text.splitlines())
 
 
@@ -729,7 +733,22 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_output(folder: Path, what: str) -> None:
+    """Makes the folder; raises InputError if it cannot be made (DF190), or holds files that are not ours (DF192)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(Problem("DF190", f"--output_dir {folder}", f"cannot be made: {error.strerror}")) from error
+    found = [
+        name for name in (ENVIRONMENT, *(f"{what}.{end}" for end in ("md", "csv", "png"))) if (folder / name).exists()
+    ]
+    if found and not is_record(folder / ENVIRONMENT, "what", "device", "threads"):
+        what = f"holds {', '.join(found)} of something else"
+        raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
+
+
 def main(args: argparse.Namespace) -> None:
+    check_output(args.output_dir, args.what)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work = {"train": bench_training, "generate": bench_generation, "data": bench_data, "growth": bench_growth}
     work[args.what](args, device)

@@ -17,6 +17,8 @@ last.
 import argparse
 import dataclasses
 import hashlib
+import logging
+import math
 import os
 import re
 import shlex
@@ -34,7 +36,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from defectfill.evaluation.arms import Backgrounds, Pool, bank_pool, control_pools, paste_views
+from defectfill.base_model import read_base
+from defectfill.evaluation.arms import CONTROLS, Backgrounds, Pool, bank_pool, control_pools, paste_views
 from defectfill.evaluation.detectors import (
     DIVISOR,
     Recipe,
@@ -48,7 +51,7 @@ from defectfill.evaluation.detectors import (
 )
 from defectfill.evaluation.figures import class_figures, part_figures, pixel_figures
 from defectfill.evaluation.quality import NETWORKS, Features, defect_crop, kid, nearest, quality_figures
-from defectfill.evaluation.report import Run, markdown_table, results_for_card, write_report
+from defectfill.evaluation.report import Run, markdown_table, read_run, results_for_card, write_report
 from defectfill.evaluation.views import (
     Leak,
     RealViews,
@@ -56,21 +59,35 @@ from defectfill.evaluation.views import (
     Viewing,
     bank_images,
     bank_views,
+    check_bank,
     find_leaks,
     painted_rows,
     real_views,
 )
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs import signals
-from defectfill.runs.cards import add_results
-from defectfill.runs.files import atomic_write, exclusive_lock, write_json
-from defectfill.runs.manifest import ManifestLine, read_lines
+from defectfill.runs.cards import add_results, read_model_card
+from defectfill.runs.disks import told_if_unwritable
+from defectfill.runs.files import (
+    TEMPORARY,
+    atomic_write,
+    clear_leftovers,
+    exclusive_lock,
+    finite,
+    is_record,
+    save_image,
+    write_json,
+)
+from defectfill.runs.manifest import SEAL, ManifestLine, line_digest, read_lines
 from defectfill_dataset import (
     InputError,
     Problem,
     RunError,
+    check_pairs,
+    data_digest,
     defect_types,
     derive_seed,
+    file_digest,
     image_tensor,
     load_defect_pairs,
     load_image,
@@ -78,12 +95,33 @@ from defectfill_dataset import (
     single_types,
     split_names,
 )
-from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, reading_arguments, say, seed
+from defectfill_dataset.commands import (
+    Parser,
+    add_reading_flags,
+    exit_on_input_error,
+    quoted_flags,
+    reading_arguments,
+    say,
+    seed,
+)
 from defectfill_dataset.splits import SplitFile
 from defectfill_dataset.text import Schema, read_json
 
 
+logger = logging.getLogger(__name__)
+
 SYNTHETIC_ALONE = "alone"
+GO_ON = "make room on the disk, and run the same command again"
+# What a run writes, and the records, by their keys, that tell that one of ours has begun there.
+WRITTEN = (
+    *(f"report.{end}" for end in ("json", "md", "html")),
+    *("misses-*.jsonl", "quality.json", "quality.md", "quality-*.png", "detect/*", "work/*"),
+)
+RECORDS = {
+    "detect/options.json": ("recipe", "protocol", "data"),
+    "work/options.json": ("train_args", "generate_args"),
+    "quality.json": ("notes", "banks"),
+}
 K = "{k}"  # in the folder of a bank: the number of reference images
 
 
@@ -148,6 +186,8 @@ class Evaluation:
         """The views of the first so many of its images."""
         if folder not in self.generated:
             self.generated[folder] = bank_views(folder, self.viewing, self.args.seed)
+            if not self.generated[folder]:
+                raise InputError(Problem("DF352", f"--bank {folder}", "shows no defect", "generate more images"))
         views = self.generated[folder]
         names = list(dict.fromkeys(view.source for view in views))[: setting.number]
         return [view for view in views if view.source in names]
@@ -204,15 +244,18 @@ def prepare(args: argparse.Namespace) -> Evaluation:
     """Reads the data.
 
     Raises:
-        InputError: data that cannot be used, or fewer references than asked for (DF352).
+        InputError: data that cannot be used, fewer references than asked for, or a single test part (DF352).
     """
     data = load_defect_pairs(
         args.data_dir, args.object, args.split, None, args.layout, args.mask_classes, args.skip_problems
     )
-    defects = tuple(sorted(args.defect or single_types(defect_types(data))))
+    defects = tuple(sorted(set(args.defect or single_types(defect_types(data)))))
     select_defects(data, defects)
+    check_pairs(*data.values(), resolution=args.resolution, of_folder=True)
     viewing = Viewing(args.resolution, args.window, args.group, defects)
     given = [] if args.command == "run" else all_folders(args)  # `run` paints into the training side alone
+    for folder in given:
+        check_bank(folder)
     painted = painted_rows(data["good"], given, defects) if given and "good" in data else set()
     views = real_views(data, viewing, args.views_per_good, args.seed, painted)
     for defect in defects:
@@ -220,6 +263,8 @@ def prepare(args: argparse.Namespace) -> Evaluation:
         if max(args.references or [1]) > have:
             what = f"only {have} training images show {defect}"
             raise InputError(Problem("DF352", f"--references {max(args.references)}", what, "give fewer"))
+    if len({view.group for view in [*views.test, *views.test_good]}) < 2:
+        raise InputError(Problem("DF352", "--data_dir", "has a single test part", "hold out more images"))
     return Evaluation(args, data, viewing, views)
 
 
@@ -270,7 +315,7 @@ def detect(evaluation: Evaluation, notes: Sequence[str]) -> None:
     with tqdm(jobs, desc="Detectors", mininterval=5) as progress:
         for setting, arm, bank, make, number in progress:
             run = Run(setting.name, arm, bank, number)
-            if not run.file(folder).exists():
+            if not is_kept(run, folder, views):
                 train_and_test(run, make(), evaluation, recipe, folder)
     notes = [*notes]
     if views.left_out:
@@ -285,11 +330,26 @@ def detect(evaluation: Evaluation, notes: Sequence[str]) -> None:
         add_results(args.lora, title, found)
 
 
+def is_kept(run: Run, folder: Path, views: RealViews) -> bool:
+    """Whether a run's results are there, as they were written; damaged ones are named."""
+    if not run.file(folder).exists():
+        return False
+    try:
+        read_run(run, folder, [*views.test, *views.test_good])
+    except InputError as error:
+        logger.warning("%s", error)
+        return False
+    return True
+
+
 def check_options(folder: Path, options: dict) -> None:
-    """Keeps what decides the results; raises InputError (DF320) if the folder has results of something else."""
+    """Keeps what decides the results; raises InputError (DF320) if the folder has results of something else.
+
+    An earlier version may have written fewer options.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if (file := folder / "options.json").exists():
-        checkpoints.check_identity(read_json(file, Schema, "DF310"), options)
+        checkpoints.check_identity(options | read_json(file, Schema, "DF310"), options)
     write_json(file, options)
 
 
@@ -299,6 +359,8 @@ def train_and_test(run: Run, pool: Pool, evaluation: Evaluation, recipe: Recipe,
     images, masks = np.stack([view.image for view in tested]), np.stack([view.mask for view in tested])
     seed = derive_seed(evaluation.args.seed, "detector", run.seed)  # the same for all arms
     maps = score_maps(train_segmenter(pool, recipe, seed), images, recipe).astype(np.float16)
+    if not np.isfinite(maps).all():
+        raise RunError(Problem("DF323", run.name, "some of its scores are not finite", "give a lower --learning_rate"))
     figures = pixel_figures(maps.astype(np.float32), masks) | part_figures(maps.astype(np.float32), masks)
     if len(defects := evaluation.viewing.defects) > 1:
         classes = classify(train_classifier(pool, len(defects), recipe, seed), images, recipe)
@@ -307,7 +369,8 @@ def train_and_test(run: Run, pool: Pool, evaluation: Evaluation, recipe: Recipe,
     run.file(folder).parent.mkdir(exist_ok=True)
     with atomic_write(folder / f"{run.name}.safetensors") as temporary:
         save_file({"maps": maps}, temporary)
-    write_json(run.file(folder), figures)
+    figures = finite(figures | {"maps_sha256": file_digest(folder / f"{run.name}.safetensors")})
+    write_json(run.file(folder), figures | {SEAL: line_digest(figures)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +381,7 @@ def quality(evaluation: Evaluation, features: Features, notes: Sequence[str]) ->
     """Compares each bank with the real images, whole views and crops around the defects."""
     args = evaluation.args
     record: dict = {"notes": notes, "banks": {}}
-    held_out = Defects.of(evaluation.views.test, features)
+    held_out, sheets = Defects.of(evaluation.views.test, features), {}
     for setting in settings_of(args):
         references = Defects.of(evaluation.references(setting), features)
         for name, folders in args.bank.items():
@@ -326,9 +389,12 @@ def quality(evaluation: Evaluation, features: Features, notes: Sequence[str]) ->
                 generated = Defects.of(evaluation.bank(folder, setting), features)
                 key = f"{setting.name}, {name}, bank {bank}"
                 record["banks"][key], best = compare_images(features, references, held_out, generated, folder, args)
-                sheet = sorted_sheet(generated.views, best)
-                sheet.save(args.output_dir / f"quality-{setting.name}-{name.replace(' ', '-')}-{bank}.png")
-    write_json(args.output_dir / "quality.json", record)
+                sheets[f"quality-{setting.name}-{name.replace(' ', '-')}-{bank}.png"] = sorted_sheet(
+                    generated.views, best
+                )
+    write_json(args.output_dir / "quality.json", record)  # first: it tells that the others are ours
+    for file, sheet in sheets.items():
+        save_image(sheet, args.output_dir / file)
     say(*write_quality(args.output_dir / "quality.md", record).splitlines())
 
 
@@ -354,12 +420,19 @@ class Defects:
 def compare_images(
     features: Features, references: Defects, held_out: Defects, generated: Defects, folder: Path, args
 ) -> tuple[dict, torch.Tensor]:
-    """A bank's figures, and the (N,) distance of each generated defect to the nearest held-out one."""
+    """A bank's figures, and the (N,) distance of each generated defect to the nearest held-out one.
+
+    Raises:
+        InputError: there are too few images for a figure (DF352).
+    """
     sizes = dict(subset_size=args.kid_subset_size, subsets=args.kid_subsets, seed=args.seed)
-    figures: dict = {
-        kind: quality_figures(features, *(getattr(x, kind) for x in (references, held_out, generated)), **sizes)
-        for kind in ("whole", "local")
-    }
+    try:
+        figures: dict = {
+            kind: quality_figures(features, *(getattr(x, kind) for x in (references, held_out, generated)), **sizes)
+            for kind in ("whole", "local")
+        }
+    except ValueError as error:
+        raise InputError(Problem("DF352", f"--bank {folder}", str(error), "generate more images")) from error
     figures["references"] = kid(features.pooled(held_out.local), features.pooled(references.local), **sizes)[0]
     to_references, _ = nearest(generated.described, references.described)
     to_held_out, _ = nearest(generated.described, held_out.described)
@@ -394,7 +467,8 @@ def write_quality(file: Path, record: dict) -> str:
     one = next(iter(record["banks"].values()))["whole"]
     text = f"Features of {one['network']}; KID on {one['kid_subsets']} subsets of {one['kid_subset_size']}.\n\n"
     text += markdown_table(rows)
-    file.write_text(text)
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return text
 
 
@@ -406,7 +480,12 @@ def make_banks(evaluation: Evaluation) -> None:
     """Trains and generates what is missing, and names it as `--bank` and `--lora` would."""
     args, work = evaluation.args, evaluation.args.output_dir / "work"
     names = ("train_args", "generate_args", "filter_args", "pretrained_model_name_or_path", "num_images", "seed")
-    check_options(work, {name: getattr(args, name) for name in names} | {"defects": list(evaluation.viewing.defects)})
+    data = {f"{split}_sha256": data_digest(rows) for split, rows in evaluation.data.items()}
+    options = {name: getattr(args, name) for name in names} | {"defects": list(evaluation.viewing.defects)}
+    if Path(args.pretrained_model_name_or_path).expanduser().is_dir():
+        base = read_base(args.pretrained_model_name_or_path)
+        data |= {"base": base.name, "base_sha256": base.digest}
+    check_options(work, options | data)
     write_good(evaluation, work / "good")
     for k in args.references or [None]:
         for bank in range(args.banks):
@@ -471,7 +550,8 @@ def start(command: Sequence[object], result: Path) -> None:
         say(shlex.join(words))
         code = subprocess.run(words, env=os.environ | {signals.LAUNCHED: "1"}).returncode
         if not result.exists():
-            raise RunError(f"{shlex.join(words)} ended with exit code {code}. Run the same command again to go on.")
+            what = f"{shlex.join(words)} ended with exit code {code}"
+            raise RunError(Problem("DF386", "", what, "run the same command again to go on"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,19 +561,30 @@ def start(command: Sequence[object], result: Path) -> None:
 def expression(text: str) -> re.Pattern:
     try:
         return re.compile(text)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"'{text}' is no regular expression: {error}") from error
 
 
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be 1 or more")
+def up_to(most: int) -> Callable[[str], int]:
+    """A flag's whole number from 1 to `most`, far above what any evaluation can need."""
+
+    def number(text: str) -> int:
+        if not 1 <= (found := int(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text} must be from 1 to {most:,}")
+        return found
+
     return number
 
 
 def sides(text: str) -> int:
-    if (number := positive(text)) % DIVISOR:
+    if (number := up_to(4096)(text)) % DIVISOR:
         raise argparse.ArgumentTypeError(f"{number} must be a multiple of {DIVISOR}")
+    return number
+
+
+def rate(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{number} must be a finite number above 0")
     return number
 
 
@@ -507,6 +598,10 @@ def bank_argument(text: str) -> tuple[str, list[str]]:
     name, equal, folders = text.partition("=")
     if not (name and equal and folders):
         raise argparse.ArgumentTypeError(f"'{text}' must be NAME=FOLDER or NAME=FOLDER,FOLDER")
+    if not re.fullmatch(r"\w[\w.+-]{0,59}", name):  # files are called so
+        raise argparse.ArgumentTypeError(f"the name '{name}' must be of letters, digits, and . + - _ within it")
+    if name in {control.replace(" ", "-") for control in CONTROLS}:
+        raise argparse.ArgumentTypeError(f"the name '{name}' is that of a control")
     return name, folders.split(",")
 
 
@@ -536,7 +631,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             add_quality_flags(command.add_argument, required=name == "quality")
     parser.set_defaults(lora=None)
     args = parser.parse_args(input_args)
-    args.bank = {} if args.command == "run" else dict(args.bank)
+    banks = [] if args.command == "run" else args.bank
+    args.bank = dict(banks)
+    if len(args.bank) < len(banks):
+        parser.error("--bank: two have one name; give the folders of a name with commas between")
     return args
 
 
@@ -557,12 +655,12 @@ def add_data_flags(add: Callable) -> None:
         "whole match. Default: each image is a part.")  # fmt: skip
     add(
         "--window",
-        type=positive,
+        type=up_to(100_000),
         metavar="PX",
         help="Look at squares of this side, so that small defects are visible. Default: at whole images.",
     )
     add("--resolution", type=sides, default=128, metavar="PX", help="Side of what the detectors see.")
-    add("--views_per_good", type=positive, default=1, metavar="N", help="Windows of each good image.")
+    add("--views_per_good", type=up_to(10_000), default=1, metavar="N", help="Windows of each good image.")
     add(
         "--protocol",
         choices=["clean", "paper"],
@@ -572,7 +670,7 @@ def add_data_flags(add: Callable) -> None:
     )
     add(
         "--references",
-        type=positive,
+        type=up_to(1_000_000),
         nargs="+",
         default=[],
         metavar="N",
@@ -580,7 +678,7 @@ def add_data_flags(add: Callable) -> None:
     )
     add(
         "--numbers",
-        type=positive,
+        type=up_to(1_000_000),
         nargs="+",
         default=[],
         metavar="N",
@@ -590,10 +688,10 @@ def add_data_flags(add: Callable) -> None:
 
 
 def add_detector_flags(add: Callable) -> None:
-    add("--seeds", type=positive, default=5, metavar="N", help="Detectors of each arm and bank.")
-    add("--steps", type=positive, default=300, metavar="N", help="Training steps of each.")
-    add("--batch_size", type=positive, default=8, metavar="N", help="Views in a step of a detector.")
-    add("--learning_rate", type=float, default=1e-3, metavar="X", help="Highest learning rate of a detector.")
+    add("--seeds", type=up_to(1000), default=5, metavar="N", help="Detectors of each arm and bank.")
+    add("--steps", type=up_to(10_000_000), default=300, metavar="N", help="Training steps of each.")
+    add("--batch_size", type=up_to(10_000), default=8, metavar="N", help="Views in a step of a detector.")
+    add("--learning_rate", type=rate, default=1e-3, metavar="X", help="Highest learning rate of a detector.")
     add(
         "--encoder",
         default="tu-mobilenetv3_small_050",
@@ -623,18 +721,31 @@ def add_quality_flags(add: Callable, required: bool) -> None:
         help="Weights of --network with torchvision's names, as safetensors. run leaves quality out without it.",
     )  # fmt: skip
     add("--network", choices=[*NETWORKS], default="squeezenet", help="Network of the features.")
-    add("--kid_subset_size", type=positive, default=50, metavar="N", help="Images in a subset of KID.")
-    add("--kid_subsets", type=positive, default=100, metavar="N", help="Subsets whose KID is averaged.")
+    add("--kid_subset_size", type=up_to(100_000), default=50, metavar="N", help="Images in a subset of KID.")
+    add("--kid_subsets", type=up_to(100_000), default=100, metavar="N", help="Subsets whose KID is averaged.")
 
 
 def add_run_flags(add: Callable) -> None:
     add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID", help="Base inpainting model.")
-    add("--num_images", type=positive, default=100, metavar="N", help="Images of each defect type in a bank.")
-    add("--banks", type=positive, default=2, metavar="N", help="Banks, each of a LoRA and images of other seeds.")
-    add("--train_args", default="", metavar="FLAGS", help="Further flags of train_defectfill.py, in quotes.")
-    add("--generate_args", default="", metavar="FLAGS", help="Further flags of generate_defectfill.py, in quotes.")
+    add("--num_images", type=up_to(1_000_000), default=100, metavar="N", help="Images of each defect type in a bank.")
+    add("--banks", type=up_to(1000), default=2, metavar="N", help="Banks, each of a LoRA and images of other seeds.")
+    add(
+        "--train_args",
+        type=quoted_flags,
+        default="",
+        metavar="FLAGS",
+        help="Further flags of train_defectfill.py, in quotes.",
+    )
+    add(
+        "--generate_args",
+        type=quoted_flags,
+        default="",
+        metavar="FLAGS",
+        help="Further flags of generate_defectfill.py, in quotes.",
+    )
     add(
         "--filter_args",
+        type=quoted_flags,
         default="--min_change 2 --max_deviation 2",
         metavar="FLAGS",
         help="The quality filters, which one bank does without.",
@@ -645,9 +756,25 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_own(folder: Path) -> None:
+    """Raises InputError (DF192) if the folder holds what would be written over, and no evaluation has begun there."""
+    if any(is_record(folder / name, *keys) for name, keys in RECORDS.items()):
+        return
+    found = [f for pattern in WRITTEN for f in sorted(folder.glob(pattern)) if not f.name.startswith(TEMPORARY)]
+    if found:
+        names = ", ".join(f.relative_to(folder).as_posix() for f in found[:4])
+        what = f"holds {names} of something else"
+        raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
+
+
 def main(args: argparse.Namespace) -> None:
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(args.output_dir):
+    stopped = signals.exit_on_signal(lambda: "Stopped. Run the same command again to go on.")
+    with exclusive_lock(args.output_dir), stopped, told_if_unwritable(args.output_dir, GO_ON):
+        check_own(args.output_dir)
+        clear_leftovers(args.output_dir, *(args.output_dir / name for name in ("detect", "work", "work/good")))
+        clear_leftovers(*args.output_dir.glob("detect/*/"))
+        if args.lora:
+            read_model_card(args.lora)
         features = None
         if args.command != "quality":
             check_networks(args.encoder, args.classifier)

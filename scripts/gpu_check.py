@@ -37,6 +37,7 @@ OPTIONAL = ("bitsandbytes", "xformers")  # libraries that use CUDA when they are
 DRAWN = 128  # px a side of the drawn images
 CARDS = (6, 8, 12, 16, 24)  # GB, of the page's advice
 OVERHEAD = 0.7  # GiB that CUDA itself and a desktop take
+WORK = ".tmp-defectfill-gpu-check"  # a folder that is deleted, with a name that nothing else has
 CPU_TOLERANCE = 0.01  # of a loss; cuDNN's convolutions are in TF32
 
 
@@ -195,7 +196,7 @@ class Check:
     """Where the check works, how long it may, and what the steps share, each made when it is first needed."""
 
     def __init__(self, output_dir: Path, sizes: Sizes, base: str | None, minutes: float):
-        self.output_dir, self.work, self.logs = output_dir, output_dir / "work", output_dir / "logs"
+        self.output_dir, self.work, self.logs = output_dir, output_dir / WORK, output_dir / "logs"
         self.sizes, self.given_base = sizes, base
         self.start_method = "fork"
         self.machine: dict = {}
@@ -490,11 +491,26 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(input_args)
 
 
+def check_output(folder: Path) -> None:
+    """Ends the command if the folder holds results that are not of this script, or cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, begins in (("results.jsonl", b'{"name": "environment"'), ("gpu_check.md", b"# GPU check")):
+            if (folder / name).is_file():
+                with (folder / name).open("rb") as file:
+                    ours = file.read(len(begins)) in (b"", begins)
+            if not (ours if (folder / name).is_file() else not (folder / name).exists()):
+                sys.exit(f"{json.dumps(str(folder / name))} is not of this script; choose another --output_dir")
+    except OSError as error:
+        sys.exit(f"--output_dir {json.dumps(str(folder))} cannot be used: {error.strerror}")
+
+
 def main(args: argparse.Namespace) -> None:
     if args.list:
         for name, step in STEPS.items():
             print(f"{name:24} {step.flags}")
         return
+    check_output(args.output_dir)
     preload()
     check = Check(args.output_dir.resolve(), TOY if args.toy else Sizes(), args.base, args.minutes)
     shutil.rmtree(check.work, ignore_errors=True)

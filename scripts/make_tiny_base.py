@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import multiprocessing
@@ -35,6 +36,7 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionInpaintPipeline
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from tqdm.auto import tqdm
@@ -63,6 +65,7 @@ from defectfill_dataset import (
     Problem,
     boxes_mask,
     derive_seed,
+    file_digest,
     image_tensor,
     load_image,
     open_image,
@@ -268,10 +271,15 @@ def cropped_picture(file: Path, crop: int | None, seed: int) -> tuple[Image.Imag
     return image, to_words(file.parent.name)
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The images in a folder and in its sub-folders."""
+    folders = [folder, *sorted(f for f in folder.iterdir() if f.is_dir())] if folder.is_dir() else []
+    return [file for f in folders for file in image_files(f)]
+
+
 def read_pictures(folder: Path, number: int, crop: int | None, seed: int) -> list[Picture]:
     """The images in a folder, named by it, or in its sub-folders, each named by its own; or `number` crops of them."""
-    folders = [folder, *sorted(f for f in folder.iterdir() if f.is_dir())] if folder.is_dir() else []
-    files = [file for f in folders for file in image_files(f)]
+    files = pictures_in(folder)
     if len(files) <= HELD_OUT:
         what = f"{len(files)} images in it and its folders"
         raise InputError(Problem("DF161", f"--data_dir {folder}", what, f"give at least {HELD_OUT + 1}"))
@@ -384,7 +392,15 @@ def load_latents(file: Path, make: Callable[[], dict]) -> dict[str, torch.Tensor
     if not file.exists():
         with atomic_write(file) as temporary:
             save_file(make(), temporary)
-    return load_file(file)
+    return read_kept(file)
+
+
+def read_kept(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a working file; raises InputError (DF310) if it is damaged."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(Problem("DF310", file, str(error), "delete the folder work, and start again")) from error
 
 
 class Inpainting(torch.nn.Module):
@@ -505,6 +521,9 @@ def main(args: argparse.Namespace) -> None:
     work_dir = args.output_dir / "work"
     told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     options = {k: v for k, v in told.items() if k not in WITHOUT_EFFECT}
+    if args.data_dir:
+        digests = (f"{file} {file_digest(file)}\n" for file in pictures_in(args.data_dir))
+        options["data_sha256"] = hashlib.sha256("".join(digests).encode(errors="surrogateescape")).hexdigest()
     with exclusive_lock(work_dir):
         if (work_dir / "options.json").exists():
             checkpoints.check_identity(read_json(work_dir / "options.json", Schema, "DF310"), options)
@@ -569,7 +588,7 @@ def load_scenes(file: Path, make: Callable[[], Scenes]) -> Scenes:
         scenes = make()
         save_file({"pixels": torch.from_numpy(scenes.pixels), "masks": scenes.masks}, file)
         write_json(captions, {"captions": scenes.captions, "group": scenes.group})
-    tensors = load_file(file)
+    tensors = read_kept(file)
     return Scenes(tensors["pixels"].numpy(), tensors["masks"], **read_json(captions))
 
 

@@ -7,6 +7,7 @@ read again and compared, before the command ends. The exit status is 2 if the Lo
 """
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import defectfill.quiet  # noqa: F401
 import torch
 from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 
-from defectfill.base_model import read_base
+from defectfill.base_model import check_resolution, read_base
 from defectfill.lora import LoraFile, check_content, check_fits, fuse_lora, load_lora, read_lora
+from defectfill.runs.disks import NOTHING_WRITTEN, told_if_unwritable
 from defectfill.runs.files import TEMPORARY, atomic_write, usual_mode, visible_files
 from defectfill.runs.flags import add_base_flags
 from defectfill.sampling import inpaint, load_pipeline
@@ -26,6 +28,7 @@ from defectfill_dataset.commands import Parser, exit_on_input_error, say
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LARGEST = 8192  # px
 TOLERANCE = 0.01  # of pixels in [0, 1]: a merged weight rounds differently
 
 
@@ -71,6 +74,7 @@ def merged_pipeline(args: argparse.Namespace, lora: LoraFile) -> tuple[StableDif
         raise InputError(Problem("DF412", lora.path, "has no record of its base", fix))
     revision = args.revision or (record.get("revision") if name == record.get("base") else None)
     base = read_base(name, revision, args.cache_dir, args.variant)
+    check_resolution(base, resolution)
     check_fits(lora, base)
     check_content(lora, base, args.pretrained_model_name_or_path is not None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,15 +100,24 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--resolution", type=int, metavar="PX", help="Side of the image compared. Default: the LoRA's.")
     base_help = "Base inpainting model. Default: the LoRA's own base."
     add_base_flags(parser, base_help, "Revision of the base on the Hub. Default: the LoRA's.", default=None)
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
+        parser.error(f"--lora_alpha {args.lora_alpha}: must be a finite number above 0")
+    if args.resolution is not None and not 1 <= args.resolution <= LARGEST:
+        parser.error(f"--resolution {args.resolution}: must be at least 1 and at most {LARGEST}")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     check_outputs(args.output_dir, args.single_file)
+    with told_if_unwritable(args.output_dir.parent, NOTHING_WRITTEN):
+        args.output_dir.parent.mkdir(parents=True, exist_ok=True)
+    if args.single_file:
+        with told_if_unwritable(args.single_file.parent, NOTHING_WRITTEN):
+            args.single_file.parent.mkdir(parents=True, exist_ok=True)
     lora, dtype = read_lora(args.lora, args.lora_alpha), DTYPES[args.dtype]
     pipe, difference = merged_pipeline(args, lora)
     pipe.to("cpu", dtype)
-    args.output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=args.output_dir.parent) as folder:
         pipe.save_pretrained(Path(folder) / "pipeline")
         written = StableDiffusionInpaintPipeline.from_pretrained(Path(folder) / "pipeline", dtype=dtype)

@@ -14,6 +14,7 @@ the training defects.
 
 import argparse
 import csv
+import hashlib
 import itertools
 import os
 import queue
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -35,22 +37,33 @@ import defectfill.quiet  # noqa: F401
 import filelock
 import torch
 
+from defectfill.base_model import read_base
 from defectfill.runs import signals
+from defectfill.runs.disks import told_if_unwritable
 from defectfill.runs.files import atomic_write, exclusive_lock, write_json
 from defectfill.runs.flags import parse_generation_args, parse_training_args
-from defectfill_dataset import InputError, MaskClasses, Problem, find_objects, single_types
-from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, reading_arguments, say
-from defectfill_dataset.errors import did_you_mean
-from defectfill_dataset.readers import read_object, relative
+from defectfill_dataset import InputError, MaskClasses, Problem, file_digest, find_objects, single_types
+from defectfill_dataset.commands import (
+    Parser,
+    add_reading_flags,
+    exit_on_input_error,
+    quoted_flags,
+    reading_arguments,
+    say,
+)
+from defectfill_dataset.errors import did_you_mean, one_line
+from defectfill_dataset.readers import Row, read_object, relative
 from defectfill_dataset.readers.rows import split_of
 from defectfill_dataset.splits import SPLIT_RULES, split_rows
-from defectfill_dataset.text import Schema, read_json
+from defectfill_dataset.text import Schema, read_bytes, read_json
 
 
 STAGES = {"train": "lora", "generate": "generated"}  # and the folder that each writes
 COMMANDS = {stage: [sys.executable, "-m", f"{stage}_defectfill"] for stage in STAGES}
 COLUMNS = ["object", "defect", "status", "train_seconds", "generate_seconds", "images"]
 SUMMARY, JOB = "summary.csv", "job.json"
+LONGEST_NAME = 255  # bytes of a file's name
+MOST_PROCESSES = 1000
 PATIENCE = 60  # seconds for the command of a start that was killed to write its checkpoint
 
 
@@ -61,6 +74,7 @@ class Job(NamedTuple):
     defect: str
     folder: Path
     good: dict[str, Path]  # good images to generate on, by the names they get
+    sha256: str  # of what is learnt from, and of the names and sizes of the good images
 
     @property
     def name(self) -> str:
@@ -73,6 +87,7 @@ class Stage(Schema):
     command: list[str]
     seconds: float
     done: bool
+    inputs_sha256: str | None = None  # none in earlier versions
 
 
 class JobFile(Schema):
@@ -110,6 +125,8 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
         good = {relative(row.image, root): row.image for row in splits["good"]}
         for_training = {k: v for k, v in good.items() if split_of(*k.split("/")) == "train"}
         good = {k.replace("/", "-"): v for k, v in (for_training or good).items()}
+        for image in (image for name, image in good.items() if len(os.fsencode(name)) > LONGEST_NAME):
+            problems.append(Problem("DF202", image, "its path gives too long a name", "move or rename it"))
         defects = single_types(row.defect for row in splits["train"])
         if not defects:
             problems.append(Problem("DF163", root, "no defect images", f"leave out {name}, with --objects"))
@@ -117,7 +134,11 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
             fix = "add some, or give --image in --generate_args"
             problems.append(Problem("DF160", root, "holds no good images to generate on", fix))
         folders = {defect: args.output_dir / name / re.sub(r"[^\w-]+", "_", defect) for defect in defects}
-        jobs += [Job(name, defect, folder, good) for defect, folder in folders.items()]
+        if not problems:
+            jobs += [
+                Job(name, defect, folder, good, inputs_digest(root, splits["train"], defect, good))
+                for defect, folder in folders.items()
+            ]
         for one, other in itertools.combinations(defects, 2):
             if folders[one] == folders[other]:
                 what = f"{one!r} and {other!r} would have one folder"
@@ -125,6 +146,22 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
     if problems:
         raise InputError(*problems)
     return jobs
+
+
+def inputs_digest(root: Path, rows: Sequence[Row], defect: str, good: dict[str, Path]) -> str:
+    """What changes with the images and masks of a type, and with the list of good images."""
+    digest = hashlib.sha256()
+    for row in sorted((row for row in rows if row.defect == defect), key=lambda row: row.image):
+        masks = "".join(map(file_digest, row.mask.paths)) or repr(row.mask)
+        digest.update(f"{relative(row.image, root)} {file_digest(row.image)} {masks}\n".encode(errors="replace"))
+    for name, image in sorted(good.items()):
+        digest.update(f"{name} {image.stat().st_size if image.is_file() else None}\n".encode(errors="replace"))
+    return digest.hexdigest()
+
+
+def base_sha256(name: str) -> str | None:
+    """The digest of a base in a folder, which is checked; None for one of the Hub."""
+    return read_base(name).digest if Path(name).expanduser().is_dir() else None
 
 
 def arguments(job: Job, args: argparse.Namespace) -> dict[str, list[str]]:
@@ -166,7 +203,13 @@ def read_job(job: Job) -> dict:
 def to_do(job: Job, args: argparse.Namespace) -> dict[str, list[str]]:
     """The stages that are not done with these arguments, and all that follow them."""
     record = read_job(job)
-    is_done = lambda item: bool(record[item[0]]) and record[item[0]]["done"] and record[item[0]]["command"] == item[1]
+
+    def is_done(item: tuple[str, list[str]]) -> bool:
+        kept = record[item[0]]
+        if not kept or not kept["done"] or kept["command"] != item[1]:
+            return False
+        return kept.get("inputs_sha256") in (None, job.sha256)
+
     return dict(itertools.dropwhile(is_done, arguments(job, args).items()))
 
 
@@ -239,6 +282,7 @@ def run_stages(job: Job, args: argparse.Namespace, children: Children, gpu: str 
         record = read_job(job)
         seconds = time.monotonic() - began + (record[stage]["seconds"] if record[stage] else 0)
         record[stage] = {"command": argv, "seconds": round(seconds, 1), "done": status == 0}
+        record[stage]["inputs_sha256"] = job.sha256
         if stage == "train" and record["generate"]:
             record["generate"]["done"] = False  # it was with another LoRA
         record["failed"] = bool(status) and not children.number
@@ -250,8 +294,18 @@ def run_stages(job: Job, args: argparse.Namespace, children: Children, gpu: str 
 
 
 def link_images(job: Job) -> None:
-    """Makes good/ anew: `--image` takes one folder, and good images may lie in several, or beside others."""
+    """Makes good/ anew: `--image` takes one folder, and good images may lie in several, or beside others.
+
+    Raises:
+        InputError: it holds something else than links (DF192).
+    """
     folder = job.folder / "good"
+    if (
+        folder.is_symlink()
+        or folder.exists()
+        and not (folder.is_dir() and all(f.is_symlink() for f in folder.iterdir()))
+    ):
+        raise InputError(Problem("DF192", folder, "is not of this script", "choose another --output_dir"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, image in job.good.items():
@@ -307,10 +361,13 @@ def shard(text: str) -> tuple[int, int]:
 
 def slurm_shard() -> str:
     """The shard of a task of a SLURM array, 0/1 outside of one; no shard if numbers are missing between the tasks'."""
-    task, first, last, count = (
-        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}") or default)
-        for name, default in (("ID", 0), ("MIN", 0), ("MAX", 0), ("COUNT", 1))
-    )
+    given = {
+        name: os.environ.get(f"SLURM_ARRAY_TASK_{name}") or default
+        for name, default in (("ID", "0"), ("MIN", "0"), ("MAX", "0"), ("COUNT", "1"))
+    }
+    if not all(re.fullmatch("[0-9]{1,9}", value) for value in given.values()):
+        return "a SLURM array without its numbers"
+    task, first, last, count = map(int, given.values())
     return f"{task - first}/{count}" if last - first + 1 == count else "a SLURM array with gaps"
 
 
@@ -321,8 +378,20 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, metavar="DIR", help="Folder of all jobs and of summary.csv.")
     add("--objects", nargs="+", metavar="NAME", help="Only these objects. Default: all.")
     add("--num_images", type=int, default=100, metavar="N", help="Images to generate for each job.")
-    add("--train_args", default="", metavar="FLAGS", help="Flags for train_defectfill.py. Default: none.")
-    add("--generate_args", default="", metavar="FLAGS", help="Flags for generate_defectfill.py. Default: none.")
+    add(
+        "--train_args",
+        type=quoted_flags,
+        default="",
+        metavar="FLAGS",
+        help="Flags for train_defectfill.py. Default: none.",
+    )
+    add(
+        "--generate_args",
+        type=quoted_flags,
+        default="",
+        metavar="FLAGS",
+        help="Flags for generate_defectfill.py. Default: none.",
+    )
     split_help = "Which defects train: auto, first_third or all, as in training."
     add("--split", choices=SPLIT_RULES, default="auto", help=split_help)
     add_reading_flags(add, "DIR")
@@ -341,13 +410,19 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_images", "processes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    if (args.processes or 1) > MOST_PROCESSES:
+        parser.error(f"--processes {args.processes}: must be at most {MOST_PROCESSES:,}")
     return args
 
 
 def check_output(folder: Path) -> None:
     """Raises InputError (DF192) if the folder holds a summary that is not ours."""
     file = folder / SUMMARY
-    if file.exists() and not file.read_bytes().startswith(",".join(COLUMNS).encode()):
+    try:
+        ours = not file.exists() or read_bytes(file).startswith(",".join(COLUMNS).encode())
+    except OSError:
+        ours = False
+    if not ours:
         raise InputError(Problem("DF192", file, "is not of this script", "choose another --output_dir"))
 
 
@@ -362,14 +437,22 @@ def print_plan(jobs: list[Job], args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     jobs = find_jobs(args)
     argv = arguments(jobs[0], args)
-    parse_training_args("", argv["train"]), parse_generation_args("", argv["generate"])  # wrong flags end it here
+    training, _ = parse_training_args("", argv["train"]), parse_generation_args("", argv["generate"])  # wrong flags
+    if digest := base_sha256(training.pretrained_model_name_or_path):
+        jobs = [job._replace(sha256=f"{job.sha256} {digest}") for job in jobs]
     check_output(args.output_dir)
     number, of = args.shard
     mine = jobs[number::of]
     if args.plan:
         print_plan(mine, args)
         return
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with told_if_unwritable(args.output_dir, "make room there, and run the same command again"):
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        run_jobs(jobs, mine, args)
+
+
+def run_jobs(jobs: list[Job], mine: list[Job], args: argparse.Namespace) -> None:
+    """Runs the jobs of this share, so many at once; ends with exit status 1 if one failed."""
     children, failed = Children(), dict[str, str]()
     gpus: list = gpu_names() or [None]
     processes = args.processes or len(gpus)
@@ -394,7 +477,7 @@ def main(args: argparse.Namespace) -> None:
         say("Stopped. Run the same command again to go on.")
         raise SystemExit(128 + children.number)
     if failed:
-        raise SystemExit("\n".join(["Failed:", *(f"{name}: {why}" for name, why in failed.items())]))
+        raise SystemExit("\n".join(["Failed:", *(f"{one_line(name)}: {why}" for name, why in failed.items())]))
     say(f"All {len(mine)} jobs are done or under way elsewhere: {args.output_dir / SUMMARY}")
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from toy_model import toy_pipeline
 
 from defectfill.drawn.pairs import drawn_pairs
+from defectfill_dataset import InputError
 from defectfill_scripts import benchmark
 
 
@@ -195,3 +196,14 @@ def test_arithmetic_at_the_size_of_stable_diffusion_2(monkeypatch):
 
     public = counted("cost of the public code")
     assert counted("ours") < 0.38 * public and counted("ours, latents not cached") < 0.73 * public
+
+
+@pytest.mark.parametrize("name", ["environment.json", "train.md", "train.csv", "train.png"])
+def test_files_of_something_else_stay(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(benchmark, "bench_training", None)  # not reached
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"DF192 .*{name}"):
+        benchmark.main(benchmark.parse_args(["train", "--base", "x", "--output_dir", str(tmp_path)]))
+    assert (tmp_path / name).read_text() == "mine"
+    with pytest.raises(InputError, match="DF190 "):
+        benchmark.main(benchmark.parse_args(["train", "--base", "x", "--output_dir", str(tmp_path / name / "x")]))

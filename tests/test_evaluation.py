@@ -1,9 +1,13 @@
 """evaluate_defectfill.py: views, leaks, arms, and the command at toy size."""
 
+import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +17,13 @@ from drawn import COLOURS
 from huggingface_hub import ModelCard
 from networks import make_squeezenet
 from PIL import Image
+from runs import fork, wait_for
+from safetensors.numpy import load_file, save_file
 from toy_model import toy_pipeline
 
 from defectfill.evaluation import detectors
 from defectfill.evaluation.arms import Backgrounds, Pool, bank_pool, control_pools, cut_pieces, paste_views, pasted
-from defectfill.evaluation.report import Run
+from defectfill.evaluation.report import Run, read_run, write_report
 from defectfill.evaluation.views import (
     View,
     Viewing,
@@ -419,7 +425,7 @@ def test_a_picture_of_another_size_is_no_leak(nut, bank):
     "flags, message",
     [
         (["--group", "(a"], "no regular expression"),
-        (["--window", 0], "1 or more"),
+        (["--window", 0], "must be from 1 to"),
         (["--resolution", 40], "multiple of 16"),
         (["--real_share", 1.5], "from 0 to 1"),
         (["--bank", "ours"], "NAME=FOLDER"),
@@ -467,7 +473,215 @@ def test_run_checks_all_networks_before_it_trains_a_lora_and_its_children_end_wi
         with pytest.raises(InputError, match=code):
             run(*argv, *wrong)
     assert not started
-    with pytest.raises(RunError, match="exit code 1. Run the same command again"):
+    with pytest.raises(RunError, match="DF386 .*exit code 1; run the same command again"):
         run(*argv)
     [(words, environment)] = started
     assert words[1:3] == ["-m", "train_defectfill"] and environment[signals.LAUNCHED] == "1"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Odd input, and results that are not what was written
+
+
+def detect(nut: Path, bank: Path, out: Path, *more) -> None:
+    run("detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", out, *FAST, "--seeds", 1, *more)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(evaluate, "train_and_test", None)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--bank", "../../x=y"], "letters, digits"),
+        (["--bank", f"{'x' * 300}=y"], "letters, digits"),
+        (["--bank", "a\x1b[31m\nb=y"], r"letters, digits"),
+        (["--bank", "real=y"], "is that of a control"),
+        (["--bank", "copy-paste=y"], "is that of a control"),
+        (["--bank", "ours=y"], "two have one name"),
+        *((["--learning_rate", x], "must be a finite number above 0") for x in ("nan", "inf", "0", "-1")),
+        (["--group", "(" * 5000], "no regular expression"),
+        (["--group", "a{99999999999999}"], "no regular expression"),
+        *(([flag, "1000000000000"], "must be from 1 to") for flag in (
+            "--window", "--resolution", "--views_per_good", "--references", "--numbers", "--seeds", "--steps",
+            "--batch_size",
+        )),
+    ],
+)  # fmt: skip
+def test_names_and_numbers_are_bounded(nut, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        detect(nut, tmp_path / "bank", tmp_path / "out", *flags)
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--train_args", "--generate_args", "--filter_args"])
+def test_flags_in_quotes_that_cannot_be_split(nut, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        run("run", "--data_dir", nut, "--output_dir", tmp_path, "--pretrained_model_name_or_path", "x", flag, "a 'b")
+    assert "cannot be split: No closing quotation" in capsys.readouterr().err
+
+
+FOREIGN = ["report.md", "report.html", "misses-x.jsonl", "quality.json", "quality-x.png", "detect/x", "work/x.json"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_an_evaluation_keeps_out_of_a_folder_of_something_else(nut, bank, tmp_path, no_training, name):
+    (file := tmp_path / "out" / name).parent.mkdir(parents=True)
+    file.write_text("[1]")
+    with pytest.raises(InputError, match=f"DF192 --output_dir .*{name}"):
+        detect(nut, bank, tmp_path / "out")
+    assert {f.name for f in (tmp_path / "out").rglob("*") if f.is_file()} == {".lock", file.name}
+    assert file.read_text() == "[1]"
+
+
+def test_an_output_folder_that_cannot_be_made(nut, bank, tmp_path, no_training):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="DF190 .*cannot be written"):
+        detect(nut, bank, tmp_path / "file/out")
+
+
+def test_what_a_kill_left_unfinished_is_removed(nut, bank, tmp_path, no_training):
+    left = [tmp_path / "out" / place / ".tmp-defectfill-x.json" for place in (".", "detect", "work")]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{")
+    with pytest.raises(TypeError):  # goes on to train
+        detect(nut, bank, tmp_path / "out")
+    assert not any(file.exists() for file in left)
+
+
+HEADS = (b"{a: [", b"- a", b"model-index: 3")
+
+
+@pytest.mark.parametrize("card", [None, b"", b"\xff\xfe\xfd", *(b"---\n%b\n---\n" % head for head in HEADS)])
+def test_a_card_that_cannot_be_read_is_told_before_anything_is_trained(nut, bank, tmp_path, no_training, card):
+    (lora := tmp_path / "lora").mkdir()
+    if card is not None:
+        (lora / "README.md").write_bytes(card)
+    with pytest.raises((InputError, TypeError)) as caught:
+        detect(nut, bank, tmp_path / "out", "--lora", lora)
+    assert (card == b"") == (caught.type is TypeError)  # an empty card can take figures
+    assert card == b"" or str(caught.value).startswith("DF385 ")
+
+
+@pytest.mark.parametrize("where", ["data", "bank"])
+@pytest.mark.parametrize("content", [b"", b"\x89PNG no more", b"%!PS-Adobe"])
+def test_images_that_cannot_be_read_are_told_before_anything_is_trained(
+    nut, bank, tmp_path, no_training, where, content
+):
+    file = nut / "test/hole/007.png" if where == "data" else bank / "images/hole/3.png"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"DF10. .*{file.name}"):
+        detect(nut, bank, tmp_path / "out")
+
+
+def test_a_mask_of_another_size_and_a_group_that_is_not_in_every_name(nut, bank, tmp_path, no_training):
+    with pytest.raises(InputError, match="DF350 "):
+        detect(nut, bank, tmp_path / "out", "--group", "hole/00(9)?")
+    put(bank, "images/hole/0.png", 99, size=64)
+    with pytest.raises(InputError, match="DF1.. .*hole/0.png"):
+        detect(nut, bank, tmp_path / "out")
+
+
+def test_a_single_test_part_is_told_before_anything_is_trained(nut, bank, tmp_path, no_training):
+    names = [f"test/hole/00{i}.png" for i in range(9)]
+    (tmp_path / "split.json").write_text(json.dumps({"train": names[:4], "test": names[4:5], "skipped": names[5:]}))
+    for number in (5, 6, 7):
+        (nut / f"train/good/00{number}.png").unlink()
+    with pytest.raises(InputError, match="DF352 --data_dir: has a single test part"):
+        detect(nut, bank, tmp_path / "out", "--split", tmp_path / "split.json", "--group", r"00(\d)")
+
+
+def test_data_without_good_images_is_told(nut, bank, tmp_path, no_training):
+    shutil.rmtree(nut / "train")
+    with pytest.raises(InputError, match="DF352 --data_dir: has no good images"):
+        detect(nut, bank, tmp_path / "out")
+
+
+def test_a_type_that_is_named_twice_is_one(nut, bank, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        evaluate, "train_and_test", lambda run, pool, evaluation, *more: 1 / len(evaluation.viewing.defects[1:])
+    )
+    with pytest.raises(ZeroDivisionError):
+        detect(nut, bank, tmp_path / "out", "--defect", "hole", "hole")
+
+
+def test_too_few_images_for_a_figure_of_quality(nut, bank, tmp_path):
+    for i in range(1, 6):
+        (bank / f"images/hole/{i}.png").unlink(), (bank / f"masks/hole/{i}.png").unlink()
+    net = make_squeezenet(tmp_path / "squeezenet.safetensors")
+    with pytest.raises(InputError, match="DF352 --bank .*KID needs 2 images or more"):
+        run("quality", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", tmp_path / "out",
+            "--resolution", 32, "--feature_net", net)  # fmt: skip
+
+
+def test_damaged_results_are_named_and_made_again(nut, bank, tmp_path, caplog, monkeypatch):
+    out, train, trained = tmp_path / "out", evaluate.train_and_test, []
+    monkeypatch.setattr(evaluate, "train_and_test", lambda run, *more: (trained.append(run), train(run, *more)))
+    detect(nut, bank, out)
+    report, folder, run = (out / "report.json").read_bytes(), out / "detect", trained[0]
+    figures, scores = run.file(folder), folder / f"{run.name}.safetensors"
+    whole, written = scores.read_bytes(), json.loads(figures.read_text())
+    tested = [plain_view(0)] * len(load_file(scores)["maps"])
+    assert read_run(run, folder, tested) == written
+    for content in (b"", whole[:-9], whole[:-1] + bytes([whole[-1] ^ 1]), b"x" * len(whole)):
+        scores.write_bytes(content)
+        with pytest.raises(InputError, match="DF330 .*not what was written"):
+            read_run(run, folder, tested)
+    scores.write_bytes(whole)
+    for content in ("", "[]", "{}", '{"threshold": NaN}', json.dumps(written | {"pixel_ap": 1.0})):
+        figures.write_text(content)
+        with pytest.raises(InputError, match="DF330 "):
+            read_run(run, folder, tested)
+    trained.clear(), scores.unlink(), detect(nut, bank, out)
+    assert trained == [run] and caplog.text.count("DF330 ") == 1 and (out / "report.json").read_bytes() == report
+    figures.write_text(json.dumps({k: v for k, v in written.items() if "sha256" not in k}))  # of an earlier version
+    assert read_run(run, folder, tested)["pixel_ap"] == written["pixel_ap"]
+
+
+def test_a_run_does_not_go_on_with_other_data_or_another_base(nut, tmp_path, monkeypatch, base):
+    monkeypatch.setattr(evaluate, "make_bank", lambda *args: None)
+    monkeypatch.setattr(evaluate, "check_leaks", lambda *args: 1 / 0)
+    shutil.copytree(base, tmp_path / "base")
+    argv = ["run", "--data_dir", nut, "--output_dir", tmp_path / "out", *FAST]
+    argv += ["--pretrained_model_name_or_path", tmp_path / "base"]
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            run(*argv)
+    config = tmp_path / "base/scheduler/scheduler_config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(InputError, match="DF320 base_sha256: .*has other content"):
+        run(*argv)
+    put(nut, "test/hole/000.png", 77, "ground_truth/hole/000_mask.png")
+    with pytest.raises(InputError, match="DF320 train_sha256"):
+        run(*argv)
+
+
+def test_a_signal_ends_an_evaluation_with_one_line(nut, bank, tmp_path):
+    def start():
+        evaluate.train_and_test = lambda *args: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60))
+        detect(nut, bank, tmp_path / "out")
+
+    assert wait_for(fork(start)) == 143
+
+
+EVIL = "<script>alert(1)</script>\x1b[31m\n| a |"
+
+
+def test_a_report_of_evil_names_is_inert(nut, bank, tmp_path):
+    out = tmp_path / "out"
+    detect(nut, bank, out)
+    run_of = lambda arm: Run("kall-nall", arm, 0, 0)
+    tested = [dataclasses.replace(plain_view(9), source=f"{EVIL}{i}", group=f"{EVIL}{i}") for i in range(4)]
+    labels = squares((3, 3, 5, 1), size=32)
+    tested = [dataclasses.replace(v, labels=labels if i < 2 else v.labels) for i, v in enumerate(tested)]
+    for arm in ("real", "real repeated", "ours"):
+        maps = np.random.default_rng(0).random((4, 32, 32)).astype(np.float16)
+        save_file({"maps": maps}, out / f"detect/{run_of(arm).name}.safetensors")
+        (out / f"detect/{run_of(arm).name}.json").write_text('{"threshold": 1e9, "pixel_ap": 0.5}')
+    told = write_report(out, EVIL, [run_of(arm) for arm in ("real", "real repeated", "ours")], tested, [EVIL], 20)
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert "<script>" not in page + text and "\x1b" not in text and len(told) == 4
+    assert [json.loads(line)["image"] for line in (out / "misses-kall-nall.jsonl").read_text().splitlines()]

@@ -136,3 +136,28 @@ def test_training_on_a_gpu_resumes_and_tells_its_memory(train, tmp_path, flags):
     assert [line["step"] for line in read_lines(out / "losses.jsonl")] == [*range(1, 9)]
     speed = json.loads((out / "run_record.json").read_text())["speed"]
     assert 0 < speed["peak_memory_gib"] <= speed["peak_reserved_gib"]
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "gpu_check.md"])
+def test_files_of_something_else_stay(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(gpu_check, "preload", None)  # not reached
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(SystemExit, match="not of this script"):
+        gpu_check.main(gpu_check.parse_args(["--output_dir", str(tmp_path)]))
+    assert (tmp_path / name).read_text() == "mine"
+    with pytest.raises(SystemExit, match="cannot be used"):
+        gpu_check.check_output(tmp_path / name / "out")
+
+
+def test_a_folder_work_of_something_else_stays(tmp_path, monkeypatch):
+    """Only the check's own, by a name that nothing else has, is deleted."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/thesis.txt").write_text("mine")
+    monkeypatch.setattr(gpu_check, "preload", lambda: None)
+    monkeypatch.setattr(gpu_check, "STEPS", {"environment": Step(lambda *args: {"gpu": None})})
+    monkeypatch.setattr(gpu_check, "page", lambda *args: "# GPU check\n")
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *args: None)
+    for _ in range(2):
+        gpu_check.main(gpu_check.parse_args(["--output_dir", str(tmp_path)]))
+    assert {f.name for f in tmp_path.iterdir()} == {"work", "logs", "results.jsonl", "gpu_check.md"}
+    assert (tmp_path / "work/thesis.txt").exists()

@@ -1,5 +1,6 @@
 """The LoRA file in other programs, and their LoRA files here."""
 
+import dataclasses
 import json
 import re
 
@@ -22,7 +23,7 @@ from defectfill.lora import (
     read_lora,
     save_lora,
 )
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, RunError
 from defectfill_scripts import merge_lora
 
 
@@ -225,3 +226,27 @@ def test_what_would_be_overwritten_or_does_not_merge_is_refused(trained, base, t
     with pytest.raises(RuntimeError, match="inpaints another image"):
         merge(trained, "--output_dir", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_odd_numbers_and_folders_of_a_merge_are_one_line(trained, tmp_path, capsys, monkeypatch):
+    flags = [["--resolution", "1000000000"], ["--resolution", "-8"], ["--lora_alpha", "nan"], ["--lora_alpha", "0"]]
+    for flag, value in flags:
+        with pytest.raises(SystemExit):
+            merge(trained, "--output_dir", tmp_path / "new", flag, value)
+        assert f"{flag} {value}: must be" in capsys.readouterr().err.replace("0.0", "0")
+    monkeypatch.setattr(merge_lora, "load_pipeline", None)  # not reached
+    with pytest.raises(InputError, match="DF184 --resolution 33"):
+        merge(trained, "--output_dir", tmp_path / "new", "--resolution", 33)
+    (tmp_path / "file").write_text("x")
+    for place in (["--output_dir", tmp_path / "file/x"], ["--output_dir", tmp_path / "new", "--single_file",
+                                                          tmp_path / "file/x.safetensors"]):  # fmt: skip
+        with pytest.raises(RunError, match="DF324 .*cannot be written"):
+            merge(trained, *place)
+
+
+def test_a_base_that_changed_is_not_merged(trained, tmp_path, monkeypatch):
+    read = merge_lora.read_base
+    monkeypatch.setattr(merge_lora, "read_base", lambda *args: dataclasses.replace(read(*args), digest="ab"))
+    monkeypatch.setattr(merge_lora, "load_pipeline", None)  # not reached
+    with pytest.raises(InputError, match="DF414 .*has other weights or configuration than when it was trained"):
+        merge(trained, "--output_dir", tmp_path / "new")

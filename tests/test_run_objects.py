@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from folders import make_free_folder, make_mvtec, make_seed_layout
 from toy_model import RESOLUTION
 
 from defectfill.runs.files import exclusive_lock
-from defectfill_dataset import InputError
+from defectfill_dataset import InputError, RunError
 from defectfill_scripts import run_objects
 
 
@@ -327,6 +328,76 @@ def test_files_that_are_not_ours(tmp_path, control, objects):
     (out / "nut/hole/job.json").write_text('{"train": {"command": 3}}')
     message = run(objects, "--output_dir", out)
     assert "nut/hole: DF310" in message and len(names(control)) == 4
+
+
+def test_the_name_of_a_type_that_failed_is_on_one_line(tmp_path, control):
+    make_seed_layout(tmp_path / "data/plate", {"hole": 3})
+    for folder in [*(tmp_path / "data/plate").rglob("hole")]:
+        folder.rename(folder.with_name("hole\nForged: fine"))
+    (control / "fail-train-hole_Forged_fine").touch()
+    message = run(tmp_path / "data", "--output_dir", tmp_path / "out")
+    assert [line.partition(":")[0] for line in message.split("\n")] == ["Failed", "plate/hole\\nForged"]
+
+
+def test_other_data_and_another_base_are_not_taken_for_done(tmp_path, control, objects, base):
+    argv = [objects, "--output_dir", tmp_path / "out", "--objects", "nut"]
+    argv.append(f"--train_args=--pretrained_model_name_or_path {shutil.copytree(base, tmp_path / 'base')}")
+    assert run(*argv) is None and run(*argv) is None and names(control) == STEPS[:2]
+    for number, name in enumerate(("test/hole/000.png", "ground_truth/hole/000_mask.png", "train/good/000.png")):
+        file = objects / "nut" / name
+        file.write_bytes(file.read_bytes() + b"changed")
+        assert run(*argv) is None and run(*argv) is None and names(control) == STEPS[:2] * (2 + number), name
+    config = tmp_path / "base/scheduler/scheduler_config.json"
+    config.write_text(config.read_text() + " ")
+    assert run(*argv) is None and names(control) == STEPS[:2] * 5
+
+
+def test_a_folder_good_of_something_else_stays(tmp_path, control, objects):
+    (own := tmp_path / "out/nut/hole/good").mkdir(parents=True)
+    (own / "photo.png").write_bytes(b"the only copy")
+    (tmp_path / "out/plate/hole").mkdir(parents=True)
+    (tmp_path / "out/plate/hole/good").symlink_to(own)
+    message = run(objects, "--output_dir", tmp_path / "out")
+    assert f"nut/hole: DF192 {own}: is not of this script" in message and "plate/hole: DF192" in message
+    assert (own / "photo.png").read_bytes() == b"the only copy" and len(list(own.iterdir())) == 1
+    assert names(control) == [*STEPS[:4:2], *STEPS[4:]]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "file above"])
+def test_an_output_folder_that_cannot_be_used_is_one_line(tmp_path, control, objects, kind):
+    out = tmp_path / "out"
+    if kind == "file above":
+        out.write_text("x")
+        with pytest.raises(RunError, match="DF324 .*cannot be written"):
+            run(objects, "--output_dir", out / "runs")
+        return
+    out.mkdir()
+    os.mkfifo(out / "summary.csv") if kind == "pipe" else (out / "summary.csv").mkdir()
+    with pytest.raises(InputError, match="DF192 .*summary.csv"):
+        run(objects, "--output_dir", out)
+
+
+def test_a_good_image_whose_path_is_too_long_a_name_is_told(tmp_path, control, objects):
+    file = objects / f"nut/train/good/{'x' * 120}/{'y' * 130}.png"
+    file.parent.mkdir()
+    shutil.copy(objects / "nut/train/good/000.png", file)
+    with pytest.raises(InputError, match="DF202 .*yyy"):
+        run(objects, "--output_dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("flag", ["--train_args", "--generate_args"])
+def test_flags_in_quotes_that_cannot_be_split(capsys, flag):
+    with pytest.raises(SystemExit):
+        run_objects.parse_args(["data", "--output_dir", "out", flag, "--prompt 'a"])
+    assert "cannot be split: No closing quotation" in capsys.readouterr().err
+
+
+def test_numbers_of_the_machine_are_bounded(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_objects.parse_args(["data", "--output_dir", "out", "--processes", "1000000000"])
+    assert "must be at most 1,000" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "x")
+    assert run_objects.parse_args(["data", "--output_dir", "out", "--shard", "0/2"]).shard == (0, 2)
 
 
 @pytest.mark.slow

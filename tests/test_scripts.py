@@ -333,3 +333,52 @@ def test_the_large_pipeline_has_stable_diffusions_sizes():
     pipe = random_sd2_pipeline(torch.device("meta"), torch.bfloat16)
     millions = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) // 10**6 for name in SD2_MILLIONS}
     assert millions == SD2_MILLIONS
+
+
+# Odd folders
+
+
+def test_an_ablation_does_not_go_on_with_other_options_or_on_half_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate.UNet2DModel, "from_pretrained", lambda path: None)
+    monkeypatch.setattr(ablate, "write_parts", lambda *args, **sizes: None)
+    monkeypatch.setattr(ablate, "table", lambda results: "| nothing |")
+    monkeypatch.setattr(ablate, "samples", lambda args, results: Image.new("RGB", (1, 1)))
+    command = (
+        f"--base x --segmenter y --output_dir {tmp_path}/out --cases nut:hole --variants recipe --seeds 0".split()
+    )
+    ablate.main(ablate.parse_args(command))
+    line = json.dumps({"variant": "recipe", "seed": 0, "part": "nut", "defect": "hole"})
+    (tmp_path / "out/results.jsonl").write_text(f"{line}\n{line[:20]}")
+    ablate.main(ablate.parse_args(command))
+    assert (tmp_path / "out/results.jsonl").read_text() == f"{line}\n"
+    with pytest.raises(InputError, match="DF320 steps"):
+        ablate.main(ablate.parse_args([*command, "--steps", "7"]))
+    (tmp_path / "out/results.jsonl").write_text('{"seed": 1}\n')
+    with pytest.raises(InputError, match="DF310 .*line 1"):
+        ablate.main(ablate.parse_args(command))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"x" * 100])
+def test_a_damaged_working_file_of_a_base_is_one_line(tmp_path, content):
+    file = tmp_path / "latents.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match="DF310 .*latents.safetensors"):
+        make_tiny_base.read_kept(file)
+
+
+def test_a_base_does_not_go_on_with_other_images(tmp_path, monkeypatch):
+    for i in range(make_tiny_base.HELD_OUT + 1):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(make_folder(tmp_path / "nut") / f"{i:04d}.png")
+    argv = [*SMALL, "--data_dir", tmp_path / "nut", "--scenes_only"]
+    monkeypatch.setattr(make_tiny_base, "load_scenes", lambda file, make: None)
+    make_base("--output_dir", tmp_path / "out", *argv)
+    make_base("--output_dir", tmp_path / "out", *argv)
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "nut/0000.png")
+    with pytest.raises(InputError, match="DF320 data_sha256"):
+        make_base("--output_dir", tmp_path / "out", *argv)
+
+
+def make_folder(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder

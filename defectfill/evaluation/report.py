@@ -6,18 +6,22 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pydantic import ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from defectfill_dataset import InputError, Problem, file_digest
 from defectfill_dataset.errors import one_line
-from defectfill_dataset.text import read_json
+from defectfill_dataset.text import Schema, read_json
 
 from ..markdown import markdown_table
 from ..runs.cards import markdown_text
 from ..runs.files import atomic_write, write_json
-from ..runs.manifest import write_lines
+from ..runs.manifest import SEAL, line_digest, write_lines
 from ..runs.report import image_element
 from .arms import CONTROLS
 from .figures import (
@@ -69,6 +73,48 @@ class Run:
     def file(self, folder: Path) -> Path:
         """Its figures, written last."""
         return folder / f"{self.name}.json"
+
+
+Figure = Annotated[float, Field(allow_inf_nan=False)] | None
+
+
+class RunFile(Schema):
+    """The figures of a run, and what seals them; runs of earlier versions have no digests."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Figure]
+    threshold: Annotated[float, Field(allow_inf_nan=False)]
+    maps_sha256: str | None = None
+    line_sha256: str | None = None
+
+
+AGAIN = "its detectors are trained again"
+
+
+def read_maps(run: Run, folder: Path) -> np.ndarray:
+    """(N, R, R) fp32 scores of a run."""
+    return load_file(folder / f"{run.name}.safetensors")["maps"].astype(np.float32)
+
+
+def read_run(run: Run, folder: Path, tested: Sequence[View]) -> dict:
+    """The figures of a run whose files lie in a folder.
+
+    Raises:
+        InputError: they, or its scores of the N views, are not what was written (DF330).
+    """
+    figures = read_json(run.file(folder), RunFile, "DF330", AGAIN)
+    try:
+        maps = read_maps(run, folder)
+        whole = maps.shape == (len(tested), *tested[0].mask.shape) and bool(np.isfinite(maps).all())
+    except (OSError, SafetensorError, KeyError, ValueError):
+        whole = False
+    if SEAL in figures:
+        content = {key: value for key, value in figures.items() if key != SEAL}
+        digest = file_digest(folder / f"{run.name}.safetensors")
+        whole &= figures[SEAL] == line_digest(content) and figures.get("maps_sha256") == digest
+    if not whole:
+        raise InputError(Problem("DF330", run.file(folder), "it or its scores are not what was written", AGAIN))
+    return figures
 
 
 @dataclasses.dataclass
@@ -278,14 +324,10 @@ td, th {{ padding: .2em .6em; text-align: left }} img {{ max-width: 100% }}</sty
 
 def read_results(folder: Path, runs: Sequence[Run], tested: Sequence[View]) -> dict[str, Results]:
     """The results of each setting, whose runs lie in a folder."""
-
-    def maps(run: Run) -> np.ndarray:
-        return load_file(folder / f"{run.name}.safetensors")["maps"].astype(np.float32)
-
     found: dict[str, Results] = {}
     for run in runs:
-        results = found.setdefault(run.setting, Results(tested, {}, maps))
-        results.figures[run] = read_json(run.file(folder))
+        results = found.setdefault(run.setting, Results(tested, {}, lambda run: read_maps(run, folder)))
+        results.figures[run] = read_run(run, folder, tested)
     return found
 
 
@@ -342,9 +384,10 @@ def write_report(
     parts += [(f"Curves: {FIGURES[key][0]}", curves(by_setting, key)) for key in COMPARED]
     write_json(output_dir / "report.json", record)
     with atomic_write(output_dir / "report.md") as temporary:
-        temporary.write_text("".join(as_markdown(title, about, parts)))
+        temporary.write_text("".join(as_markdown(title, about, parts)), encoding="utf-8")
     with atomic_write(output_dir / "report.html") as temporary:
-        temporary.write_text(PAGE.format(title=html.escape(title), body="\n".join(as_html(about, parts))))
+        page = PAGE.format(title=html.escape(title), body="\n".join(as_html(about, parts)))
+        temporary.write_text(page, encoding="utf-8")
     return verdicts
 
 

@@ -18,12 +18,14 @@ from defectfill_dataset import (
     InputError,
     Problem,
     binarise,
+    check_pairs,
     derive_seed,
     load_defect_pairs,
     load_image,
     open_image,
     pool_mask,
 )
+from defectfill_dataset.checks import find_problems
 from defectfill_dataset.masks import components
 from defectfill_dataset.writers.exports import read_generated
 
@@ -83,10 +85,12 @@ class Viewing:
         """
         if self.group is None:
             return name
-        if not (found := self.group.search(name)):
+        found = self.group.search(name)
+        part = found and (found.group(1) if self.group.groups else found.group())
+        if part is None:
             what = f"is not found in the image name '{name}'"
             raise InputError(Problem("DF350", f"--group {self.group.pattern}", what, "give one that every name has"))
-        return found.group(1) if self.group.groups else found.group()
+        return part
 
     def view(self, name: str, image: Image.Image, labels: np.ndarray, box: Box) -> View:
         """The view in a box; a pixel of it is labelled if any pixel under it is."""
@@ -221,7 +225,8 @@ def real_views(
             left_out += not found and split == "test"
         if not views[split]:
             raise InputError(Problem("DF352", "--defect", f"no {split} image shows them alone", "give other types"))
-    good, rows = data["good"], split_good(data, viewing, painted)
+    rows = split_good(data, viewing, painted)
+    good = data["good"]
     train_good, test_good = (
         [
             view
@@ -259,6 +264,16 @@ def labelled_images(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generated images
+
+
+def check_bank(folder: Path) -> None:
+    """Raises InputError with all that is wrong with the images and masks of `bank_images`."""
+    if not (folder / "manifest.jsonl").exists():
+        check_pairs(load_defect_pairs(folder, split="all")["train"])
+        return
+    items, problems = read_generated(folder, several=False)
+    if problems := problems or find_problems([item.row for item in items], folder):
+        raise InputError(*problems)
 
 
 def bank_images(folder: Path, defects: Sequence[str]) -> Iterator[tuple[str, Image.Image, np.ndarray]]:

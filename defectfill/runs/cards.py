@@ -7,8 +7,9 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from defectfill_dataset import file_digest
+from defectfill_dataset import InputError, Problem, file_digest
 from defectfill_dataset.errors import one_line
+from defectfill_dataset.text import MOST_YAML_BYTES, read_text
 
 from .files import atomic_write, visible_files
 
@@ -158,13 +159,28 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         temporary.write_text(str(card), encoding="utf-8")
 
 
+def read_model_card(folder: Path) -> ModelCard:
+    """The card of a LoRA's folder.
+
+    Raises:
+        InputError: there is none, or its head cannot be read (DF385).
+    """
+    file = folder / "README.md"
+    text = read_text(file, "DF385", "give the output folder of a training", MOST_YAML_BYTES)
+    try:
+        return ModelCard(text)
+    except Exception as error:  # of YAML, and of what the Hub's client makes of it
+        what = f"its head cannot be read: {' '.join(str(error).split())}"
+        raise InputError(Problem("DF385", file, what, "train again, or leave out --lora")) from error
+
+
 def add_results(folder: Path, dataset: str, results: dict[str, tuple[str, float]]) -> None:
     """Puts figures into the model-index of a LoRA's card, in place of those of the same dataset.
 
     Args:
         results: metric type -> its name and value.
     """
-    card = ModelCard.load(folder / "README.md")
+    card = read_model_card(folder)
     others = [result for result in card.data.eval_results or [] if result.dataset_name != dataset]
     card.data.model_name = card.data.model_name or "DefectFill LoRA"
     card.data.eval_results = others + [

@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -50,8 +51,10 @@ from toy_model import toy_pipeline  # noqa: E402
 
 from defectfill import base_files  # noqa: E402
 from defectfill.base_model import BaseModel, check_prompt, check_resolution, load_tokenizer, read_base  # noqa: E402
+from defectfill.evaluation import report as evaluation  # noqa: E402
 from defectfill.lora import LORA_FILE, add_lora, check_content, read_lora, save_lora  # noqa: E402
 from defectfill.runs import checkpoint as checkpoints  # noqa: E402
+from defectfill.runs.cards import add_results  # noqa: E402
 from defectfill.runs.flags import parse_generation_args  # noqa: E402
 from defectfill.runs.manifest import KINDS, PlanLine, merge_parts, read_lines, write_table  # noqa: E402
 from defectfill.runs.misses import read_misses  # noqa: E402
@@ -66,6 +69,7 @@ from defectfill_dataset.splits import split_rows  # noqa: E402
 from defectfill_dataset.synthesis.placement import NamedMask  # noqa: E402
 from defectfill_dataset.text import Schema, read_json  # noqa: E402
 from defectfill_dataset.writers.exports import read_generated  # noqa: E402
+from defectfill_scripts import run_objects  # noqa: E402
 
 
 LIMITS = {signal.ITIMER_PROF: 5.0, signal.ITIMER_REAL: 60.0}  # seconds of the CPU, and of the clock, for one file
@@ -312,6 +316,52 @@ def use_misses(folder: Path) -> None:
         shapes_like(masks, miss.size, miss.area, 180)(np.random.default_rng(0), (48, 48))
 
 
+DETECTOR, TESTED = evaluation.Run("kall-nall", "ours", 0, 0), [SimpleNamespace(mask=np.zeros((4, 4), dtype=bool))] * 2
+
+
+def make_detector(folder: Path) -> Path:
+    """What an evaluation keeps of a detector, without the digests that tell every change."""
+    (folder / DETECTOR.setting).mkdir()
+    save_file({"maps": torch.zeros(2, 4, 4)}, folder / f"{DETECTOR.name}.safetensors")
+    figures = {"pixel_ap": 0.5, "pro": 0.25, "image_auroc": 1.0, "threshold": 0.5, "missed": 0, "smallest_found": None}
+    write_json(DETECTOR.file(folder), figures)
+    return DETECTOR.file(folder)
+
+
+def read_detector(folder: Path) -> None:
+    figures = {DETECTOR: evaluation.read_run(DETECTOR, folder, TESTED)}
+    evaluation.figure_table(evaluation.Results(TESTED, figures, lambda run: np.zeros((2, 4, 4))))
+
+
+RECIPE = {"recipe": ["300", "8", "0.001"], "protocol": "clean", "data": {"kall-nall": "ab"}, "arms": {"ours": 1}}
+
+
+def make_recipe(folder: Path) -> Path:
+    write_json(folder / "options.json", RECIPE)
+    return folder / "options.json"
+
+
+def make_card(folder: Path) -> Path:
+    (folder / "README.md").write_text("---\nlicense: other\ntags:\n- lora\n---\n# A LoRA\n")
+    add_results(folder, "nut: hole", {"pixel_ap": ("pixel AP", 0.5)})
+    return folder / "README.md"
+
+
+JOB = run_objects.Job("nut", "hole", Path(), {}, "ab")
+
+
+def make_job(folder: Path) -> Path:
+    stage = {"command": ["--rank", "4"], "seconds": 3.5, "done": True}
+    write_json(folder / run_objects.JOB, {"train": stage, "generate": None, "failed": False})
+    return folder / run_objects.JOB
+
+
+def read_job(folder: Path) -> None:
+    job = JOB._replace(folder=folder)
+    run_objects.summary_line(job)
+    run_objects.read_job(job)
+
+
 def make_split(folder: Path) -> Path:
     make_mvtec(folder / "nut", {"hole": 3})
     names = [f"test/hole/00{i}.png" for i in range(3)]
@@ -357,6 +407,13 @@ TARGETS = {
     "digest": Target(make_digest, lambda folder: base_files.cached_digest(folder / "weights")),
     "cases": Target(make_cases, read_cases),
     "misses": Target(make_misses, use_misses),
+    "detector": Target(make_detector, read_detector),
+    "recipe": Target(
+        make_recipe,
+        lambda folder: checkpoints.check_identity(read_json(folder / "options.json", Schema, "DF310"), RECIPE),
+    ),
+    "card": Target(make_card, lambda folder: add_results(folder, "other", {"pixel_ap": ("pixel AP", 0.5)})),
+    "job": Target(make_job, read_job),
     "split": Target(make_split, read_split),
     "record": Target(make_lora("defectfill", RECORD), read_header("defectfill")),
     "peft header": Target(make_lora("lora_adapter_metadata", PEFT), read_header("lora_adapter_metadata")),

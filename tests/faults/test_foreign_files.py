@@ -109,6 +109,12 @@ def test_unknown_keys_and_the_values_as_they_are_written_stay():
     assert list(parse_json('{"b": 1, "step": 1, "a": {}}', Small)) == ["b", "step", "a"]
 
 
+def test_a_table_with_an_endless_cell_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n" + "x" * 200_000 + ",1\n")
+    with pytest.raises(InputError, match="DF166 .*is not a table: field larger than"):
+        read_csv(tmp_path / "x.csv")
+
+
 def test_yaml_does_not_grow(tmp_path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
@@ -378,6 +384,7 @@ WRONG_RUNS = {
     "texts": [str(run) for run in RUNS],
     "bools": [True, 48 * 48 - 1],
     "negative": [RUNS[0] + 5, -5, *RUNS[2:]],
+    "negative, filling the image": [48 * 48 + 5, -5],
     "few": RUNS[:-1],
     "many": [*RUNS, 1],
     "huge": [10**400],
@@ -437,8 +444,12 @@ def test_run_lengths_of_other_programs_are_counted_too(tmp_path):
 
 
 def test_polygons_and_shapes_are_bounded(tmp_path):
+    def corners():
+        yield from [[1, 1]] * 10_001
+        raise AssertionError("it reads on")
+
     with pytest.raises(ValueError, match="more than 10,000 corners"):
-        polygon(([1, 1] for _ in range(10**6)), (48, 48))
+        polygon(corners(), (48, 48))
     root = make_coco(tmp_path / "nut")
     file = root / "annotations/instances.json"
     content = json.loads(file.read_text())
@@ -451,6 +462,16 @@ def test_polygons_and_shapes_are_bounded(tmp_path):
     write_json(file, content)
     (problem,) = read_object(root, "nut").problems
     assert "it has 20,000 shapes; at most 10,000 are read" in problem.what
+
+
+def test_a_number_of_400_digits_is_none(tmp_path):
+    root = make_coco(tmp_path / "nut")
+    file = root / "annotations/instances.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["segmentation"] = [[10**400, 10, 20, 10, 20, 20]]
+    write_json(file, content)
+    (problem,) = read_object(root, "nut").problems
+    assert problem.code == "DF167" and problem.what.endswith("0 is not a number")
 
 
 @pytest.mark.parametrize("grid", [0, 1, 2, 4])

@@ -205,16 +205,32 @@ def test_one_signal_to_all_processes_of_a_run_counts_once(start, name):
 def test_a_later_second_signal_ends_a_launched_process_at_once(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(signals, "TOGETHER", 0.5)
+    read, write = os.pipe()
 
     def process():
         stop = signals.StopSignal()
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # passed on by the launcher
         assert stop.number == signal.SIGINT
+        os.write(write, b"goes on")
         time.sleep(0.7)
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert wait_for(fork(process)) == 143
+    os.close(write)
+    assert os.read(read, 9) == b"goes on"
+
+
+@pytest.mark.parametrize("orphan, parents", [(True, [7, 7]), (False, [7, 1])])
+def test_a_launcher_that_ended_before_its_end_was_asked_for_is_noticed(monkeypatch, orphan, parents):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(signals, "is_orphan", lambda parent: orphan)
+
+    def process():
+        monkeypatch.setattr(signals.os, "getppid", iter(parents).__next__)
+        assert signals.StopSignal().number == signals.GENTLE
+
+    assert wait_for(fork(process)) == 0
 
 
 def test_a_library_that_does_not_return_holds_up_no_signal():

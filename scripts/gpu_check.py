@@ -496,11 +496,9 @@ def check_output(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, begins in (("results.jsonl", b'{"name": "environment"'), ("gpu_check.md", b"# GPU check")):
-            if (folder / name).is_file():
-                with (folder / name).open("rb") as file:
-                    ours = file.read(len(begins)) in (b"", begins)
-            if not (ours if (folder / name).is_file() else not (folder / name).exists()):
-                sys.exit(f"{json.dumps(str(folder / name))} is not of this script; choose another --output_dir")
+            file = folder / name
+            if file.exists() and not (file.is_file() and file.read_bytes()[: len(begins)] in (b"", begins)):
+                sys.exit(f"{json.dumps(str(file))} is not of this script; choose another --output_dir")
     except OSError as error:
         sys.exit(f"--output_dir {json.dumps(str(folder))} cannot be used: {error.strerror}")
 

@@ -51,6 +51,7 @@ if stage == "generate":
     (output / "images").mkdir(exist_ok=True)
     for i in range(int(argv[argv.index("--num_images") + 1])):
         (output / f"images/{i}.png").touch()
+time.sleep(0.1)  # seconds are told to a tenth
 """
 
 

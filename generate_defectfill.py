@@ -38,7 +38,7 @@ from defectfill.lora import ADAPTER, LoraFile, check_content, check_fits, fuse_l
 from defectfill.memory import GENERATION_NEEDS_LESS, is_out_of_memory, told_if_out_of_memory
 from defectfill.runs.checkpoint import check_identity
 from defectfill.runs.disks import is_of_disk, told_if_unwritable
-from defectfill.runs.files import atomic_write, clear_leftovers, finite, save_image, write_json
+from defectfill.runs.files import LONGEST_NAME, atomic_write, clear_leftovers, finite, save_image, write_json
 from defectfill.runs.flags import parse_generation_args
 from defectfill.runs.inputs import read_inputs
 from defectfill.runs.loading import ahead
@@ -105,7 +105,6 @@ from defectfill_dataset.text import Schema, read_json
 
 SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image
 WRITERS = 4  # threads
-LONGEST_NAME = 255  # bytes of a file's name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,11 @@ class BaseModel:
 # Configuration
 
 
+def read_local_base(name: str) -> BaseModel | None:
+    """`read_base` of a folder; None for a base on the Hub."""
+    return read_base(name) if Path(name).expanduser().is_dir() else None
+
+
 def read_base(
     name: str, revision: str | None = None, cache_dir: str | None = None, variant: str | None = None
 ) -> BaseModel:

@@ -29,8 +29,8 @@ from defectfill.drawn.parts import write_parts
 from defectfill.drawn.scores import defect_features, figures_of, iou, segment
 from defectfill.lora import read_lora
 from defectfill.markdown import markdown_table
-from defectfill.runs.checkpoint import check_identity
-from defectfill.runs.files import exclusive_lock, write_json
+from defectfill.runs.checkpoint import keep_options
+from defectfill.runs.files import exclusive_lock
 from defectfill.runs.manifest import read_lines, write_lines
 from defectfill.sampling import inpaint
 from defectfill_dataset import derive_seed, tensor_image
@@ -222,10 +222,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     with exclusive_lock(args.output_dir):
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        if (file := args.output_dir / "options.json").exists():
-            before = read_json(file, Schema, "DF310")
-            check_identity(*({k: v for k, v in x.items() if k not in MAY_CHANGE} for x in (before, options)))
-        write_json(file, options)
+        keep_options(args.output_dir / "options.json", options, MAY_CHANGE)
         for part in {case.partition(":")[0] for case in args.cases}:
             if not (args.output_dir / "data" / part).exists():
                 write_parts(args.output_dir / "data", [part], size=256, defects=12, good=4, seed=0)

@@ -62,7 +62,7 @@ from defectfill.latents import ImageLatents, encode_images
 from defectfill.lora import LORA_TARGETS, add_lora, lora_parameters
 from defectfill.markdown import markdown_table
 from defectfill.random_base import random_sd2_pipeline
-from defectfill.runs.files import atomic_write, is_record, write_json
+from defectfill.runs.files import atomic_write, is_record, refuse_foreign, write_json
 from defectfill.runs.record import versions
 from defectfill.runs.speed import peak_memory
 from defectfill.sampling import SCHEDULERS, compile_unet, inpaint, load_pipeline
@@ -739,12 +739,9 @@ def check_output(folder: Path, what: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(Problem("DF190", f"--output_dir {folder}", f"cannot be made: {error.strerror}")) from error
-    found = [
-        name for name in (ENVIRONMENT, *(f"{what}.{end}" for end in ("md", "csv", "png"))) if (folder / name).exists()
-    ]
-    if found and not is_record(folder / ENVIRONMENT, "what", "device", "threads"):
-        what = f"holds {', '.join(found)} of something else"
-        raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
+    if not is_record(folder / ENVIRONMENT, "what", "device", "threads"):
+        names = (ENVIRONMENT, *(f"{what}.{end}" for end in ("md", "csv", "png")))
+        refuse_foreign(folder, [name for name in names if (folder / name).exists()])
 
 
 def main(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import unicodedata
 from pathlib import Path
 
 from defectfill.runs.disks import told_if_unwritable
-from defectfill.runs.files import is_record, save_image, write_json
+from defectfill.runs.files import is_record, refuse_foreign, save_image, write_json
 from defectfill_dataset import InputError, MaskClasses, Problem, find_objects
 from defectfill_dataset.checks import skippable
 from defectfill_dataset.commands import Parser, add_reading_flags, exit_on_input_error, say
@@ -111,8 +111,7 @@ def check_own(folder: Path | None, objects: list[str]) -> None:
     names = [REPORT, *(f"{name}.png" for name in objects)]
     found = [name for name in names if folder and (folder / name).exists()]
     if found and not is_record(folder / REPORT, "resolution", "objects"):
-        what = f"holds {', '.join(found[:4])} of something else"
-        raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
+        refuse_foreign(folder, found[:4])
 
 
 def print_report(report: ObjectReport) -> None:

@@ -36,7 +36,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from defectfill.base_model import read_base
+from defectfill.base_model import read_local_base
 from defectfill.evaluation.arms import CONTROLS, Backgrounds, Pool, bank_pool, control_pools, paste_views
 from defectfill.evaluation.detectors import (
     DIVISOR,
@@ -51,7 +51,7 @@ from defectfill.evaluation.detectors import (
 )
 from defectfill.evaluation.figures import class_figures, part_figures, pixel_figures
 from defectfill.evaluation.quality import NETWORKS, Features, defect_crop, kid, nearest, quality_figures
-from defectfill.evaluation.report import Run, markdown_table, read_run, results_for_card, write_report
+from defectfill.evaluation.report import Run, escaped, read_run, results_for_card, write_report
 from defectfill.evaluation.views import (
     Leak,
     RealViews,
@@ -64,6 +64,7 @@ from defectfill.evaluation.views import (
     painted_rows,
     real_views,
 )
+from defectfill.markdown import markdown_table
 from defectfill.runs import checkpoint as checkpoints
 from defectfill.runs import signals
 from defectfill.runs.cards import add_results, read_model_card
@@ -75,6 +76,7 @@ from defectfill.runs.files import (
     exclusive_lock,
     finite,
     is_record,
+    refuse_foreign,
     save_image,
     write_json,
 )
@@ -105,7 +107,7 @@ from defectfill_dataset.commands import (
     seed,
 )
 from defectfill_dataset.splits import SplitFile
-from defectfill_dataset.text import Schema, read_json
+from defectfill_dataset.text import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -348,9 +350,7 @@ def check_options(folder: Path, options: dict) -> None:
     An earlier version may have written fewer options.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (file := folder / "options.json").exists():
-        checkpoints.check_identity(options | read_json(file, Schema, "DF310"), options)
-    write_json(file, options)
+    checkpoints.keep_options(folder / "options.json", options, may_lack=True)
 
 
 def train_and_test(run: Run, pool: Pool, evaluation: Evaluation, recipe: Recipe, folder: Path) -> None:
@@ -466,7 +466,7 @@ def write_quality(file: Path, record: dict) -> str:
         rows.append([key, *("none" if x is None else f"{x:.3f}" for x in names)])
     one = next(iter(record["banks"].values()))["whole"]
     text = f"Features of {one['network']}; KID on {one['kid_subsets']} subsets of {one['kid_subset_size']}.\n\n"
-    text += markdown_table(rows)
+    text += markdown_table(escaped(rows))
     with atomic_write(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return text
@@ -482,8 +482,7 @@ def make_banks(evaluation: Evaluation) -> None:
     names = ("train_args", "generate_args", "filter_args", "pretrained_model_name_or_path", "num_images", "seed")
     data = {f"{split}_sha256": data_digest(rows) for split, rows in evaluation.data.items()}
     options = {name: getattr(args, name) for name in names} | {"defects": list(evaluation.viewing.defects)}
-    if Path(args.pretrained_model_name_or_path).expanduser().is_dir():
-        base = read_base(args.pretrained_model_name_or_path)
+    if base := read_local_base(args.pretrained_model_name_or_path):
         data |= {"base": base.name, "base_sha256": base.digest}
     check_options(work, options | data)
     write_good(evaluation, work / "good")
@@ -761,10 +760,7 @@ def check_own(folder: Path) -> None:
     if any(is_record(folder / name, *keys) for name, keys in RECORDS.items()):
         return
     found = [f for pattern in WRITTEN for f in sorted(folder.glob(pattern)) if not f.name.startswith(TEMPORARY)]
-    if found:
-        names = ", ".join(f.relative_to(folder).as_posix() for f in found[:4])
-        what = f"holds {names} of something else"
-        raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
+    refuse_foreign(folder, [f.relative_to(folder).as_posix() for f in found[:4]])
 
 
 def main(args: argparse.Namespace) -> None:

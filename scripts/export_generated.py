@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from defectfill.runs.cards import treatment_in_words, write_dataset_card
 from defectfill.runs.disks import NOTHING_WRITTEN, told_if_unwritable
-from defectfill.runs.files import TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
+from defectfill.runs.files import LONGEST_NAME, TEMPORARY, clear_leftovers, exclusive_lock, publish_dir
 from defectfill_dataset import InputError, Problem
 from defectfill_dataset.checks import inspect_row, outside_links
 from defectfill_dataset.commands import Parser, exit_on_input_error, say
@@ -95,7 +95,7 @@ def long_names(items: list[ExportImage]) -> list[Problem]:
     return [
         Problem("DF202", item.row.image, f"its mask would be called {item.name}{LONGEST_END}", "shorten its name")
         for item in items
-        if len(os.fsencode(item.name + LONGEST_END)) > 255
+        if len(os.fsencode(item.name + LONGEST_END)) > LONGEST_NAME
     ]
 
 

@@ -78,7 +78,7 @@ from defectfill_dataset import (
 from defectfill_dataset.commands import Parser, exit_on_input_error
 from defectfill_dataset.masks import bounds
 from defectfill_dataset.readers import image_files
-from defectfill_dataset.text import Schema, read_json
+from defectfill_dataset.text import read_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -525,9 +525,7 @@ def main(args: argparse.Namespace) -> None:
         digests = (f"{file} {file_digest(file)}\n" for file in pictures_in(args.data_dir))
         options["data_sha256"] = hashlib.sha256("".join(digests).encode(errors="surrogateescape")).hexdigest()
     with exclusive_lock(work_dir):
-        if (work_dir / "options.json").exists():
-            checkpoints.check_identity(read_json(work_dir / "options.json", Schema, "DF310"), options)
-        write_json(work_dir / "options.json", options)
+        checkpoints.keep_options(work_dir / "options.json", options)
         began = time.time()
         cells = args.resolution // pipe.vae_scale_factor
         pictures = (

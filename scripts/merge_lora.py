@@ -20,7 +20,7 @@ from defectfill.base_model import check_resolution, read_base
 from defectfill.lora import LoraFile, check_content, check_fits, fuse_lora, load_lora, read_lora
 from defectfill.runs.disks import NOTHING_WRITTEN, told_if_unwritable
 from defectfill.runs.files import TEMPORARY, atomic_write, usual_mode, visible_files
-from defectfill.runs.flags import add_base_flags
+from defectfill.runs.flags import MOST_OF_TRAINING, add_base_flags
 from defectfill.sampling import inpaint, load_pipeline
 from defectfill.single_file import save_single_file
 from defectfill_dataset import InputError, Problem
@@ -28,7 +28,7 @@ from defectfill_dataset.commands import Parser, exit_on_input_error, say
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LARGEST = 8192  # px
+LARGEST = MOST_OF_TRAINING["resolution"]
 TOLERANCE = 0.01  # of pixels in [0, 1]: a merged weight rounds differently
 
 

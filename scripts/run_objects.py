@@ -37,10 +37,10 @@ import defectfill.quiet  # noqa: F401
 import filelock
 import torch
 
-from defectfill.base_model import read_base
+from defectfill.base_model import read_local_base
 from defectfill.runs import signals
 from defectfill.runs.disks import told_if_unwritable
-from defectfill.runs.files import atomic_write, exclusive_lock, write_json
+from defectfill.runs.files import LONGEST_NAME, atomic_write, exclusive_lock, write_json
 from defectfill.runs.flags import parse_generation_args, parse_training_args
 from defectfill_dataset import InputError, MaskClasses, Problem, file_digest, find_objects, single_types
 from defectfill_dataset.commands import (
@@ -62,7 +62,6 @@ STAGES = {"train": "lora", "generate": "generated"}  # and the folder that each 
 COMMANDS = {stage: [sys.executable, "-m", f"{stage}_defectfill"] for stage in STAGES}
 COLUMNS = ["object", "defect", "status", "train_seconds", "generate_seconds", "images"]
 SUMMARY, JOB = "summary.csv", "job.json"
-LONGEST_NAME = 255  # bytes of a file's name
 MOST_PROCESSES = 1000
 PATIENCE = 60  # seconds for the command of a start that was killed to write its checkpoint
 
@@ -157,11 +156,6 @@ def inputs_digest(root: Path, rows: Sequence[Row], defect: str, good: dict[str, 
     for name, image in sorted(good.items()):
         digest.update(f"{name} {image.stat().st_size if image.is_file() else None}\n".encode(errors="replace"))
     return digest.hexdigest()
-
-
-def base_sha256(name: str) -> str | None:
-    """The digest of a base in a folder, which is checked; None for one of the Hub."""
-    return read_base(name).digest if Path(name).expanduser().is_dir() else None
 
 
 def arguments(job: Job, args: argparse.Namespace) -> dict[str, list[str]]:
@@ -437,9 +431,10 @@ def print_plan(jobs: list[Job], args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     jobs = find_jobs(args)
     argv = arguments(jobs[0], args)
-    training, _ = parse_training_args("", argv["train"]), parse_generation_args("", argv["generate"])  # wrong flags
-    if digest := base_sha256(training.pretrained_model_name_or_path):
-        jobs = [job._replace(sha256=f"{job.sha256} {digest}") for job in jobs]
+    training = parse_training_args("", argv["train"])  # wrong flags end it here
+    parse_generation_args("", argv["generate"])
+    if base := read_local_base(training.pretrained_model_name_or_path):
+        jobs = [job._replace(sha256=f"{job.sha256} {base.digest}") for job in jobs]
     check_output(args.output_dir)
     number, of = args.shard
     mine = jobs[number::of]

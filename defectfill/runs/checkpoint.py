@@ -445,6 +445,22 @@ def differing_keys(one: dict, other: dict) -> list[str]:
     return [key for key in sorted((one.keys() | other.keys()) - {ignored}) if one.get(key) != other.get(key)]
 
 
+def keep_options(file: Path, options: dict, may_change: Sequence[str] = (), may_lack: bool = False) -> None:
+    """Writes the options of a run that goes on where it was killed.
+
+    Args:
+        may_change: options that decide no result.
+        may_lack: whether an earlier version may have written fewer.
+
+    Raises:
+        InputError: the file holds others (DF320), or no options (DF310).
+    """
+    if file.exists():
+        before = (options if may_lack else {}) | read_json(file, Schema, "DF310")
+        check_identity(*({k: v for k, v in x.items() if k not in may_change} for x in (before, options)))
+    write_json(file, options)
+
+
 def check_identity(saved: dict, now: dict) -> None:
     """Raises InputError (DF320), with each difference, unless a run resumes with the options it began with."""
     changed = differing_keys(saved, now)

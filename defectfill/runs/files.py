@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from defectfill_dataset.text import Schema, read_json
 
 
 TEMPORARY = ".tmp-defectfill-"  # prefix of every unfinished file and folder
+LONGEST_NAME = 255  # bytes of a name that file systems take
 ON_WINDOWS = os.name == "nt"
 PATIENCE = 10.0  # seconds that a rename waits there for another program, such as a virus scanner, to close the file
 _umask_lock = threading.Lock()
@@ -95,6 +96,13 @@ def save_image(image: Image.Image, path: Path, exif: bytes = b"") -> None:
     """Writes a PNG file atomically and quickly; `exif` is its only metadata."""
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", exif=exif, compress_level=1)
+
+
+def refuse_foreign(folder: Path, found: Sequence[str]) -> None:
+    """Raises InputError (DF192) if files, or folders, of something else were found in an output folder."""
+    if found:
+        what = f"holds {', '.join(found)} of something else"
+        raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
 
 
 def is_record(file: Path, *keys: str) -> bool:

@@ -29,7 +29,7 @@ from defectfill_dataset.text import (
     read_text,
 )
 
-from .files import atomic_write, is_record
+from .files import atomic_write, is_record, refuse_foreign
 from .source_images import SourceImage
 from .speed import SPEED
 
@@ -115,9 +115,7 @@ def check_own(folder: Path) -> None:
     found = [kind for kind in KINDS if (folder / kind).is_dir() and any((folder / kind).iterdir())]
     found += [name for name in (SETTINGS, PLAN, MANIFEST, TABLE, REPORT, SHEET, SPEED) if (folder / name).exists()]
     found += [file.name for file in sorted(folder.glob(PARTS))]
-    if found:
-        what = f"holds {', '.join(found)} of something else"
-        raise InputError(Problem("DF192", f"--output_dir {folder}", what, "choose another folder"))
+    refuse_foreign(folder, found)
 
 
 def read_lines(file: Path, schema: type[PlanLine]) -> list[dict]:

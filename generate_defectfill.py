@@ -14,6 +14,7 @@ Masks are 1 inside the defect.
 import dataclasses
 import datetime
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -64,7 +65,7 @@ from defectfill.runs.manifest import (
 )
 from defectfill.runs.misses import good_images_near
 from defectfill.runs.plan import PlannedImage, Recipe, RequestInputs, batch_plan, check_plan, make_plan
-from defectfill.runs.processes import check_launch, from_main_process, locked_start
+from defectfill.runs.processes import check_launch, from_main_process, locked_start, slow_precision
 from defectfill.runs.report import contact_row, stack, thumbnail, write_report
 from defectfill.runs.requests import GenerationCommand
 from defectfill.runs.signals import end_with_launcher, exit_on_signal
@@ -102,6 +103,8 @@ from defectfill_dataset.commands import exit_on_input_error, say
 from defectfill_dataset.errors import one_line
 from defectfill_dataset.text import Schema, read_json
 
+
+logger = logging.getLogger(__name__)
 
 SHEET_IMAGES, SHEET_CROPS = 24, 12  # on the contact sheet; of each image
 WRITERS = 4  # threads
@@ -595,6 +598,8 @@ def prepare(command: GenerationCommand, device: torch.device) -> PreparedGenerat
         "keep_metadata": command.keep_metadata,
         "mixed_precision": command.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
     }
+    for line in slow_precision(settings["mixed_precision"], device):
+        logger.warning(line)
     if any(request.like for request in command.requests):
         plan = make_plan([near_misses(one, base, resolution, command.cache_dir, device) for one in inputs])
     squeezenet = read_squeezenet(command.likeness_net) if command.likeness_net else None

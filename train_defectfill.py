@@ -59,7 +59,7 @@ from defectfill.runs.files import atomic_write, clear_leftovers, save_image, wri
 from defectfill.runs.flags import check_training_args, parse_training_args
 from defectfill.runs.hub import check_hub, push
 from defectfill.runs.loading import load_batches
-from defectfill.runs.processes import check_launch, check_same, contradictions, from_main_process, locked_start
+from defectfill.runs.processes import check_launch, check_same, from_main_process, launch_notes, locked_start
 from defectfill.runs.record import LossLog, lora_record, run_record, stop_if_all_skipped, stop_if_not_finite
 from defectfill.runs.signals import StopSignal
 from defectfill.runs.space import check_space
@@ -880,7 +880,7 @@ def main(args: argparse.Namespace) -> None:
     )
     logs.start_logging(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    for line in contradictions(args.gradient_accumulation_steps, args.mixed_precision):
+    for line in launch_notes(args.gradient_accumulation_steps, args.mixed_precision, accelerator):
         logger.warning(line)
     prepared = prepare(args, accelerator)
     stop, start = StopSignal(), functools.partial(start_run, args, prepared, accelerator)

@@ -25,7 +25,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import defectfill.quiet  # noqa: F401
 
@@ -33,7 +35,6 @@ import numpy as np
 import torch
 from datasets import DatasetDict
 from PIL import Image
-from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from defectfill.base_model import read_local_base
@@ -43,15 +44,10 @@ from defectfill.evaluation.detectors import (
     Recipe,
     can_load_pretrained,
     check_networks,
-    classify,
-    main_types,
-    score_maps,
-    train_classifier,
-    train_segmenter,
 )
-from defectfill.evaluation.figures import class_figures, part_figures, pixel_figures
 from defectfill.evaluation.quality import NETWORKS, Features, defect_crop, kid, nearest, quality_figures
 from defectfill.evaluation.report import Run, escaped, read_run, results_for_card, write_report
+from defectfill.evaluation.training import TestSet, cores_each, train_all
 from defectfill.evaluation.views import (
     Leak,
     RealViews,
@@ -74,13 +70,13 @@ from defectfill.runs.files import (
     atomic_write,
     clear_leftovers,
     exclusive_lock,
-    finite,
     is_record,
     refuse_foreign,
     save_image,
     write_json,
 )
-from defectfill.runs.manifest import SEAL, ManifestLine, line_digest, read_lines
+from defectfill.runs.manifest import ManifestLine, read_lines
+from defectfill.runs.processes import slow_precision
 from defectfill_dataset import (
     InputError,
     Problem,
@@ -89,7 +85,6 @@ from defectfill_dataset import (
     data_digest,
     defect_types,
     derive_seed,
-    file_digest,
     image_tensor,
     load_defect_pairs,
     load_image,
@@ -303,6 +298,8 @@ def detect(evaluation: Evaluation, notes: Sequence[str]) -> None:
                     args.mixed_precision, device())  # fmt: skip
     if recipe.pretrained and not can_load_pretrained(recipe):
         recipe = recipe._replace(pretrained=False)
+    for line in slow_precision(recipe.mixed_precision, recipe.device):
+        logger.warning(line)
     folder = args.output_dir / "detect"
     options = {"recipe": [str(x) for x in recipe], "protocol": args.protocol}
     options |= {"data": {setting.name: evaluation.digest(setting) for setting in settings_of(args)}}
@@ -314,21 +311,22 @@ def detect(evaluation: Evaluation, notes: Sequence[str]) -> None:
         for number in range(args.seeds)
     ]
     jobs.sort(key=lambda job: job[4])  # all arms with one seed, before the next
-    with tqdm(jobs, desc="Detectors", mininterval=5) as progress:
-        for setting, arm, bank, make, number in progress:
-            run = Run(setting.name, arm, bank, number)
-            if not is_kept(run, folder, views):
-                train_and_test(run, make(), evaluation, recipe, folder)
+    runs = [(Run(setting.name, arm, bank, number), make) for setting, arm, bank, make, number in jobs]
+    missing = [(run, make) for run, make in runs if not is_kept(run, folder, views)]
+    test_set = TestSet.of([*views.test, *views.test_good], len(evaluation.viewing.defects))
+    with tqdm(total=len(runs), initial=len(runs) - len(missing), desc="Detectors", mininterval=5) as progress:
+        for _ in train_all(missing, test_set, recipe, args.seed, folder, args.workers):
+            progress.update()
     notes = [*notes]
     if views.left_out:
         notes.append(f"{views.left_out} test images were left out: defects of other types lie too near")
     if not recipe.pretrained:
         notes.append("the detectors start from random weights")
     title = f"{args.object or args.data_dir.name}: {', '.join(evaluation.viewing.defects)}"
-    runs = [Run(setting.name, arm, bank, number) for setting, arm, bank, _, number in jobs]
-    say(*write_report(args.output_dir, title, runs, [*views.test, *views.test_good], notes))
+    done, defects = [run for run, _ in runs], evaluation.viewing.defects
+    say(*write_report(args.output_dir, title, done, [*views.test, *views.test_good], notes, defects))
     if args.lora:
-        found = results_for_card(read_json(args.output_dir / "report.json"), runs[0].setting, next(iter(args.bank)))
+        found = results_for_card(read_json(args.output_dir / "report.json"), done[0].setting, next(iter(args.bank)))
         add_results(args.lora, title, found)
 
 
@@ -351,26 +349,6 @@ def check_options(folder: Path, options: dict) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints.keep_options(folder / "options.json", options, may_lack=True)
-
-
-def train_and_test(run: Run, pool: Pool, evaluation: Evaluation, recipe: Recipe, folder: Path) -> None:
-    """Trains the arm's detectors and writes their scores and figures."""
-    tested = [*evaluation.views.test, *evaluation.views.test_good]
-    images, masks = np.stack([view.image for view in tested]), np.stack([view.mask for view in tested])
-    seed = derive_seed(evaluation.args.seed, "detector", run.seed)  # the same for all arms
-    maps = score_maps(train_segmenter(pool, recipe, seed), images, recipe).astype(np.float16)
-    if not np.isfinite(maps).all():
-        raise RunError(Problem("DF323", run.name, "some of its scores are not finite", "give a lower --learning_rate"))
-    figures = pixel_figures(maps.astype(np.float32), masks) | part_figures(maps.astype(np.float32), masks)
-    if len(defects := evaluation.viewing.defects) > 1:
-        classes = classify(train_classifier(pool, len(defects), recipe, seed), images, recipe)
-        true = main_types(torch.from_numpy(np.stack([view.labels for view in tested]))).numpy()
-        figures |= class_figures(classes, true)
-    run.file(folder).parent.mkdir(exist_ok=True)
-    with atomic_write(folder / f"{run.name}.safetensors") as temporary:
-        save_file({"maps": maps}, temporary)
-    figures = finite(figures | {"maps_sha256": file_digest(folder / f"{run.name}.safetensors")})
-    write_json(run.file(folder), figures | {SEAL: line_digest(figures)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,10 +464,14 @@ def make_banks(evaluation: Evaluation) -> None:
         data |= {"base": base.name, "base_sha256": base.digest}
     check_options(work, options | data)
     write_good(evaluation, work / "good")
+    banks, loras, images = range(args.banks), list[Step](), list[Step]()
     for k in args.references or [None]:
-        for bank in range(args.banks):
-            make_bank(evaluation, work / f"k{k or 'all'}", k, bank)
-    banks = range(args.banks)
+        for bank in banks:
+            lora, *its_images = steps_of_bank(evaluation, work / f"k{k or 'all'}", k, bank)
+            loras.append(lora)
+            images += its_images
+    start_all("LoRAs", loras, args.workers)
+    start_all("Banks", images, args.workers)
     args.bank = {"defectfill": [f"{work}/k{K}/defectfill-{bank}" for bank in banks]}
     args.bank |= {arm: [f"{work}/k{K}/{arm.replace(' ', '-')}-0"] for arm in ablations(args)}
     args.lora = work / f"k{settings_of(args)[0].references or 'all'}" / "lora-0"
@@ -510,8 +492,15 @@ def write_good(evaluation: Evaluation, folder: Path) -> None:
                 load_image(evaluation.data["good"][i]["image"]).save(temporary, format="PNG")
 
 
-def make_bank(evaluation: Evaluation, folder: Path, k: int | None, bank: int) -> None:
-    """A LoRA of `k` references and its images; of the first bank also those of the `ablations`."""
+class Step(NamedTuple):
+    """A command of a run: the module and its arguments, and the file that it writes last."""
+
+    command: Sequence[object]
+    result: Path
+
+
+def steps_of_bank(evaluation: Evaluation, folder: Path, k: int | None, bank: int) -> Iterator[Step]:
+    """A LoRA of `k` references, then its images; of the first bank also those of the `ablations`."""
     args, data, defects = evaluation.args, evaluation.data, evaluation.viewing.defects
     folder.mkdir(parents=True, exist_ok=True)
     train = reference_names(data, defects, k, args.seed)
@@ -521,7 +510,7 @@ def make_bank(evaluation: Evaluation, folder: Path, k: int | None, bank: int) ->
     source = ["--split", folder / "split.json", "--defect", *defects, *reading_arguments(args)]
     source += ["--object", args.object] if args.object else []
     lora = folder / f"lora-{bank}"
-    start([
+    yield Step([
         "train_defectfill", "--train_data_dir", args.data_dir, *source,
         "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, "--output_dir", lora, "--seed", bank,
         "--resume_from_checkpoint", "latest", *shlex.split(args.train_args),
@@ -529,28 +518,54 @@ def make_bank(evaluation: Evaluation, folder: Path, k: int | None, bank: int) ->
     whole = f"{args.generate_args} {args.filter_args}"
     for arm, arguments in {"defectfill": whole, **({} if bank else ablations(args))}.items():
         out = folder / f"{arm.replace(' ', '-')}-{bank}"
-        start([
+        yield Step([
             "generate_defectfill", "--lora", lora, "--image", args.output_dir / "work/good", "--mask_source",
             "references", "--reference_data", args.data_dir, *source, "--num_images", args.num_images,
             "--seed", bank, "--output_dir", out, *shlex.split(arguments),
         ], out / "summary.html")  # fmt: skip
 
 
-def start(command: Sequence[object], result: Path) -> None:
-    """Runs a module of ours, unless its result is there; images that no candidate was good enough for may be missing.
-
-    It ends with this process, training with a checkpoint.
+def start_all(what: str, steps: Sequence[Step], workers: int) -> None:
+    """Runs those whose result is missing, so many at once; then the output of each goes to a file of its own.
 
     Raises:
-        RunError: it failed.
+        RunError: one failed (DF386); the others have ended by then.
     """
-    if not result.exists():
-        words = [sys.executable, "-m", *(str(word) for word in command)]
-        say(shlex.join(words))
-        code = subprocess.run(words, env=os.environ | {signals.LAUNCHED: "1"}).returncode
-        if not result.exists():
-            what = f"{shlex.join(words)} ended with exit code {code}"
-            raise RunError(Problem("DF386", "", what, "run the same command again to go on"))
+    missing = [step for step in steps if not step.result.exists()]
+    if workers == 1 or len(missing) < 2:
+        for step in missing:
+            start(step)
+        return
+    threads = cores_each(workers)
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(missing), desc=what) as progress:
+        running = [pool.submit(start, step, threads) for step in missing]
+        for _ in as_completed(running):
+            progress.update()
+    for one in running:
+        one.result()
+
+
+def start(step: Step, threads: int | None = None) -> None:
+    """Runs it with so many threads, its output in a file, or as this process runs.
+
+    It ends with this process, training with a checkpoint; images that no candidate was good enough for may be missing.
+
+    Raises:
+        RunError: it failed (DF386).
+    """
+    words = [sys.executable, "-m", *(str(word) for word in step.command)]
+    environment, log = os.environ | {signals.LAUNCHED: "1"}, Path(f"{step.result.parent}.log")
+    say(shlex.join(words))
+    if threads is None:
+        code = subprocess.run(words, env=environment).returncode
+    else:
+        environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        with log.open("a", encoding="utf-8") as file:
+            code = subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+    if not step.result.exists():
+        what = f"{shlex.join(words)} ended with exit code {code}"
+        said = "" if threads is None else f"; {log} has what it said"
+        raise RunError(Problem("DF386", "", what, f"run the same command again to go on{said}"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -704,6 +719,14 @@ def add_detector_flags(add: Callable) -> None:
         choices=["no", "bf16"],
         default="no",
         help="Precision of the detectors. bf16 takes two thirds of the time on a CPU that has it.",
+    )
+    add(
+        "--workers",
+        type=up_to(1000),
+        default=1,
+        metavar="N",
+        help="Detectors, LoRAs and banks that are made at once, each in a process with its share of the cores. One "
+        "detector gains little from a second core.",
     )
     add(
         "--real_share",

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,13 @@ def fork(function: Callable[[], object], seconds: float = 300) -> int:
         traceback.print_exc()
     finally:
         os._exit(status)  # an exception must not go on through the child's copy of the tests
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
 
 
 def wait_for(pid: int) -> int:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,13 +18,15 @@ from drawn import COLOURS
 from huggingface_hub import ModelCard
 from networks import make_squeezenet
 from PIL import Image
-from runs import fork, wait_for
+from runs import fork, wait_for, wait_until
 from safetensors.numpy import load_file, save_file
+from sklearn.metrics import average_precision_score
 from toy_model import toy_pipeline
 
-from defectfill.evaluation import detectors
+from defectfill.evaluation import detectors, training
 from defectfill.evaluation.arms import Backgrounds, Pool, bank_pool, control_pools, cut_pieces, paste_views, pasted
-from defectfill.evaluation.report import Run, read_run, write_report
+from defectfill.evaluation.figures import part_figures
+from defectfill.evaluation.report import Results, Run, read_run, write_report
 from defectfill.evaluation.views import (
     View,
     Viewing,
@@ -275,7 +278,7 @@ def test_detect_is_kept_goes_on_and_refuses_other_options(nut, bank, tmp_path, m
     with pytest.raises(InputError, match="DF353 --lora .* was trained on test images"):
         run(*argv)
     (lora / "split.json").write_text(json.dumps(split))
-    train, trained = evaluate.train_and_test, []
+    train, trained = training.train_and_test, []
 
     def killed(run: Run, *more) -> None:
         if len(trained) == 5:
@@ -283,12 +286,12 @@ def test_detect_is_kept_goes_on_and_refuses_other_options(nut, bank, tmp_path, m
         trained.append(run)
         train(run, *more)
 
-    monkeypatch.setattr(evaluate, "train_and_test", killed)
+    monkeypatch.setattr(training, "train_and_test", killed)
     with pytest.raises(KeyboardInterrupt):
         run(*argv)
     assert len(trained) == 5 and {r.seed for r in trained} == {0}  # every arm once, before the next seed
     assert {r.arm for r in trained} == {"real", "real repeated", "real augmented", "copy-paste", "ours"}
-    monkeypatch.setattr(evaluate, "train_and_test", lambda *a: (trained.append(a[0]), train(*a)))
+    monkeypatch.setattr(training, "train_and_test", lambda *a: (trained.append(a[0]), train(*a)))
     run(*argv)
     assert len(trained) == 10 == len({*trained})  # none twice
     assert "ours against real repeated, pixel AP: " in capsys.readouterr().out
@@ -315,11 +318,17 @@ def test_curves_classes_and_synthetic_alone(tmp_path, bank, nut):
     for i in range(6):
         put(bank, f"images/stain/{i}.png", 3000 + i, f"masks/stain/{i}.png", "stain")
     argv = ["detect", "--data_dir", data, "--bank", f"ours={bank},{bank}", "--output_dir", tmp_path / "out", *FAST]
-    run(*argv, "--seeds", 1, "--references", 2, 3, "--numbers", 4, "--synthetic_alone", "--mixed_precision", "bf16")
+    run(*argv, "--seeds", 1, "--references", 2, 3, "--numbers", 4, "--synthetic_alone")
     with pytest.raises(InputError, match="DF320 recipe"):
-        run(*argv, "--seeds", 1, "--references", 2, 3, "--numbers", 4, "--synthetic_alone")
+        run(*argv, "--seeds", 1, "--references", 2, 3, "--mixed_precision", "bf16")
     settings = json.loads((tmp_path / "out/report.json").read_text())["settings"]
     assert [*settings] == ["k2-nall", "k3-nall", "k3-n4"]
+    of_type = settings["k3-nall"]["types"]["stain"]
+    assert {*settings["k3-nall"]["types"]} == {"hole", "stain"} and len(of_type["comparisons"]) == len(
+        settings["k3-nall"]["comparisons"]
+    )
+    assert 0 < np.mean(of_type["figures"]["ours"]["missed"]) <= 1 and not of_type["figures"]["ours"]["accuracy"]
+    assert "stain: figures on its 6 views" in (tmp_path / "out/report.md").read_text()
     figures = settings["k3-nall"]["figures"]
     assert len(figures["ours"]["macro_f1"]) == 2 == len(figures["ours, alone"]["pixel_ap"])  # two banks
     assert "Curves: pixel AP" in (tmp_path / "out/report.html").read_text()
@@ -327,8 +336,72 @@ def test_curves_classes_and_synthetic_alone(tmp_path, bank, nut):
         run(*argv, "--references", 4)
 
 
+def test_the_figures_of_a_type_are_those_of_its_views_and_the_good_ones():
+    rng = np.random.default_rng(0)
+    labels = [squares((3, 3, 5, label), size=32) for label in (1, 2, 2)] + [
+        squares((1, 1, 4, 1), (9, 9, 4, 2), size=32)
+    ]
+    tested = [plain_view(i, label) for i, label in enumerate([*labels, None, None])]
+    maps, ours = rng.random((6, 32, 32)), Run("k", "ours", 0, 0)
+    results = Results(tested, {ours: {}}, lambda run: maps)
+    found = results.of_type(2)
+    assert found.tested == [tested[i] for i in (1, 2, 4, 5)]
+    only = maps[[1, 2, 4, 5]]
+    ap = average_precision_score(found.masks.ravel(), only.ravel())
+    assert found.figures[ours]["pixel_ap"] == pytest.approx(ap, rel=1e-9)
+    assert found.values("ours", "missed") == [part_figures(only, found.masks)["missed"]]
+    assert results.of_type(3) is None
+
+
+def test_detectors_in_two_processes_are_those_of_one(nut, bank, tmp_path):
+    for workers in (1, 2):
+        detect(nut, bank, tmp_path / f"out{workers}", "--workers", workers)
+    figures = [json.loads((tmp_path / f"out{n}/report.json").read_text()) for n in (1, 2)]
+    assert figures[0] == figures[1]
+    with pytest.raises(RunError, match="lower --learning_rate"):
+        detect(nut, bank, tmp_path / "out", "--workers", 2, "--learning_rate", 1e30, "--steps", 5)
+
+
+class Killing:
+    """A pool that ends the process which receives it."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_detector_whose_process_is_killed_is_told(tmp_path):
+    recipe = detectors.Recipe(1, 1, 1e-3, "resnet18", "resnet18", False, "no", torch.device("cpu"))
+    test_set = training.TestSet.of([plain_view(0)], 1)
+    jobs = [(Run("k", "real", 0, seed), Killing) for seed in range(3)]
+    with pytest.raises(RunError, match="DF386 --workers 2: .*was killed; run the same command again"):
+        [*training.train_all(jobs, test_set, recipe, 0, tmp_path, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ticks_before", [50, 2000])  # while they load PyTorch, and in their training
+def test_detectors_in_processes_end_with_the_command(nut, bank, tmp_path, ticks_before):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "defectfill_scripts.evaluate_defectfill", "detect", "--data_dir", nut, "--bank",
+               f"ours={bank}", "--output_dir", out, *FAST, "--steps", 100000, "--workers", 2]  # fmt: skip
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    def is_running(folder: Path) -> bool:
+        return folder.exists() and b"spawn_main" in (folder / "cmdline").read_bytes()
+
+    def training_now() -> list[Path]:
+        spawned = filter(is_running, (Path("/proc", number) for number in children.read_text().split()))
+        ticks = lambda folder: int((folder / "stat").read_text().split()[13])  # of its own time
+        return [folder for folder in spawned if ticks(folder) > ticks_before]
+
+    wait_until(lambda: len(training_now()) == 2)
+    workers = training_now()
+    process.kill(), process.wait()
+    wait_until(lambda: not any(is_running(folder) for folder in workers))
+
+
 def test_leaks_end_the_command_before_anything_is_trained(nut, bank, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "train_and_test", None)
+    monkeypatch.setattr(training, "train_and_test", None)
     largest = max((np.array(Image.open(f)) for f in nut.glob("ground_truth/hole/00[3-8]_mask.png")), key=np.sum)
     Image.fromarray(largest).save(bank / "masks/hole/1.png")
     argv = ["detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", tmp_path / "out", *FAST]
@@ -376,18 +449,21 @@ def test_quality_names_the_network_and_knows_copies(nut, bank, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_run_trains_generates_and_goes_on(tmp_path, monkeypatch, nut):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_run_trains_generates_and_goes_on(tmp_path, monkeypatch, nut, workers):
     toy_pipeline().save_pretrained(tmp_path / "base")
     argv = ["run", "--data_dir", nut, "--output_dir", tmp_path / "out", *FAST, "--seeds", 1, "--banks", 1,
             "--num_images", 2, "--pretrained_model_name_or_path", tmp_path / "base",
             "--train_args", "--resolution 32 --max_train_steps 2 --validation_steps 0",
             "--generate_args", "--num_candidates 2 --num_inference_steps 2 --selection ssim",
-            "--filter_args", "--min_change 0.01 --max_attempts 1"]  # fmt: skip
+            "--filter_args", "--min_change 0.01 --max_attempts 1", "--workers", workers]  # fmt: skip
     run(*argv)
     figures = json.loads((tmp_path / "out/report.json").read_text())["settings"]["kall-nall"]["figures"]
     assert {"defectfill", "selection off", "filters off", "copy-paste"} <= {*figures}
     split = json.loads((tmp_path / "out/work/kall/split.json").read_text())
     assert len(split["train"]) == 3 and len(split["test"]) == 6
+    logs = {file.name for file in (tmp_path / "out/work/kall").glob("*.log")}
+    assert logs == ({"defectfill-0.log", "selection-off-0.log", "filters-off-0.log"} if workers == 2 else set())
     monkeypatch.setattr(evaluate.subprocess, "run", None)  # nothing is made again
     run(*argv)
 
@@ -439,7 +515,7 @@ def test_wrong_flags_are_told(nut, bank, tmp_path, capsys, flags, message):
 
 @pytest.mark.parametrize("flag", ["--encoder", "--classifier"])
 def test_unknown_networks_are_told_before_anything_is_trained(nut, bank, tmp_path, monkeypatch, flag):
-    monkeypatch.setattr(evaluate, "train_and_test", None)
+    monkeypatch.setattr(training, "train_and_test", None)
     argv = ["detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", tmp_path / "out", *FAST]
     with pytest.raises(InputError, match=f"DF355 {flag} resnet180.*no such"):
         run(*argv, flag, "resnet180")
@@ -489,7 +565,7 @@ def detect(nut: Path, bank: Path, out: Path, *more) -> None:
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(evaluate, "train_and_test", None)
+    monkeypatch.setattr(training, "train_and_test", None)
 
 
 @pytest.mark.parametrize(
@@ -601,9 +677,7 @@ def test_data_without_good_images_is_told(nut, bank, tmp_path, no_training):
 
 
 def test_a_type_that_is_named_twice_is_one(nut, bank, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        evaluate, "train_and_test", lambda run, pool, evaluation, *more: 1 / len(evaluation.viewing.defects[1:])
-    )
+    monkeypatch.setattr(training, "train_and_test", lambda run, pool, test_set, *more: 1 / (test_set.types - 1))
     with pytest.raises(ZeroDivisionError):
         detect(nut, bank, tmp_path / "out", "--defect", "hole", "hole")
 
@@ -618,8 +692,8 @@ def test_too_few_images_for_a_figure_of_quality(nut, bank, tmp_path):
 
 
 def test_damaged_results_are_named_and_made_again(nut, bank, tmp_path, caplog, monkeypatch):
-    out, train, trained = tmp_path / "out", evaluate.train_and_test, []
-    monkeypatch.setattr(evaluate, "train_and_test", lambda run, *more: (trained.append(run), train(run, *more)))
+    out, train, trained = tmp_path / "out", training.train_and_test, []
+    monkeypatch.setattr(training, "train_and_test", lambda run, *more: (trained.append(run), train(run, *more)))
     detect(nut, bank, out)
     report, folder, run = (out / "report.json").read_bytes(), out / "detect", trained[0]
     figures, scores = run.file(folder), folder / f"{run.name}.safetensors"
@@ -642,7 +716,7 @@ def test_damaged_results_are_named_and_made_again(nut, bank, tmp_path, caplog, m
 
 
 def test_a_run_does_not_go_on_with_other_data_or_another_base(nut, tmp_path, monkeypatch, base):
-    monkeypatch.setattr(evaluate, "make_bank", lambda *args: None)
+    monkeypatch.setattr(evaluate, "start_all", lambda *args: None)
     monkeypatch.setattr(evaluate, "check_leaks", lambda *args: 1 / 0)
     shutil.copytree(base, tmp_path / "base")
     argv = ["run", "--data_dir", nut, "--output_dir", tmp_path / "out", *FAST]
@@ -661,7 +735,7 @@ def test_a_run_does_not_go_on_with_other_data_or_another_base(nut, tmp_path, mon
 
 def test_a_signal_ends_an_evaluation_with_one_line(nut, bank, tmp_path):
     def start():
-        evaluate.train_and_test = lambda *args: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60))
+        training.train_and_test = lambda *args: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60))
         detect(nut, bank, tmp_path / "out")
 
     assert wait_for(fork(start)) == 143
@@ -681,7 +755,9 @@ def test_a_report_of_evil_names_is_inert(nut, bank, tmp_path):
         maps = np.random.default_rng(0).random((4, 32, 32)).astype(np.float16)
         save_file({"maps": maps}, out / f"detect/{run_of(arm).name}.safetensors")
         (out / f"detect/{run_of(arm).name}.json").write_text('{"threshold": 1e9, "pixel_ap": 0.5}')
-    told = write_report(out, EVIL, [run_of(arm) for arm in ("real", "real repeated", "ours")], tested, [EVIL], 20)
+    told = write_report(
+        out, EVIL, [run_of(arm) for arm in ("real", "real repeated", "ours")], tested, [EVIL], resamples=20
+    )
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert "<script>" not in page + text and "\x1b" not in text and len(told) == 4
     assert [json.loads(line)["image"] for line in (out / "misses-kall-nall.jsonl").read_text().splitlines()]

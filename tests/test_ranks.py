@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 from offline import ROOT
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 import train_defectfill
 from defectfill.runs import checkpoint as checkpoints
-from defectfill.runs.processes import check_launch, contradictions, from_main_process
+from defectfill.runs.processes import check_launch, from_main_process, launch_notes, slow_precision
 from defectfill.runs.signals import StopSignal
 from defectfill_dataset import InputError
 
@@ -162,7 +163,20 @@ def test_what_the_environment_overrides_is_told_and_recorded(no_launch, train, m
 def test_what_agrees_is_not_told(no_launch, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert contradictions(2, "bf16") == contradictions(2, None) == []
+    cpu = SimpleNamespace(mixed_precision="no", device=torch.device("cpu"))
+    assert launch_notes(2, "bf16", cpu) == launch_notes(2, None, cpu) == []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_that_the_cpu_emulates_is_told(no_launch, monkeypatch, precision):
+    cpu, gpu = (SimpleNamespace(mixed_precision=precision, device=torch.device(d)) for d in ("cpu", "cuda"))
+    support = f"_is_mkldnn_{precision}_supported"
+    monkeypatch.setattr(torch.ops.mkldnn, support, lambda: True)
+    assert launch_notes(1, precision, cpu) == []
+    monkeypatch.setattr(torch.ops.mkldnn, support, lambda: False)
+    [note] = launch_notes(1, precision, cpu)
+    assert note.startswith(f"--mixed_precision {precision} is many times slower")
+    assert launch_notes(1, precision, gpu) == slow_precision("no", cpu.device) == []
 
 
 # Two processes that resume

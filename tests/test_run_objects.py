@@ -16,6 +16,7 @@ from offline import ROOT
 
 import pytest
 from folders import make_free_folder, make_mvtec, make_seed_layout
+from runs import wait_until
 from toy_model import RESOLUTION
 
 from defectfill.runs.files import exclusive_lock
@@ -236,13 +237,6 @@ def test_a_job_that_another_start_has_is_left_to_it(tmp_path, control, objects, 
         assert run(objects, "--output_dir", tmp_path / "out") is None
     assert names(control) == [*STEPS[:2], *STEPS[4:]]
     assert "plate/hole: another start of this script is at it" in capsys.readouterr().out
-
-
-def wait_until(condition, seconds: float = 60) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.05)
 
 
 def test_a_signal_stops_the_commands_gently_and_no_other_begins(tmp_path, control, objects):

@@ -20,7 +20,7 @@ from defectfill_dataset.text import Schema, read_json
 
 from ..markdown import markdown_table
 from ..runs.cards import markdown_text
-from ..runs.files import atomic_write, write_json
+from ..runs.files import atomic_write, finite, write_json
 from ..runs.manifest import SEAL, line_digest, write_lines
 from ..runs.report import image_element
 from .arms import CONTROLS
@@ -31,7 +31,9 @@ from .figures import (
     missed_defects,
     missed_of_parts,
     paired_bootstrap_of,
+    part_figures,
     pixel_ap_of_parts,
+    pixel_figures,
     verdict,
 )
 from .views import View
@@ -137,6 +139,11 @@ class Results:
     def arms(self) -> list[str]:
         return list(dict.fromkeys(run.arm for run in self.figures))
 
+    @property
+    def generated(self) -> list[str]:
+        """The arms that see generated images."""
+        return [arm for arm in self.arms if arm not in CONTROLS]
+
     def of(self, arm: str) -> dict[tuple[int, int], Run]:
         """The arm's runs by (seed, bank)."""
         return {(run.seed, run.bank): run for run in self.figures if run.arm == arm}
@@ -150,6 +157,17 @@ class Results:
         if (run, key) not in self.of_parts:
             self.of_parts[run, key] = by_group(COMPARED[key](self.maps(run), self.masks), self.tested)
         return self.of_parts[run, key]
+
+    def of_type(self, label: int) -> "Results | None":
+        """The same runs on the views that show this type alone, and the good ones; None if no view does."""
+        rows = [i for i, view in enumerate(self.tested) if {*np.unique(view.labels).tolist()} <= {0, label}]
+        found = Results([self.tested[i] for i in rows], {}, lambda run: self.maps(run)[rows])
+        if not found.masks.any():
+            return None
+        for run in self.figures:
+            maps = found.maps(run)
+            found.figures[run] = finite(pixel_figures(maps, found.masks) | part_figures(maps, found.masks))
+        return found
 
     def values(self, arm: str, key: str) -> list[float]:
         """A figure of each of the arm's runs that has it."""
@@ -204,7 +222,21 @@ def compare(results: Results, arm: str, control: str, key: str, resamples: int) 
     return {"difference": difference, "low": low, "high": high, "verdict": verdict(low, high)}
 
 
-def comparison_table(comparisons: dict[tuple[str, str, str], dict]) -> Table:
+Comparisons = dict[tuple[str, str, str], dict]  # of arm, control and figure
+
+
+def compare_all(results: Results, resamples: int) -> Comparisons:
+    """Every arm of generated images against every control, in every figure of `COMPARED`."""
+    controls = [arm for arm in results.arms if arm in CONTROLS]
+    return {
+        (arm, control, key): compare(results, arm, control, key, resamples)
+        for arm in results.generated
+        for control in controls
+        for key in COMPARED
+    }
+
+
+def comparison_table(comparisons: Comparisons) -> Table:
     """A row for each arm and control: its gain in each compared figure, and the verdict."""
     rows = [["arm", "against", *(f"better in {FIGURES[key][0]} by [95 %]" for key in COMPARED)]]
     for arm, control in dict.fromkeys((arm, control) for arm, control, _ in comparisons):
@@ -331,8 +363,22 @@ def read_results(folder: Path, runs: Sequence[Run], tested: Sequence[View]) -> d
     return found
 
 
+def as_record(results: Results, comparisons: Comparisons) -> dict:
+    """What report.json says of these results."""
+    return {
+        "figures": {arm: {key: results.values(arm, key) for key in FIGURES} for arm in results.arms},
+        "comparisons": [dict(zip(("arm", "control", "figure"), key)) | c for key, c in comparisons.items()],
+    }
+
+
 def write_report(
-    output_dir: Path, title: str, runs: Sequence[Run], tested: Sequence[View], notes: Sequence[str], resamples=2000
+    output_dir: Path,
+    title: str,
+    runs: Sequence[Run],
+    tested: Sequence[View],
+    notes: Sequence[str],
+    defects: Sequence[str] = (),
+    resamples: int = 2000,
 ) -> list[str]:
     """Writes report.json, report.md, report.html and the misses of each setting; returns the verdicts as text.
 
@@ -340,46 +386,46 @@ def write_report(
         runs: whose files are in `output_dir / "detect"`.
         tested: the views that they were tested on.
         notes: what a reader must know.
+        defects: the types in the order of the views' labels; several have tables of their own, too.
     """
     by_setting = read_results(output_dir / "detect", runs, tested)
     groups = len({view.group for view in tested})
-    defects = sum(view.mask.any() for view in tested)
-    about = [f"{defects} test views with defects and {len(tested) - defects} good ones, of {groups} parts.", *notes]
+    marked = sum(view.mask.any() for view in tested)
+    about = [f"{marked} test views with defects and {len(tested) - marked} good ones, of {groups} parts.", *notes]
     parts: list[tuple[str, Table | Image.Image | None]] = []
     record: dict = {"title": title, "notes": about, "settings": {}}
     verdicts = []
     for setting, results in by_setting.items():
-        generated = [arm for arm in results.arms if arm not in CONTROLS]
-        controls = [arm for arm in results.arms if arm in CONTROLS]
-        comparisons = {
-            (arm, control, key): compare(results, arm, control, key, resamples)
-            for arm in generated
-            for control in controls
-            for key in COMPARED
-        }
+        comparisons = compare_all(results, resamples)
         parts += [
             (f"Figures, {setting}", figure_table(results)),
             (f"Verdicts, {setting}", comparison_table(comparisons)),
         ]
-        record["settings"][setting] = {
-            "figures": {arm: {key: results.values(arm, key) for key in FIGURES} for arm in results.arms},
-            "comparisons": [dict(zip(("arm", "control", "figure"), key)) | c for key, c in comparisons.items()],
-        }
+        record["settings"][setting] = as_record(results, comparisons) | {"types": {}}
         verdicts += [
             f"{setting}: {arm} against {control}, {FIGURES[key][0]}: {c['verdict']} "
             f"({c['difference']:+.3f}, 95 % from {c['low']:+.3f} to {c['high']:+.3f})"
             for (arm, control, key), c in comparisons.items()
         ]
-        for arm in ("real repeated", *generated[:1]):
+        for label, defect in enumerate(defects if len(defects) > 1 else (), start=1):
+            if of_type := results.of_type(label):
+                comparisons = compare_all(of_type, resamples)
+                views = sum(view.mask.any() for view in of_type.tested)
+                parts += [
+                    (f"{defect}: figures on its {views} views, {setting}", figure_table(of_type)),
+                    (f"{defect}: verdicts, {setting}", comparison_table(comparisons)),
+                ]
+                record["settings"][setting]["types"][defect] = as_record(of_type, comparisons)
+        for arm in ("real repeated", *results.generated[:1]):
             if run := results.of(arm).get((0, 0)):
                 maps, threshold = results.maps(run), results.figures[run]["threshold"]
                 missed = missed_defects(maps, results.masks, threshold)
                 found = false_finds(maps, results.masks, threshold)
                 parts.append((f"Missed by {arm}, {setting}: {len(missed)}", sheet(tested, missed)))
                 parts.append((f"False finds of {arm}, {setting}: {len(found)}", sheet(tested, found)))
-        if generated:
+        if results.generated:
             record["settings"][setting]["misses"] = write_misses(
-                output_dir / f"misses-{setting}.jsonl", results, generated[0]
+                output_dir / f"misses-{setting}.jsonl", results, results.generated[0]
             )
     parts += [(f"Curves: {FIGURES[key][0]}", curves(by_setting, key)) for key in COMPARED]
     write_json(output_dir / "report.json", record)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 from defectfill_dataset import InputError, Problem
@@ -56,8 +57,8 @@ def launch_environment() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith("ACCELERATE_")}
 
 
-def contradictions(accumulation_steps: int, mixed_precision: str | None) -> list[str]:
-    """A line for each of these flags that the environment contradicts, with the value that counts.
+def launch_notes(accumulation_steps: int, mixed_precision: str | None, accelerator: Accelerator) -> list[str]:
+    """A line for each of these flags that the environment contradicts, with the value that counts; `slow_precision`'s.
 
     The launcher always names a precision, and "no" where nobody asked for one: that contradicts nothing.
     """
@@ -66,7 +67,19 @@ def contradictions(accumulation_steps: int, mixed_precision: str | None) -> list
         lines.append(f"{ACCUMULATION}={steps} is used, not --gradient_accumulation_steps {accumulation_steps}")
     if mixed_precision and precision not in ("no", mixed_precision):
         lines.append(f"--mixed_precision {mixed_precision} is used, not {PRECISION}={precision}")
-    return lines
+    return lines + slow_precision(accelerator.mixed_precision, accelerator.device)
+
+
+def slow_precision(precision: str, device: torch.device) -> list[str]:
+    """A line if it is a half precision that this CPU emulates: there a convolution takes some 60 times as long."""
+    if precision == "no" or device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return []
+    support = {"bf16": "_is_mkldnn_bf16_supported", "fp16": "_is_mkldnn_fp16_supported"}[precision]
+    if getattr(torch.ops.mkldnn, support)():
+        return []
+    return [
+        f"--mixed_precision {precision} is many times slower than no on this CPU, which has no instructions for it"
+    ]
 
 
 def from_main_process(read: Callable[[], T], is_main_process: bool) -> T:

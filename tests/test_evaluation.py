@@ -242,7 +242,7 @@ def test_copy_and_paste_puts_a_real_defect_of_the_type_in_the_same_place():
 
 def test_pasted_defects_lie_on_the_good_image_under_the_generated_one(nut, bank):
     data = load_defect_pairs(nut)
-    view = viewing(resolution=48)
+    view = viewing(resolution=48, group=r"(?:test|train)/(.*)")  # which the names of generated images lack
     views = real_views(data, view, 1, 0)
     backgrounds = Backgrounds(data["good"], views.good_rows[0], view)
     generated = bank_views(bank, view, 0)
@@ -320,7 +320,7 @@ def test_curves_classes_and_synthetic_alone(tmp_path, bank, nut):
     argv = ["detect", "--data_dir", data, "--bank", f"ours={bank},{bank}", "--output_dir", tmp_path / "out", *FAST]
     run(*argv, "--seeds", 1, "--references", 2, 3, "--numbers", 4, "--synthetic_alone")
     with pytest.raises(InputError, match="DF320 recipe"):
-        run(*argv, "--seeds", 1, "--references", 2, 3, "--mixed_precision", "bf16")
+        run(*argv, "--seeds", 1, "--references", 2, 3, "--numbers", 4, "--mixed_precision", "bf16")
     settings = json.loads((tmp_path / "out/report.json").read_text())["settings"]
     assert [*settings] == ["k2-nall", "k3-nall", "k3-n4"]
     of_type = settings["k3-nall"]["types"]["stain"]
@@ -328,7 +328,7 @@ def test_curves_classes_and_synthetic_alone(tmp_path, bank, nut):
         settings["k3-nall"]["comparisons"]
     )
     assert 0 < np.mean(of_type["figures"]["ours"]["missed"]) <= 1 and not of_type["figures"]["ours"]["accuracy"]
-    assert "stain: figures on its 6 views" in (tmp_path / "out/report.md").read_text()
+    assert "stain: figures on its 6 views" in (tmp_path / "out/report.html").read_text()
     figures = settings["k3-nall"]["figures"]
     assert len(figures["ours"]["macro_f1"]) == 2 == len(figures["ours, alone"]["pixel_ap"])  # two banks
     assert "Curves: pixel AP" in (tmp_path / "out/report.html").read_text()

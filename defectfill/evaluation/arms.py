@@ -3,6 +3,7 @@
 Shapes: N views, B views of a batch, R side.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ class Backgrounds:
     def __init__(self, good: Dataset, rows: Sequence[int], viewing: Viewing):
         self.images = [load_image(good[i]["image"]) for i in rows]
         self.samples = [sample(image) for image in self.images]
-        self.viewing = viewing
+        self.viewing = dataclasses.replace(viewing, group=None)  # generated images are named as they like
 
     def under(self, view: View, image: Image.Image) -> np.ndarray | None:
         """(R, R, 3), what the view of this image showed before; None if no good image is that."""

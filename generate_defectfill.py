@@ -92,6 +92,7 @@ from defectfill_dataset import (
     crop_mask,
     file_digest,
     image_tensor,
+    is_grey,
     make_crops,
     open_image,
     pool_mask,
@@ -141,7 +142,8 @@ class Canvas:
     Args:
         source: RGB, the source image.
         image: RGB, with the finished crops pasted in, but for `inpainted`.
-        grey: whether the source file is grey, and so the image that is written.
+        mode: of the written image, "L" if the source file is grey, else "RGB".
+        grey: whether the source has no colour, and so the image that is written.
         tones: the source's two grey tones, if it has no others, and so those of the image that is written.
         placed: its mask; None if there is no place for one.
         mask_left: (H, W) bool, the pixels of the mask that no pasted crop has inpainted.
@@ -161,6 +163,7 @@ class Canvas:
     planned: PlannedImage
     source: Image.Image
     image: Image.Image
+    mode: str
     grey: bool
     tones: tuple[int, int] | None = None
     placed: PlacedMask | None = None
@@ -181,17 +184,19 @@ class Canvas:
 def start_canvas(planned: PlannedImage, resolution: int, scale_factor: int) -> Canvas:
     """The source image with its mask and its first crop, nothing inpainted yet."""
     image, placed = planned.source_image.load_with_mask(planned.seed, planned.recipe.mask_source)
-    grey = open_image(planned.source_image.file).mode in ("1", "L")
+    mode, grey = "L" if open_image(planned.source_image.file).mode in ("1", "L") else "RGB", is_grey(image)
     if placed is None:
         what = "no room for its mask"
-        return Canvas(planned, image, image, grey, problem=Problem("DF340", planned.source_image.file.name, what))
+        return Canvas(
+            planned, image, image, mode, grey, problem=Problem("DF340", planned.source_image.file.name, what)
+        )
     mask = placed.mask
     alpha = feather_alpha(mask) if planned.recipe.settings["composite"] == "feather" else mask * np.uint8(255)
     vae_error = np.zeros(mask.shape, dtype=np.uint8)
     boxes = crop_boxes(mask, resolution, planned.recipe.zoom)
     tones = two_tones(image)
     canvas = Canvas(
-        planned, image, image.copy(), grey, tones, placed, mask.copy(), alpha, mask.copy(), vae_error, boxes
+        planned, image, image.copy(), mode, grey, tones, placed, mask.copy(), alpha, mask.copy(), vae_error, boxes
     )
     next_crop(canvas, resolution, scale_factor)
     return canvas
@@ -285,22 +290,27 @@ def paste_inpainted(canvas: Canvas) -> None:
 
 
 def as_source(canvas: Canvas, image: Image.Image) -> Image.Image:
-    """The image, in the source's two tones if it has no others, and in grey if the source file is."""
-    if canvas.tones:
+    """The image as it is written: without colour if the source has none, and in its two tones if it has no others."""
+    if canvas.grey:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        image = tensor_image(in_tones(pixels[None], canvas.tones)[0] * 2 - 1)
-    return image.convert("L") if canvas.grey else image
+        image = tensor_image(as_written(pixels[None], canvas)[0] * 2 - 1)
+    return image.convert(canvas.mode)
 
 
 LUMA = (0.299, 0.587, 0.114)  # how PIL makes grey of R, G and B
 
 
-def in_tones(images: torch.Tensor, tones: tuple[int, int] | None) -> torch.Tensor:
-    """(N, 3, S, S) images in [0, 1] as they are written: each pixel the nearer of the two tones, if there are two."""
-    if tones is None:
+def as_written(images: torch.Tensor, canvas: Canvas) -> torch.Tensor:
+    """(N, 3, S, S) images in [0, 1] as they are written: grey, or each pixel the nearer of the two tones.
+
+    Any colour, or any other tone, would tell a detector where the defect is.
+    """
+    if not canvas.grey:
         return images
-    dark, light = (tone / 255 for tone in tones)
     grey = torch.einsum("nchw,c->nhw", images, images.new_tensor(LUMA)).unsqueeze(1).expand_as(images)
+    if canvas.tones is None:
+        return grey
+    dark, light = (tone / 255 for tone in canvas.tones)
     toned = torch.where(2 * grey > dark + light, light, dark)
     return torch.where(grey.isfinite(), toned, grey)  # what is broken stays so
 
@@ -541,7 +551,7 @@ def generate_batch(
         reconstructions = reconstruct(pipe, images)
         sources, masks = (x.to(candidates.device) for x in (images / 2 + 0.5, masks))
         for i, canvas in enumerate(unfinished):
-            shown, source = (in_tones(x, canvas.tones) for x in (candidates[i], sources[i : i + 1]))
+            shown, source = (as_written(x, canvas) for x in (candidates[i], sources[i : i + 1]))
             measures = measure(
                 shown, source[0], reconstructions[i], masks[i], run.scorer, recipe.reference_colours, likeness
             )

@@ -20,7 +20,7 @@ from .builder import (
 from .checks import check_pairs, data_digest
 from .crops import Box, CropRule, choose_crop_rule, crop_boxes, crop_mask
 from .errors import InputError, Problem, RunError
-from .images import heat_overlay, image_tensor, load_image, open_image, tensor_image, two_tones, upright_exif
+from .images import heat_overlay, image_tensor, is_grey, load_image, open_image, tensor_image, two_tones, upright_exif
 from .mask_values import MaskClasses, binarise
 from .masks import boxes_mask, component_boxes, pool_mask, random_boxes, random_mask, upsample_mask
 from .prompts import Prompt, PromptPair, TokenizedPrompts, build_prompts, to_words, tokenize_prompts
@@ -82,6 +82,7 @@ __all__ = [
     "held_out_rows",
     "held_out_source",
     "image_tensor",
+    "is_grey",
     "load_defect_pairs",
     "load_image",
     "load_mask_rows",

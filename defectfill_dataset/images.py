@@ -185,6 +185,12 @@ def two_tones(image: Image.Image) -> tuple[int, int] | None:
     return dark, light
 
 
+def is_grey(image: Image.Image) -> bool:
+    """Whether an RGB image has no colour."""
+    red, green, blue = image.split()
+    return red.tobytes() == green.tobytes() == blue.tobytes()
+
+
 def heat_overlay(image: Image.Image, attention: torch.Tensor) -> Image.Image:
     """The image with an (h, w) map, stretched to [0, 1], laid over it: blue low, red high."""
     low, high = attention.min(), attention.max()

@@ -24,6 +24,7 @@ from defectfill_dataset import (
     check_pairs,
     data_digest,
     find_objects,
+    is_grey,
     load_defect_pairs,
     load_image,
     load_prepared,
@@ -338,6 +339,13 @@ def test_two_tones_are_two_greys_and_no_more(colours, tones):
     for x, colour in enumerate(colours[1:]):
         image.putpixel((x, 2), colour)
     assert two_tones(image) == tones
+
+
+def test_an_image_without_colour():
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    assert is_grey(grey)
+    grey.putpixel((3, 3), (9, 9, 10))
+    assert not is_grey(grey)
 
 
 def test_masks_of_unclear_coding_are_refused():

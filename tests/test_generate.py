@@ -416,6 +416,31 @@ def test_one_image_grey_and_turned_by_exif(trained, tmp_path):
     assert line["windows"][0]["chosen"] == 0 and line["windows"][0]["scores"] == [None] * 3
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_source_without_colour_gets_a_defect_without_colour(trained, tmp_path, monkeypatch, mode):
+    """A tinge of colour would tell a detector where the defect is; many cameras save grey as RGB."""
+    grey = np.random.default_rng(0).integers(60, 200, (40, 40), dtype=np.uint8)
+    mask = np.zeros((40, 40), dtype=np.uint8)
+    mask[5:30, 8:35] = 255
+    Image.fromarray(grey).convert(mode).save(tmp_path / "a.png"), Image.fromarray(mask).save(tmp_path / "m.png")
+    tint = torch.tensor([0.1, 0, -0.05]).view(3, 1, 1)
+    measured, measure = [], g.measure
+    monkeypatch.setattr(g, "measure", lambda shown, *more: (measured.append(shown), measure(shown, *more))[1])
+    monkeypatch.setattr(
+        g,
+        "inpaint",
+        lambda pipe, x, masks, seeds, **_: (0.3 * x + tint + 0.5)[:, None].repeat(1, len(seeds[0]), 1, 1, 1),
+    )
+    argv = ["--image", tmp_path / "a.png", "--mask", tmp_path / "m.png", "--output_dir", tmp_path / "out", *FAST]
+    generate("--lora", trained / LORA_FILE, *argv)
+    result = Image.open(tmp_path / "out/images/a.png")
+    pixels = np.asarray(result.convert("RGB"))
+    assert result.mode == mode and (pixels == pixels[..., :1]).all()
+    assert np.array_equal(pixels[mask == 0, 0], grey[mask == 0]) and not np.array_equal(pixels[..., 0], grey)
+    [shown] = measured
+    assert torch.equal(shown, shown[:, :1].expand_as(shown))
+
+
 def test_a_source_of_two_tones_gets_a_defect_in_these_two(trained, tmp_path, monkeypatch):
     """Any other tone would tell a detector where the defect is; so it is with photographs cut to black and white."""
     tones = np.where(np.indices((40, 40)).sum(axis=0) % 16 < 8, 20, 230).astype(np.uint8)

@@ -491,7 +491,7 @@ def start_batch(batch: Sequence[PlannedImage], run: PreparedGeneration) -> list[
                 problem = problem_of_image(planned, error)
         if problem:
             nothing = Image.new("RGB", (1, 1))
-            canvas = Canvas(planned, nothing, nothing, False, problem=problem)
+            canvas = Canvas(planned, nothing, nothing, "RGB", False, problem=problem)
         canvases.append(canvas)
     return canvases
 

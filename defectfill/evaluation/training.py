@@ -64,7 +64,6 @@ def train_all(
         return
     context, running = multiprocessing.get_context("spawn"), set[Future]()
     pool = ProcessPoolExecutor(workers, context, start_worker, (os.getpid(), cores_each(workers)))
-    os.environ[signals.LAUNCHED] = "1"
     try:
         with pool:
             for run, make in jobs:
@@ -92,6 +91,7 @@ def cores_each(workers: int) -> int:
 
 def start_worker(parent: int, threads: int) -> None:
     """In a new process: it ends with its parent, and uses so many threads."""
+    os.environ[signals.LAUNCHED] = "1"
     signals.end_with_launcher()
     if os.getppid() != parent:  # it ended while this process was loading PyTorch
         os._exit(1)

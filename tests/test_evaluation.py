@@ -378,7 +378,7 @@ def test_a_detector_whose_process_is_killed_is_told(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ticks_before", [50, 2000])  # while they load PyTorch, and in their training
+@pytest.mark.parametrize("ticks_before", [50, 1200])  # while they load PyTorch, and in their training
 def test_detectors_in_processes_end_with_the_command(nut, bank, tmp_path, ticks_before):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "defectfill_scripts.evaluate_defectfill", "detect", "--data_dir", nut, "--bank",
@@ -394,7 +394,7 @@ def test_detectors_in_processes_end_with_the_command(nut, bank, tmp_path, ticks_
         ticks = lambda folder: int((folder / "stat").read_text().split()[13])  # of its own time
         return [folder for folder in spawned if ticks(folder) > ticks_before]
 
-    wait_until(lambda: len(training_now()) == 2)
+    wait_until(lambda: len(training_now()) == 2, 300)
     workers = training_now()
     process.kill(), process.wait()
     wait_until(lambda: not any(is_running(folder) for folder in workers))

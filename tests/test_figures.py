@@ -227,19 +227,29 @@ def test_the_bootstrap_is_repeatable():
     assert first == figures.paired_bootstrap(0 * b, b, 50, seed=3) != figures.paired_bootstrap(0 * b, b, 50, seed=4)
 
 
-def test_a_resample_without_a_figure_is_drawn_again():
-    def share_of_zeros(parts):
-        return (parts == 0).mean() if 1 in parts else np.nan
+def times_of(parts, number):
+    """How often each of `number` parts is among these, as one resample."""
+    return np.bincount(parts, minlength=number)[None].astype(float)
 
-    zero = [lambda parts: 0.0]
-    mean, low, high = figures.paired_bootstrap_of(zero, [share_of_zeros], 2, resamples=200)
+
+def test_a_resample_without_a_figure_is_drawn_again():
+    def share_of_zeros(times):
+        return np.where(times[:, 1] > 0, times[:, 0] / times.sum(axis=1), np.nan)
+
+    def zero(times):
+        return np.zeros(len(times))
+
+    def of_all(times):
+        return np.where((times > 0).all(axis=1), 0, np.nan)
+
+    mean, low, high = figures.paired_bootstrap_of([zero], [share_of_zeros], 2, resamples=200)
     assert (mean, low, high) == (0.5, 0, 0.5)  # never the draw of part 0 twice
     with pytest.raises(ValueError, match="on all parts"):
-        figures.paired_bootstrap_of(zero, [lambda parts: np.nan], 2)
+        figures.paired_bootstrap_of([zero], [lambda times: np.full(len(times), np.nan)], 2)
     with pytest.raises(ValueError, match="in a row"):
-        figures.paired_bootstrap_of(zero, [lambda parts: 0.0 if len({*parts}) == 30 else np.nan], 30)
+        figures.paired_bootstrap_of([zero], [of_all], 30)
     with pytest.raises(ValueError, match="the same"):
-        figures.paired_bootstrap_of(zero, zero * 2, 2)
+        figures.paired_bootstrap_of([zero], [zero] * 2, 2)
 
 
 @pytest.mark.parametrize("levels", [None, 2])
@@ -248,14 +258,14 @@ def test_pixel_ap_of_parts_is_that_of_the_chosen_ones(levels):
     figure = figures.pixel_ap_of_parts(scores, masks)
     for parts in (np.arange(20), np.random.default_rng(0).integers(20, size=20), np.array([3, 3, 0])):
         expected = figures.pixel_figures(scores[parts], masks[parts])["pixel_ap"]
-        assert figure(parts) == pytest.approx(expected, abs=2e-3)
-    assert np.isnan(figure(np.array([0, 1])))
+        assert figure(times_of(parts, 20)) == pytest.approx(expected, abs=2e-3)
+    assert np.isnan(figure(times_of([0, 1], 20)))
 
 
 def test_pixel_ap_of_parts_has_about_as_many_steps_as_asked():
     scores, masks = example(parts=40, side=64)
     exact = figures.pixel_figures(scores, masks)["pixel_ap"]
-    errors = [abs(figures.pixel_ap_of_parts(scores, masks, bins)(np.arange(40)) - exact) for bins in (10, 100)]
+    errors = [abs(figures.pixel_ap_of_parts(scores, masks, bins)(np.ones((1, 40)))[0] - exact) for bins in (10, 100)]
     assert 0 < errors[1] < errors[0] < 0.1 and errors[1] < 0.01
 
 
@@ -263,5 +273,8 @@ def test_missed_of_parts_is_that_of_the_chosen_ones():
     scores, masks = row_of_parts(good=[1, 2, 3, 4], peaks=[(5, 6), (3, 3.5), (0, 2)])
     figure = figures.missed_of_parts(scores, masks, 0.25)
     for parts in (np.arange(7), np.array([0, 0, 1, 4, 5, 6]), np.array([3, 4, 5, 5, 6])):
-        assert figure(parts) == pytest.approx(figures.part_figures(scores[parts], masks[parts], 0.25)["missed"])
-    assert np.isnan(figure(np.array([0, 1]))) and np.isnan(figure(np.array([5, 6])))
+        expected = figures.part_figures(scores[parts], masks[parts], 0.25)["missed"]
+        assert figure(times_of(parts, 7)) == pytest.approx(expected)
+    assert np.isnan(figure(times_of([0, 1], 7))) and np.isnan(figure(times_of([5, 6], 7)))
+    several = np.concatenate([times_of(np.arange(7), 7), times_of([3, 4, 5, 5, 6], 7)])
+    assert figure(several).tolist() == [figure(several[:1])[0], figure(several[1:])[0]]

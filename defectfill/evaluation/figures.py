@@ -61,7 +61,7 @@ def pixel_figures(scores: np.ndarray, masks: np.ndarray, pro_limit: float = 0.3)
     _, false, missed, true, _ = confusion_matrix_at_thresholds(defect, score)
     _, false_rate, _, overlap, _ = confusion_matrix_at_thresholds(defect, score, sample_weight=weights.ravel())
     return {
-        "pixel_ap": _average_precision(true, false),
+        "pixel_ap": float(_average_precision(true, false)),
         "pixel_auroc": _area(false / false[-1], true / true[-1]),
         "pixel_f1_max": float((2 * true / (2 * true + false + missed)).max()),
         "pro": _area(false_rate / false_rate[-1], overlap / overlap[-1], pro_limit),
@@ -77,10 +77,14 @@ def _check(scores: np.ndarray, masks: np.ndarray) -> None:
         raise ValueError("some scores are not finite")
 
 
-def _average_precision(true: np.ndarray, false: np.ndarray) -> float:
-    """From the (thresholds,) numbers of true and false positives, from the highest threshold to the lowest."""
+def _average_precision(true: np.ndarray, false: np.ndarray) -> np.ndarray:
+    """From the (..., thresholds) numbers of true and false positives, from the highest threshold to the lowest.
+
+    NaN where there is no defect.
+    """
     precision = true / np.maximum(true + false, 1)
-    return float((np.diff(true, prepend=0) * precision).sum() / true[-1])
+    total = np.where(true[..., -1] > 0, true[..., -1], np.nan)
+    return (np.diff(true, prepend=0) * precision).sum(axis=-1) / total
 
 
 def _area(x: np.ndarray, y: np.ndarray, limit: float = 1.0) -> float:
@@ -168,8 +172,12 @@ def _table(scores: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _alarm_threshold(good_scores: np.ndarray, false_alarms: float) -> float:
     if not 0 <= false_alarms < 1:
         raise ValueError(f"false_alarms is {false_alarms}: it must be at least 0 and below 1")
-    allowed = int(false_alarms * len(good_scores) + 1e-9)  # 0.29 * 100 is a little less than 29
-    return float(np.sort(good_scores)[-1 - allowed])
+    return float(np.sort(good_scores)[-1 - int(_allowed_alarms(len(good_scores), false_alarms))])
+
+
+def _allowed_alarms(good_parts: float | np.ndarray, false_alarms: float) -> float | np.ndarray:
+    """How many of so many good parts may score above the threshold."""
+    return np.floor(false_alarms * good_parts + 1e-9)  # 0.29 * 100 is a little less than 29
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,8 +203,8 @@ def class_figures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Is one better?
 
-# (n,) numbers of parts, some of them several times  ->  a figure of these parts; NaN where it is undefined
-FigureOfParts = Callable[[np.ndarray], float]
+# (R, P) how often each part counts in each of R resamples  ->  (R,) a figure of them; NaN where it is undefined
+FigureOfParts = Callable[[np.ndarray], np.ndarray]
 
 DRAWS = 100  # of a resample on which the figure is defined
 
@@ -217,7 +225,7 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, resamples: int = 2000, seed: 
         raise ValueError("some figures are not finite")
 
     def means(figures: np.ndarray) -> list[FigureOfParts]:
-        return [lambda parts, row=row: row[parts].mean() for row in figures]
+        return [lambda times, row=row: times @ row / times.sum(axis=1) for row in figures]
 
     return paired_bootstrap_of(means(a), means(b), a.shape[1], resamples, seed)
 
@@ -242,21 +250,24 @@ def paired_bootstrap_of(
         raise ValueError(f"the arms have {len(a)} and {len(b)} seeds: they must have the same, one or more")
     if parts < 2:
         raise ValueError(f"an interval needs 2 parts or more; there are {parts}")
-    rng = np.random.default_rng(seed)
-    difference = float(np.mean([of_b(np.arange(parts)) - of_a(np.arange(parts)) for of_a, of_b in zip(a, b)]))
+
+    def differences(times: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """(R,) means over the (R, S) seeds."""
+        found = np.stack([of_b(times) - of_a(times) for of_a, of_b in zip(a, b)], axis=1)
+        return np.take_along_axis(found, seeds, axis=1).mean(axis=1)
+
+    difference = float(differences(np.ones((1, parts)), np.arange(len(a))[None])[0])
     if not np.isfinite(difference):
         raise ValueError("the figure is undefined on all parts together")
-
-    def resampled() -> float:
-        for _ in range(DRAWS):
-            chosen = rng.integers(parts, size=parts)
-            seeds = rng.integers(len(a), size=len(a))
-            drawn = float(np.mean([b[s](chosen) - a[s](chosen) for s in seeds]))
-            if np.isfinite(drawn):
-                return drawn
+    rng, drawn = np.random.default_rng(seed), np.full(resamples, np.nan)
+    for _ in range(DRAWS):
+        if (again := np.isnan(drawn)).any():
+            chosen = rng.integers(parts, size=(again.sum(), parts))
+            times = np.stack([np.bincount(row, minlength=parts) for row in chosen]).astype(float)
+            drawn[again] = differences(times, rng.integers(len(a), size=(again.sum(), len(a))))
+    if np.isnan(drawn).any():
         raise ValueError(f"the figure is undefined on {DRAWS} resamples of the parts in a row")
-
-    low, high = np.quantile([resampled() for _ in range(resamples)], (0.025, 0.975))
+    low, high = np.quantile(drawn, (0.025, 0.975))
     return difference, float(low), float(high)
 
 
@@ -287,12 +298,7 @@ def pixel_ap_of_parts(scores: np.ndarray, masks: np.ndarray, bins: int = 1000) -
 
     true, false = counts(masks), counts(~masks)
 
-    def figure(parts: np.ndarray) -> float:
-        times = np.bincount(parts, minlength=len(true))
-        hits, alarms = (times @ true).cumsum(), (times @ false).cumsum()
-        return _average_precision(hits, alarms) if hits[-1] else np.nan
-
-    return figure
+    return lambda times: _average_precision((times @ true).cumsum(axis=1), (times @ false).cumsum(axis=1))
 
 
 def missed_of_parts(scores: np.ndarray, masks: np.ndarray, false_alarms: float = 0.01) -> FigureOfParts:
@@ -305,12 +311,14 @@ def missed_of_parts(scores: np.ndarray, masks: np.ndarray, false_alarms: float =
     """
     part_scores, good, defects, peaks = _table(scores, masks)
     owners = np.array([defect.part for defect in defects])
+    good_parts = np.flatnonzero(good)[np.argsort(-part_scores[good])]  # the highest score first
 
-    def figure(parts: np.ndarray) -> float:
-        good_scores = part_scores[parts[good[parts]]]
-        times = np.bincount(parts, minlength=len(good))[owners]
-        if not len(good_scores) or not times.any():
-            return np.nan
-        return float(times[peaks <= _alarm_threshold(good_scores, false_alarms)].sum() / times.sum())
+    def figure(times: np.ndarray) -> np.ndarray:
+        alarms, of_defects = times[:, good_parts].cumsum(axis=1), times[:, owners]
+        allowed = _allowed_alarms(alarms[:, -1:], false_alarms)
+        thresholds = part_scores[good_parts[(alarms > allowed).argmax(axis=1)]]
+        defined = (alarms[:, -1] > 0) & of_defects.any(axis=1)
+        missed = (of_defects * (peaks <= thresholds[:, None])).sum(axis=1)
+        return np.where(defined, missed, np.nan) / np.maximum(of_defects.sum(axis=1), 1)
 
     return figure

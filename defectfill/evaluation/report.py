@@ -193,10 +193,9 @@ def figure_table(results: Results) -> Table:
 
 
 def by_group(figure: FigureOfParts, tested: Sequence[View]) -> FigureOfParts:
-    """The figure of a set of parts, each with all of its views."""
-    groups = sorted({view.group for view in tested})
-    places = [np.array([i for i, view in enumerate(tested) if view.group == group]) for group in groups]
-    return lambda chosen: figure(np.concatenate([places[i] for i in chosen]))
+    """The figure of groups, each with all of its views."""
+    _, group_of_view = np.unique([view.group for view in tested], return_inverse=True)
+    return lambda times: figure(times[:, group_of_view])
 
 
 def compare(results: Results, arm: str, control: str, key: str, resamples: int) -> dict:
@@ -214,7 +213,7 @@ def compare(results: Results, arm: str, control: str, key: str, resamples: int) 
 
     def signed(run: Run) -> FigureOfParts:
         figure = results.figure(run, key)
-        return lambda chosen: sign * figure(chosen)
+        return lambda times: sign * figure(times)
 
     groups = len({view.group for view in results.tested})
     b, a = ([signed(pair[side]) for pair in pairs] for side in (0, 1))

@@ -45,6 +45,7 @@ from .synthesis.placement import (
     shapes_like,
 )
 from .synthesis.shapes import SHAPES, principal_axis
+from .synthesis.surroundings import LikeSurroundings, read_patches
 
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "DefectPairs",
     "InputError",
     "LikeReferences",
+    "LikeSurroundings",
     "MaskClasses",
     "MaskSource",
     "PlacedMask",

@@ -708,6 +708,8 @@ def test_the_old_name_of_the_roi_is_read(folder):
         "--mask_source random --reference_data d",
         "--mask m --placement anywhere",
         "--mask_source procedural --placement like_references",
+        "--mask_source procedural --reference_data d --placement like_surroundings",
+        "--mask_source held_out --reference_data d --placement like_surroundings",
         "--mask_source held_out --reference_data d --placement like_references",
         "--mask_source procedural --mask m",
         "--mask m --roi z",

@@ -275,11 +275,13 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("placement of reference and procedural masks").add_argument
     add(
         "--placement",
-        choices=["auto", "anywhere", "like_references"],
+        choices=["auto", "anywhere", "like_references", "like_surroundings"],
         default="auto",
         help="Where masks go. like_references: where the masks in --reference_data are, by distance and direction to "
-        "the object's border and position on the object. auto does so if there are at least four references and "
-        "their places or directions are clearly not random (p < 0.01). Default: auto.",
+        "the object's border and position on the object. like_surroundings: where the image looks most as the "
+        "reference does around its defect, so that a broken track is put across a track; masks keep their form. auto: "
+        "like_references if there are at least four and their places or directions are clearly not random (p < 0.01), "
+        "else anywhere. Default: auto.",
     )
     add(
         "--foreground",
@@ -318,8 +320,11 @@ def check_input_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
     if has_data and not (source in ("references", "held_out") or places or likeness):
         parser.error("--reference_data: only with --mask_source references or held_out, for the places of procedural "
                      "masks, or with --selection likeness")  # fmt: skip
-    if args.placement == "like_references" and not has_data:
-        parser.error("give --reference_data with --placement like_references")
+    if args.placement.startswith("like_") and not has_data:
+        parser.error(f"give --reference_data with --placement {args.placement}")
+    if args.placement == "like_surroundings" and (source == "procedural" or getattr(args, "like", None)):
+        other = "--like" if source == "references" else "--mask_source procedural"
+        parser.error(f"--placement like_surroundings takes the references' own masks: leave out {other}")
     users = {"like": ["references"], "max_rotation": ["references"], "shapes": ["procedural"]}
     of_data = ("object", "split", "layout", "mask_classes", "skip_problems")
     users |= {} if likeness else dict.fromkeys(of_data, ["references", "held_out", *(["procedural"] * has_data)])

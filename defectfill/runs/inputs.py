@@ -12,6 +12,7 @@ from datasets import Dataset
 from defectfill_dataset import (
     InputError,
     LikeReferences,
+    LikeSurroundings,
     MaskSource,
     PlacedShapes,
     Problem,
@@ -28,6 +29,7 @@ from defectfill_dataset import (
     other_types,
     procedural_shapes,
     random_source,
+    read_patches,
     reference_shapes,
     select_defects,
     shapes_like,
@@ -160,7 +162,11 @@ def read_sources(
     }
     finder = find_foreground if foreground == "auto" else None
     like_references, placement_settings = read_placement(request, defect, rows)
-    source = PlacedShapes(shapes, finder, request.coverage, request.masks_per_image, like_references)
+    surroundings = None
+    if request.placement == "like_surroundings":
+        surroundings = LikeSurroundings(read_patches(rows), request.max_rotation)
+        placement_settings |= {"placement": request.placement, "reference_images_sha256": data_digest(rows)}
+    source = PlacedShapes(shapes, finder, request.coverage, request.masks_per_image, like_references, surroundings)
     settings |= placement_settings
     if request.like is None:
         return [(source, settings)]
@@ -177,7 +183,7 @@ def read_placement(
     request: GenerationRequest, defect: str | None, rows: Dataset | None
 ) -> tuple[LikeReferences | None, dict]:
     """The places that references show, None for anywhere, and the settings that say so; logs what `auto` chose."""
-    if request.placement == "anywhere" or rows is None:
+    if request.placement in ("anywhere", "like_surroundings") or rows is None:
         return None, {"placement": "anywhere"}
     references = locate_references(rows, None if request.foreground == "none" else find_foreground)
     placement, reason = "like_references", "--placement"

@@ -43,7 +43,7 @@ class GenerationRequest:
     shapes: list[str]
     seed: int
     # placement of masks
-    placement: str  # auto, anywhere or like_references
+    placement: str  # auto, anywhere, like_references or like_surroundings
     foreground: str  # auto, none or a path
     roi: Path | None
     coverage: float  # in (0, 1]

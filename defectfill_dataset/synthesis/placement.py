@@ -36,6 +36,7 @@ from .locations import (
     reference_location,
 )
 from .shapes import SHAPES, cut_out, ellipse_elongation, random_transform, transform, union
+from .surroundings import LikeSurroundings
 
 
 logger = logging.getLogger(__name__)
@@ -293,6 +294,7 @@ class PlacedShapes:
         coverage: least share of each shape's pixels on the object and in the ROI, in (0, 1].
         number: of shapes in an image.
         like_references: where shapes go; None: anywhere. What it finds no place for goes anywhere too.
+        surroundings: what gives shapes and their places instead.
     """
 
     sample_shape: ShapeSource
@@ -300,6 +302,7 @@ class PlacedShapes:
     coverage: float = 0.99
     number: int = 1
     like_references: LikeReferences | None = None
+    surroundings: LikeSurroundings | None = None
 
     def __call__(
         self, image: Image.Image, seed: int, foreground: np.ndarray | None, roi: np.ndarray | None
@@ -317,6 +320,8 @@ class PlacedShapes:
         for index in range(self.number):
             own_seed = derive_seed(seed, index)
             defect = self._place_alike(like, own_seed, allowed, taken, part) if like and part else None
+            if self.surroundings:
+                defect = self._place_within(self.surroundings, image, own_seed, allowed, taken)
             defect = defect or self._place(own_seed, allowed, taken)
             if defect is None:
                 return None
@@ -334,13 +339,28 @@ class PlacedShapes:
         shapes = [shape for _, _, shape in drawn]
         rng = np.random.default_rng(derive_seed(seed, "location"))
         for index, top, left in like.propose(shapes, allowed, part, self.coverage, rng):
-            shape = shapes[index]
-            under = (slice(top, top + shape.shape[0]), slice(left, left + shape.shape[1]))
-            enough = (allowed[under] & shape).sum() >= pixels_needed(shape, self.coverage)
-            if enough and not (taken[under] & shape).any():
-                return PlacedDefect(drawn[index][1], top, left, shape)
+            defect = PlacedDefect(drawn[index][1], top, left, shapes[index])
+            if self._fits(defect, allowed, taken):
+                return defect
         _warn_once("--placement like_references: no such place in some images; there, masks go anywhere")
         return None
+
+    def _place_within(
+        self, surroundings: LikeSurroundings, image: Image.Image, seed: int, allowed: np.ndarray, taken: np.ndarray
+    ) -> PlacedDefect | None:
+        """A reference's mask where the image looks as around it; None if there is no such place."""
+        rng = np.random.default_rng(derive_seed(seed, "surroundings"))
+        for defect in map(PlacedDefect._make, surroundings.propose(image, allowed, self.coverage, rng)):
+            if self._fits(defect, allowed, taken):
+                return defect
+        _warn_once("--placement like_surroundings: no such place in some images; there, masks go anywhere")
+        return None
+
+    def _fits(self, defect: PlacedDefect, allowed: np.ndarray, taken: np.ndarray) -> bool:
+        shape = defect.shape
+        under = (slice(defect.top, defect.top + shape.shape[0]), slice(defect.left, defect.left + shape.shape[1]))
+        enough = (allowed[under] & shape).sum() >= pixels_needed(shape, self.coverage)
+        return bool(enough and not (taken[under] & shape).any())
 
     def _place(self, seed: int, allowed: np.ndarray, taken: np.ndarray) -> PlacedDefect | None:
         for attempt in range(TRIES):

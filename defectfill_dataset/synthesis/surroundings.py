@@ -1,0 +1,167 @@
+"""Places for reference masks where a good image looks as the reference does around its defect.
+
+On a circuit board a break is a break only across a track. Neither a region nor the object's border says where tracks
+are; the pixels around the references' defects do.
+
+Shapes: H x W the image's pixels, h x w a patch: a reference defect with what surrounds it.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+from scipy import ndimage
+
+from ..images import load_image
+from ..mask_values import binarise
+from .shapes import cut_out
+
+
+SEARCHED_SIDE = 1024  # longest side of the image that is searched, in pixels
+RIM = 0.6  # width of what is compared around a defect, in units of the root of its bounding box's area
+LEAST_RIM = 4  # pixels
+BLURRED = 2  # pixels next to a mask that its defect may have changed, and that are not compared
+DRAWN = 8  # patches, each turned in its own way, tried for a mask; the half that fits better is used
+PLACES = 8  # of a patch, the best
+WORSE = 0.1  # by which a place may be more unlike than the patch's best,
+WORSE_PATCH = 0.3  # and a patch's best than that of the best patch
+LEAST_CONTRAST = 1e-4  # variance of pixels in [0, 1]: below it a patch is flat
+
+
+class Patch(NamedTuple):
+    """A reference defect and what surrounds it.
+
+    Args:
+        name: of its image.
+        mask: (h, w) bool, the defect.
+        pixels: (h, w), in [0, 1].
+        rim: (h, w) bool, the pixels that are compared.
+        image_area: of its image, in pixels.
+    """
+
+    name: str
+    mask: np.ndarray
+    pixels: np.ndarray
+    rim: np.ndarray
+    image_area: int
+
+
+def read_patches(rows: Dataset) -> list[Patch]:
+    """Every defect of `load_mask_rows`, pieces near each other as one; those that fill their image are left out."""
+    patches = []
+    for row in rows:
+        mask, pixels = binarise(row["mask"]), grey(load_image(row["image"]))
+        near = ndimage.binary_dilation(mask, iterations=BLURRED)
+        labels, _ = ndimage.label(ndimage.binary_dilation(mask, iterations=LEAST_RIM))
+        for number, box in enumerate(ndimage.find_objects(labels), 1):
+            width = max(LEAST_RIM, math.ceil(RIM * math.sqrt(math.prod(s.stop - s.start for s in box)))) + BLURRED
+            window = tuple(slice(max(0, s.start - width), s.stop + width) for s in box)
+            own = mask[window] & (labels[window] == number)
+            rim = (ndimage.distance_transform_edt(~own) <= width) & ~near[window]
+            if rim.any():
+                patches.append(Patch(row["source_file"], own, pixels[window], rim, mask.size))
+    return patches
+
+
+def grey(image: Image.Image) -> np.ndarray:
+    """(H, W) in [0, 1]."""
+    return np.asarray(image.convert("L"), dtype=float) / 255
+
+
+def changed(patch: Patch, scale: float, quarters: int, flip: bool) -> Patch:
+    """The patch scaled, turned by quarters counter-clockwise, and mirrored."""
+
+    def change(values: np.ndarray, order: int) -> np.ndarray:
+        values = values.astype(float) if scale == 1 else ndimage.zoom(values.astype(float), scale, order=order)
+        values = np.rot90(values, quarters)
+        return values[:, ::-1] if flip else values
+
+    mask, rim = change(patch.mask, 1) > 0.5, change(patch.rim, 1) > 0.5
+    return patch._replace(mask=mask, pixels=change(patch.pixels, 1), rim=rim & ~mask)
+
+
+def differences(patch: Patch, pixels: np.ndarray) -> np.ndarray:
+    """(H - h + 1, W - w + 1) how unlike the patch's rim (H, W) pixels are at each (top, left).
+
+    The mean squared difference, each less its own mean, in units of the rim's variance.
+    """
+    from scipy import signal  # a second to load, and rarely used
+
+    def sums(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return signal.fftconvolve(values, weights[::-1, ::-1], mode="valid")
+
+    rim, number = patch.rim.astype(float), patch.rim.sum()
+    own = np.where(patch.rim, patch.pixels - patch.pixels[patch.rim].mean(), 0)
+    variance = (own**2).sum() / number
+    theirs = sums(pixels**2, rim) / number - (sums(pixels, rim) / number) ** 2
+    return (theirs + variance - 2 * sums(pixels, own) / number) / (variance + LEAST_CONTRAST)
+
+
+class LikeSurroundings:
+    """Where a good image looks as the references do around their defects.
+
+    Args:
+        patches: the references' defects.
+        max_rotation: degrees; patches are turned by quarters, as far as this allows.
+    """
+
+    def __init__(self, patches: Sequence[Patch], max_rotation: float):
+        quarters = [k for k in range(4) if 90 * min(k, 4 - k) <= max_rotation]
+        self.turned = [*itertools.product(patches, quarters, (False, True))]
+
+    def propose(
+        self, image: Image.Image, allowed: np.ndarray, coverage: float, rng: np.random.Generator
+    ) -> Iterator[tuple[str, int, int, np.ndarray]]:
+        """(name, top, left, shape) of masks and their places in the image, the best patches and places first at random.
+
+        Args:
+            allowed: (H, W) bool; at least `coverage` of a mask lies on it.
+        """
+        shrink = min(1.0, SEARCHED_SIDE / max(image.size))
+        small = image.resize([max(1, round(shrink * side)) for side in image.size]) if shrink < 1 else image
+        pixels = grey(small)
+        allowed_small = np.asarray(Image.fromarray(allowed).resize(small.size, Image.Resampling.NEAREST))
+        found = []
+        for index in rng.permutation(len(self.turned))[:DRAWN].tolist():
+            patch, quarters, flip = self.turned[index]
+            scale = math.sqrt(allowed.size / patch.image_area)
+            sought = changed(patch, scale * shrink if not math.isclose(scale * shrink, 1) else 1, quarters, flip)
+            if not (sought.mask.any() and sought.rim.any()) or (np.array(sought.mask.shape) > pixels.shape).any():
+                continue
+            unlike = np.where(covered(sought.mask, allowed_small) >= coverage, differences(sought, pixels), np.inf)
+            if places := best_places(unlike, sought.mask.shape):
+                shape = sought.mask if shrink == 1 else changed(patch, scale, quarters, flip).mask
+                found.append((unlike[places[0]], patch.name, places, shape))
+        found.sort(key=lambda one: one[0])
+        better = [one for one in found[: -(-len(found) // 2)] if one[0] <= found[0][0] + WORSE_PATCH]
+        for index in rng.permutation(len(better)).tolist():
+            _, name, places, shape = better[index]
+            cut, (up, across) = cut_out(shape), np.argwhere(shape).min(axis=0)
+            for place in rng.permutation(len(places)).tolist():
+                top, left = (round(x / shrink) for x in places[place])
+                top = min(top + int(up), allowed.shape[0] - cut.shape[0])
+                left = min(left + int(across), allowed.shape[1] - cut.shape[1])
+                if top >= 0 and left >= 0:
+                    yield name, top, left, cut
+
+
+def covered(mask: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """(H - h + 1, W - w + 1) share of a mask's pixels on allowed ones, with it at each (top, left)."""
+    from scipy import signal
+
+    if allowed.all():
+        return np.ones(np.array(allowed.shape) - mask.shape + 1)
+    return signal.fftconvolve(allowed.astype(float), mask[::-1, ::-1].astype(float), mode="valid") / mask.sum() + 1e-6
+
+
+def best_places(unlike: np.ndarray, size: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Up to `PLACES` of the local minima, the least first, that are nearly as low as it; they lie apart."""
+    near = [max(1, side // 2) for side in size]
+    lowest = np.flatnonzero((unlike == ndimage.minimum_filter(unlike, near)) & (unlike <= unlike.min() + WORSE))
+    lowest = lowest[np.isfinite(unlike.ravel()[lowest])]
+    order = lowest[np.argsort(unlike.ravel()[lowest], kind="stable")][:PLACES]
+    return [divmod(int(i), unlike.shape[1]) for i in order]

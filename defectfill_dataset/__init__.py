@@ -101,6 +101,7 @@ __all__ = [
     "random_boxes",
     "random_mask",
     "random_source",
+    "read_patches",
     "reference_shapes",
     "sampling_schedule",
     "select_defects",

@@ -32,7 +32,7 @@ from defectfill.markdown import markdown_table
 
 
 SMALL_BASE = Path(__file__).resolve().parent / "tiny_base"
-COMMANDS = ("train_defectfill", "generate_defectfill")
+COMMANDS = ("train_defectfill", "generate_defectfill", "defectfill_scripts.make_demo_data")
 OPTIONAL = ("bitsandbytes", "xformers")  # libraries that use CUDA when they are imported
 DRAWN = 128  # px a side of the drawn images
 CARDS = (6, 8, 12, 16, 24)  # GB, of the page's advice
@@ -87,7 +87,7 @@ class StepError(Exception):
 
 
 def preload() -> None:
-    """Imports the libraries of both commands, so that a forked child need not.
+    """Imports the commands and their libraries, so that a forked child need not.
 
     Without bitsandbytes and xformers: they use CUDA at import, after which no forked child could.
     """
@@ -397,6 +397,7 @@ def run_step(check: Check, name: str, expected: float) -> dict:
     if "xformers" in step.flags or "8bit" in step.flags:
         check.start_method = "spawn"  # a forked child's diffusers was imported without these libraries
     result = {"name": name, "ok": False, "status": "ok", "flags": flags}
+    (check.logs / f"{name}.log").unlink(missing_ok=True)  # of an earlier check
     try:
         if began + expected > check.ends:
             raise StepError("skipped", "no time left; raise --minutes or choose with --only")

@@ -396,9 +396,12 @@ def load_latents(file: Path, make: Callable[[], dict]) -> dict[str, torch.Tensor
 
 
 def read_kept(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a working file; raises InputError (DF310) if it is damaged."""
+    """The tensors of a working file, in memory; raises InputError (DF310) if it is damaged.
+
+    `load_file` maps the file: each batch would read its crops from the disk.
+    """
     try:
-        return load_file(file)
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}
     except (OSError, SafetensorError) as error:
         raise InputError(Problem("DF310", file, str(error), "delete the folder work, and start again")) from error
 

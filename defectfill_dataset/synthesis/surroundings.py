@@ -25,7 +25,8 @@ SEARCHED_SIDE = 1024  # longest side of the image that is searched, in pixels
 RIM = 0.6  # width of what is compared around a defect, in units of the root of its bounding box's area
 LEAST_RIM = 4  # pixels
 BLURRED = 2  # pixels next to a mask that its defect may have changed, and that are not compared
-DRAWN = 8  # patches, each turned in its own way, tried for a mask; the half that fits better is used
+DRAWN, MOST_DRAWN = 8, 32  # patches, each turned in its own way, tried for a mask; more while none is
+ALIKE = 0.5  # or less; 1 is a flat image's. The half that fits better is used
 PLACES = 8  # of a patch, the best
 WORSE = 0.1  # by which a place may be more unlike than the patch's best,
 WORSE_PATCH = 0.3  # and a patch's best than that of the best patch
@@ -75,13 +76,14 @@ def grey(image: Image.Image) -> np.ndarray:
 def changed(patch: Patch, scale: float, quarters: int, flip: bool) -> Patch:
     """The patch scaled, turned by quarters counter-clockwise, and mirrored."""
 
-    def change(values: np.ndarray, order: int) -> np.ndarray:
-        values = values.astype(float) if scale == 1 else ndimage.zoom(values.astype(float), scale, order=order)
+    def change(values: np.ndarray) -> np.ndarray:
+        values = values.astype(float)
+        values = values if math.isclose(scale, 1) else ndimage.zoom(values, scale, order=1)
         values = np.rot90(values, quarters)
         return values[:, ::-1] if flip else values
 
-    mask, rim = change(patch.mask, 1) > 0.5, change(patch.rim, 1) > 0.5
-    return patch._replace(mask=mask, pixels=change(patch.pixels, 1), rim=rim & ~mask)
+    mask, rim = change(patch.mask) > 0.5, change(patch.rim) > 0.5
+    return patch._replace(mask=mask, pixels=change(patch.pixels), rim=rim & ~mask)
 
 
 def differences(patch: Patch, pixels: np.ndarray) -> np.ndarray:
@@ -116,7 +118,7 @@ class LikeSurroundings:
     def propose(
         self, image: Image.Image, allowed: np.ndarray, coverage: float, rng: np.random.Generator
     ) -> Iterator[tuple[str, int, int, np.ndarray]]:
-        """(name, top, left, shape) of masks and their places in the image, the best patches and places first at random.
+        """(name, top, left, shape) of masks and good places for them in the image, in random order.
 
         Args:
             allowed: (H, W) bool; at least `coverage` of a mask lies on it.
@@ -125,19 +127,22 @@ class LikeSurroundings:
         small = image.resize([max(1, round(shrink * side)) for side in image.size]) if shrink < 1 else image
         pixels = grey(small)
         allowed_small = np.asarray(Image.fromarray(allowed).resize(small.size, Image.Resampling.NEAREST))
-        found = []
-        for index in rng.permutation(len(self.turned))[:DRAWN].tolist():
+        found, best = [], np.inf
+        for number, index in enumerate(rng.permutation(len(self.turned))[:MOST_DRAWN].tolist()):
+            if number >= DRAWN and best <= ALIKE:
+                break
             patch, quarters, flip = self.turned[index]
             scale = math.sqrt(allowed.size / patch.image_area)
-            sought = changed(patch, scale * shrink if not math.isclose(scale * shrink, 1) else 1, quarters, flip)
+            sought = changed(patch, scale * shrink, quarters, flip)
             if not (sought.mask.any() and sought.rim.any()) or (np.array(sought.mask.shape) > pixels.shape).any():
                 continue
             unlike = np.where(covered(sought.mask, allowed_small) >= coverage, differences(sought, pixels), np.inf)
             if places := best_places(unlike, sought.mask.shape):
                 shape = sought.mask if shrink == 1 else changed(patch, scale, quarters, flip).mask
                 found.append((unlike[places[0]], patch.name, places, shape))
+                best = min(best, unlike[places[0]])
         found.sort(key=lambda one: one[0])
-        better = [one for one in found[: -(-len(found) // 2)] if one[0] <= found[0][0] + WORSE_PATCH]
+        better = [one for one in found[: -(-len(found) // 2)] if one[0] <= best + WORSE_PATCH]
         for index in rng.permutation(len(better)).tolist():
             _, name, places, shape = better[index]
             cut, (up, across) = cut_out(shape), np.argwhere(shape).min(axis=0)

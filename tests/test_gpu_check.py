@@ -159,5 +159,7 @@ def test_a_folder_work_of_something_else_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *args: None)
     for _ in range(2):
         gpu_check.main(gpu_check.parse_args(["--output_dir", str(tmp_path)]))
+        assert not (tmp_path / "logs/environment.log").exists()
+        (tmp_path / "logs/environment.log").write_text("of an earlier check")
     assert {f.name for f in tmp_path.iterdir()} == {"work", "logs", "results.jsonl", "gpu_check.md"}
     assert (tmp_path / "work/thesis.txt").exists()

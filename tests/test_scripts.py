@@ -16,7 +16,7 @@ from diffusers import StableDiffusionInpaintPipeline
 from drawn import write_image
 from PIL import Image
 from runs import fork, in_clean_process, read_lines, reset_accelerate, wait_for
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from defectfill.drawn.pairs import drawn_pairs
 from defectfill.drawn.parts import PARTS, render
@@ -365,6 +365,14 @@ def test_a_damaged_working_file_of_a_base_is_one_line(tmp_path, content):
         file.write_bytes(content)
     with pytest.raises(InputError, match="DF310 .*latents.safetensors"):
         make_tiny_base.read_kept(file)
+
+
+def test_working_files_are_read_into_memory(tmp_path):
+    """A mapped file would be read anew in every batch, and its tensors change with it."""
+    save_file({"pixels": torch.arange(10_000)}, file := tmp_path / "scenes.safetensors")
+    kept = make_tiny_base.read_kept(file)["pixels"]
+    file.write_bytes(bytes(file.stat().st_size))
+    assert torch.equal(kept, torch.arange(10_000))
 
 
 def test_a_base_does_not_go_on_with_other_images(tmp_path, monkeypatch):

@@ -140,8 +140,12 @@ class Results:
         return list(dict.fromkeys(run.arm for run in self.figures))
 
     @property
+    def controls(self) -> list[str]:
+        """The arms that see real images alone."""
+        return [arm for arm in self.arms if arm in CONTROLS]
+
+    @property
     def generated(self) -> list[str]:
-        """The arms that see generated images."""
         return [arm for arm in self.arms if arm not in CONTROLS]
 
     def of(self, arm: str) -> dict[tuple[int, int], Run]:
@@ -226,11 +230,10 @@ Comparisons = dict[tuple[str, str, str], dict]  # of arm, control and figure
 
 def compare_all(results: Results, resamples: int) -> Comparisons:
     """Every arm of generated images against every control, in every figure of `COMPARED`."""
-    controls = [arm for arm in results.arms if arm in CONTROLS]
     return {
         (arm, control, key): compare(results, arm, control, key, resamples)
         for arm in results.generated
-        for control in controls
+        for control in results.controls
         for key in COMPARED
     }
 

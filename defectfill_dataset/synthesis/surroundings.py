@@ -27,6 +27,7 @@ LEAST_RIM = 4  # pixels
 BLURRED = 2  # pixels next to a mask that its defect may have changed, and that are not compared
 DRAWN, MOST_DRAWN = 8, 32  # patches, each turned in its own way, tried for a mask; more while none is
 ALIKE = 0.5  # or less; 1 is a flat image's. The half that fits better is used
+EVEN = 0.02  # places that differ by less are as good as each other
 PLACES = 8  # of a patch, the best
 WORSE = 0.1  # by which a place may be more unlike than the patch's best,
 WORSE_PATCH = 0.3  # and a patch's best than that of the best patch
@@ -136,7 +137,9 @@ class LikeSurroundings:
             sought = changed(patch, scale * shrink, quarters, flip)
             if not (sought.mask.any() and sought.rim.any()) or (np.array(sought.mask.shape) > pixels.shape).any():
                 continue
-            unlike = np.where(covered(sought.mask, allowed_small) >= coverage, differences(sought, pixels), np.inf)
+            unlike = differences(sought, pixels)
+            unlike += EVEN * rng.random(unlike.shape)
+            unlike[covered(sought.mask, allowed_small) < coverage] = np.inf
             if places := best_places(unlike, sought.mask.shape):
                 shape = sought.mask if shrink == 1 else changed(patch, scale, quarters, flip).mask
                 found.append((unlike[places[0]], patch.name, places, shape))
@@ -164,9 +167,12 @@ def covered(mask: np.ndarray, allowed: np.ndarray) -> np.ndarray:
 
 
 def best_places(unlike: np.ndarray, size: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Up to `PLACES` of the local minima, the least first, that are nearly as low as it; they lie apart."""
-    near = [max(1, side // 2) for side in size]
-    lowest = np.flatnonzero((unlike == ndimage.minimum_filter(unlike, near)) & (unlike <= unlike.min() + WORSE))
-    lowest = lowest[np.isfinite(unlike.ravel()[lowest])]
-    order = lowest[np.argsort(unlike.ravel()[lowest], kind="stable")][:PLACES]
-    return [divmod(int(i), unlike.shape[1]) for i in order]
+    """Up to `PLACES` of the lowest (top, left), the best first, no two nearer than half a patch of this size."""
+    rest, places = unlike.copy(), list[tuple[int, int]]()
+    while len(places) < PLACES:
+        place = divmod(int(rest.argmin()), rest.shape[1])
+        if not np.isfinite(rest[place]) or rest[place] > unlike.min() + WORSE:
+            break
+        places.append(place)
+        rest[tuple(slice(max(0, at - side // 2), at + side // 2 + 1) for at, side in zip(place, size))] = np.inf
+    return places

@@ -161,12 +161,8 @@ def read_sources(
         "masks_per_image": request.masks_per_image,
     }
     finder = find_foreground if foreground == "auto" else None
-    like_references, placement_settings = read_placement(request, defect, rows)
-    surroundings = None
-    if request.placement == "like_surroundings":
-        surroundings = LikeSurroundings(read_patches(rows), request.max_rotation)
-        placement_settings |= {"placement": request.placement, "reference_images_sha256": data_digest(rows)}
-    source = PlacedShapes(shapes, finder, request.coverage, request.masks_per_image, like_references, surroundings)
+    places, placement_settings = read_placement(request, defect, rows)
+    source = PlacedShapes(shapes, finder, request.coverage, request.masks_per_image, **places)
     settings |= placement_settings
     if request.like is None:
         return [(source, settings)]
@@ -179,12 +175,16 @@ def read_sources(
     ]
 
 
-def read_placement(
-    request: GenerationRequest, defect: str | None, rows: Dataset | None
-) -> tuple[LikeReferences | None, dict]:
-    """The places that references show, None for anywhere, and the settings that say so; logs what `auto` chose."""
-    if request.placement in ("anywhere", "like_surroundings") or rows is None:
-        return None, {"placement": "anywhere"}
+def read_placement(request: GenerationRequest, defect: str | None, rows: Dataset | None) -> tuple[dict, dict]:
+    """What `PlacedShapes` is given to place masks, nothing for anywhere, and the settings that say so.
+
+    Logs what `auto` chose.
+    """
+    if request.placement == "anywhere" or rows is None:
+        return {}, {"placement": "anywhere"}
+    if request.placement == "like_surroundings":
+        settings = {"placement": request.placement, "reference_images_sha256": data_digest(rows)}
+        return {"surroundings": LikeSurroundings(read_patches(rows), request.max_rotation)}, settings
     references = locate_references(rows, None if request.foreground == "none" else find_foreground)
     placement, reason = "like_references", "--placement"
     if request.placement == "auto":
@@ -192,7 +192,7 @@ def read_placement(
         logger.warning(f"--placement auto{f' for {defect!r}' if defect else ''}: {placement}; {reason}")
     settings = {"placement": placement, REASON: reason}
     if placement == "anywhere":
-        return None, settings
+        return {}, settings
     values = np.array([reference.values for reference in references])
     settings["reference_places_sha256"] = hashlib.sha256(values.round(4).tobytes()).hexdigest()
-    return LikeReferences(values), settings
+    return {"like_references": LikeReferences(values)}, settings

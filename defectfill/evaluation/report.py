@@ -146,6 +146,7 @@ class Results:
 
     @property
     def generated(self) -> list[str]:
+        """The arms that see generated images."""
         return [arm for arm in self.arms if arm not in CONTROLS]
 
     def of(self, arm: str) -> dict[tuple[int, int], Run]:

@@ -35,7 +35,7 @@ from .locations import (
     map_object,
     reference_location,
 )
-from .shapes import SHAPES, cut_out, ellipse_elongation, random_transform, transform, union
+from .shapes import SHAPES, cut_out, ellipse_elongation, random_transform, sums_under, transform, union
 from .surroundings import LikeSurroundings
 
 
@@ -254,8 +254,6 @@ def _search(
     shape: np.ndarray, allowed: np.ndarray, taken: np.ndarray, needed: int, rng: np.random.Generator
 ) -> tuple[int, int] | None:
     """`find_place` over every place near an allowed pixel."""
-    from scipy import signal  # a second to load, and rarely used
-
     window = []
     for axis, side in enumerate(shape.shape):
         there = np.flatnonzero(allowed.any(axis=1 - axis))
@@ -266,7 +264,7 @@ def _search(
     if allowed.size > MOST_PIXELS or (np.array(shape.shape) > allowed.shape).any() or allowed.sum() < needed:
         return None
     value = np.where(taken, -int(shape.sum()), allowed.astype(float))  # one taken pixel outweighs all allowed ones
-    covered = np.rint(signal.fftconvolve(value, shape[::-1, ::-1].astype(float), mode="valid"))  # at each (top, left)
+    covered = np.rint(sums_under(shape, value))
     good = np.flatnonzero(covered >= needed)
     if not len(good):
         return None

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from ..images import load_image
 from ..mask_values import binarise
-from .shapes import cut_out
+from .shapes import cut_out, sums_under
 
 
 SEARCHED_SIDE = 1024  # longest side of the image that is searched, in pixels
@@ -92,16 +92,11 @@ def differences(patch: Patch, pixels: np.ndarray) -> np.ndarray:
 
     The mean squared difference, each less its own mean, in units of the rim's variance.
     """
-    from scipy import signal  # a second to load, and rarely used
-
-    def sums(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return signal.fftconvolve(values, weights[::-1, ::-1], mode="valid")
-
-    rim, number = patch.rim.astype(float), patch.rim.sum()
+    number = patch.rim.sum()
     own = np.where(patch.rim, patch.pixels - patch.pixels[patch.rim].mean(), 0)
     variance = (own**2).sum() / number
-    theirs = sums(pixels**2, rim) / number - (sums(pixels, rim) / number) ** 2
-    return (theirs + variance - 2 * sums(pixels, own) / number) / (variance + LEAST_CONTRAST)
+    theirs = sums_under(patch.rim, pixels**2) / number - (sums_under(patch.rim, pixels) / number) ** 2
+    return (theirs + variance - 2 * sums_under(own, pixels) / number) / (variance + LEAST_CONTRAST)
 
 
 class LikeSurroundings:
@@ -159,11 +154,9 @@ class LikeSurroundings:
 
 def covered(mask: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """(H - h + 1, W - w + 1) share of a mask's pixels on allowed ones, with it at each (top, left)."""
-    from scipy import signal
-
     if allowed.all():
         return np.ones(np.array(allowed.shape) - mask.shape + 1)
-    return signal.fftconvolve(allowed.astype(float), mask[::-1, ::-1].astype(float), mode="valid") / mask.sum() + 1e-6
+    return sums_under(mask, allowed) / mask.sum() + 1e-6
 
 
 def best_places(unlike: np.ndarray, size: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import generate, read_lines
+from scipy import ndimage
 
 from defectfill_dataset import InputError, LikeSurroundings, PlacedShapes, load_mask_rows, read_patches
 from defectfill_dataset.synthesis import placement, surroundings
+from defectfill_dataset.synthesis.shapes import Transform
 from defectfill_dataset.synthesis.surroundings import changed, covered, differences
 
 
@@ -46,10 +48,11 @@ def patches_of(folder):
     return read_patches(load_mask_rows(folder, None, "all", "hole", False))
 
 
-def place(folder, pixels: np.ndarray, number: int = 12, roi=None, max_rotation: float = 180, masks: int = 1) -> list:
-    def never(rng, size):
-        raise AssertionError("a mask was placed anywhere")
+def never(rng, size):
+    raise AssertionError("a mask was placed anywhere")
 
+
+def place(folder, pixels: np.ndarray, number: int = 12, roi=None, max_rotation: float = 180, masks: int = 1) -> list:
     like = LikeSurroundings(patches_of(folder), max_rotation)
     source = PlacedShapes(never, None, number=masks, surroundings=like)
     return [source(image_of(pixels), seed, None, roi) for seed in range(number)]
@@ -63,29 +66,36 @@ def test_what_surrounds_a_reference_is_read(broken):
         assert not (patch.rim & patch.mask).any() and {*np.unique(patch.pixels[patch.rim]).round(2)} == {0.12, 0.86}
 
 
+def breaks(mask: np.ndarray, pixels: np.ndarray) -> bool:
+    """Whether what is left of a board's tracks, with a mask's pixels taken away, falls into one piece more."""
+    return ndimage.label((pixels < 128) & ~mask)[1] == ndimage.label(pixels < 128)[1] + 1
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_break_is_put_across_a_track(broken, turned):
     pixels = board((40,), turned=turned)
-    for placed in place(broken, pixels):
-        assert (pixels[placed.mask] < 128).sum() == 6 * WIDTH and placed.mask.sum() == 6 * (WIDTH + 4)
-    tops = {placed.defects[0].top for placed in place(broken, pixels)}
-    assert len(tops) > 1 or turned
+    all_placed = place(broken, pixels)
+    assert all(breaks(placed.mask, pixels) for placed in all_placed)
+    assert len({(placed.defects[0].top, placed.defects[0].left) for placed in all_placed}) > 3
+    areas = [placed.mask.sum() / (6 * (WIDTH + 4)) for placed in all_placed]
+    assert len({*areas}) > 3 and 0.4 < min(areas) and max(areas) < 1.7
 
 
 def test_without_rotation_no_mask_is_turned(broken):
-    assert {p.defects[0].shape.shape for p in place(broken, board((40,)), max_rotation=0)} == {(6, WIDTH + 4)}
+    shapes = [placed.defects[0].shape.shape for placed in place(broken, board((40,)), max_rotation=0)]
+    assert all(height < width for height, width in shapes)
 
 
 def test_the_region_decides_before_the_surroundings(broken):
     pixels, roi = board((12, 60)), np.zeros((96, 96), bool)
     roi[:, 48:] = True
     for placed in place(broken, pixels, roi=roi):
-        assert not (placed.mask & ~roi).any() and (pixels[placed.mask] < 128).sum() == 6 * WIDTH
+        assert not (placed.mask & ~roi).any() and breaks(placed.mask, pixels)
 
 
 def test_several_masks_of_an_image_do_not_touch(broken):
     [placed] = place(broken, board((30,)), number=1, masks=2)
-    assert placed.mask.sum() == 2 * 6 * (WIDTH + 4)
+    assert ndimage.label(placed.mask)[1] == 2 and len(placed.defects) == 2
 
 
 def test_a_larger_image_is_searched_shrunk(broken, monkeypatch):
@@ -93,8 +103,23 @@ def test_a_larger_image_is_searched_shrunk(broken, monkeypatch):
     monkeypatch.setattr(surroundings, "SEARCHED_SIDE", 96)
     pixels = np.kron(board((40,)), np.ones((2, 2), np.uint8))
     for placed in place(broken, pixels):
-        assert placed.mask.sum() == pytest.approx(4 * 6 * (WIDTH + 4), rel=0.15)
-        assert (pixels[placed.mask] < 128).sum() == pytest.approx(4 * 6 * WIDTH, rel=0.2)
+        assert 4 * 0.8**2 < placed.mask.sum() / (6 * (WIDTH + 4)) < 4 * 1.25**2 and breaks(placed.mask, pixels)
+
+
+def test_a_hair_has_places_in_a_larger_image_too(tmp_path, monkeypatch):
+    """Where it is searched, it is thinner than a pixel."""
+    monkeypatch.setattr(surroundings, "SEARCHED_SIDE", 96)
+    mask, pixels = np.zeros((384, 384), bool), np.kron(board((40,)), np.ones((4, 4), np.uint8))
+    mask[[*range(100, 180)], [*range(150, 230)]] = True
+    hair = [
+        surroundings.Patch(
+            "hair", mask[90:190, 140:240], pixels[90:190, 140:240] / 255, ~mask[90:190, 140:240], 384**2
+        )
+    ]
+    source = PlacedShapes(never, None, surroundings=LikeSurroundings(hair, 0))
+    for seed in range(6):
+        [defect] = source(image_of(pixels), seed, None, None).defects
+        assert ndimage.label(defect.shape, np.ones((3, 3)))[1] == 1 and 50 < defect.shape.sum() < 150
 
 
 def test_brighter_images_look_the_same(broken):
@@ -106,8 +131,8 @@ def test_brighter_images_look_the_same(broken):
 
 def test_a_patch_turns_with_its_mask(broken):
     [patch, *_] = patches_of(broken)
-    turned = changed(patch, 1, 1, True)
-    assert np.array_equal(turned.mask, np.rot90(patch.mask)[:, ::-1]) and turned.mask.shape == patch.mask.shape[::-1]
+    turned = changed(patch, Transform(angle=90, flip=True))
+    assert np.array_equal(turned.mask, np.rot90(patch.mask[:, ::-1])) and turned.mask.shape == patch.mask.shape[::-1]
     assert differences(turned, turned.pixels).item() == pytest.approx(0, abs=1e-9)
 
 
@@ -143,7 +168,7 @@ def test_the_command_places_masks_like_the_surroundings(trained, broken):
     for line in lines:
         mask = np.asarray(Image.open(broken.parent / "out" / line["mask"])) > 0
         pixels = np.asarray(Image.open(broken / "train/good" / f"{line['good_image'].split('/')[-1]}").convert("L"))
-        assert (pixels[mask] < 128).sum() == 6 * WIDTH
+        assert breaks(mask, pixels)
     [plan, *_] = read_lines(broken.parent / "out/plan.jsonl")
     assert plan["placement"] == "like_surroundings" and plan["reference_images_sha256"]
     with pytest.raises(InputError, match="DF320 placement: .*'like_surroundings', now it is 'anywhere'"):

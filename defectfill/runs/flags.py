@@ -279,8 +279,8 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="Where masks go. like_references: where the masks in --reference_data are, by distance and direction to "
         "the object's border and position on the object. like_surroundings: where the image looks most as the "
-        "reference does around its defect, so that a broken track is put across a track; masks keep their form. auto: "
-        "like_references if there are at least four and their places or directions are clearly not random (p < 0.01), "
+        "reference does around its defect, so that a broken track is put across a track; masks are turned by quarters "
+        "only. auto: like_references if there are at least four and their places or directions are clearly not random (p < 0.01), "
         "else anywhere. Default: auto.",
     )
     add(

@@ -6,6 +6,7 @@ are; the pixels around the references' defects do.
 Shapes: H x W the image's pixels, h x w a patch: a reference defect with what surrounds it.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ from scipy import ndimage
 
 from ..images import load_image
 from ..mask_values import binarise
-from .shapes import cut_out, sums_under
+from ..masks import bounds
+from .shapes import Transform, cut_out, random_transform, sums_under, transform
 
 
 SEARCHED_SIDE = 1024  # longest side of the image that is searched, in pixels
@@ -65,7 +67,7 @@ def read_patches(rows: Dataset) -> list[Patch]:
             own = mask[window] & (labels[window] == number)
             rim = (ndimage.distance_transform_edt(~own) <= width) & ~near[window]
             if rim.any():
-                patches.append(Patch(row["source_file"], own, pixels[window], rim, mask.size))
+                patches.append(Patch(row["source_file"], own, pixels[window].copy(), rim, mask.size))
     return patches
 
 
@@ -74,17 +76,17 @@ def grey(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L"), dtype=float) / 255
 
 
-def changed(patch: Patch, scale: float, quarters: int, flip: bool) -> Patch:
-    """The patch scaled, turned by quarters counter-clockwise, and mirrored."""
+def changed(patch: Patch, change: Transform) -> Patch:
+    """The patch flipped, turned by quarters and scaled. What a mask touches is in it, so that no thin one vanishes."""
+    size = [max(1, round(change.scale * side)) for side in patch.mask.shape[::-1]]
 
-    def change(values: np.ndarray) -> np.ndarray:
-        values = values.astype(float)
-        values = values if math.isclose(scale, 1) else ndimage.zoom(values, scale, order=1)
-        values = np.rot90(values, quarters)
-        return values[:, ::-1] if flip else values
+    def as_asked(values: np.ndarray, resampling: Image.Resampling) -> np.ndarray:
+        resized = np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, resampling), dtype=float)
+        return np.rot90(resized[:, ::-1] if change.flip else resized, round(change.angle / 90))
 
-    mask, rim = change(patch.mask) > 0.5, change(patch.rim) > 0.5
-    return patch._replace(mask=mask, pixels=change(patch.pixels), rim=rim & ~mask)
+    mask = as_asked(patch.mask, Image.Resampling.BOX) > 0
+    rim = as_asked(patch.rim, Image.Resampling.BOX) > 0.5
+    return patch._replace(mask=mask, pixels=as_asked(patch.pixels, Image.Resampling.BICUBIC), rim=rim & ~mask)
 
 
 def differences(patch: Patch, pixels: np.ndarray) -> np.ndarray:
@@ -116,6 +118,8 @@ class LikeSurroundings:
     ) -> Iterator[tuple[str, int, int, np.ndarray]]:
         """(name, top, left, shape) of masks and good places for them in the image, in random order.
 
+        Each is a reference's, a little scaled before its place is looked for, and warped.
+
         Args:
             allowed: (H, W) bool; at least `coverage` of a mask lies on it.
         """
@@ -128,28 +132,34 @@ class LikeSurroundings:
             if number >= DRAWN and best <= ALIKE:
                 break
             patch, quarters, flip = self.turned[index]
-            scale = math.sqrt(allowed.size / patch.image_area)
-            sought = changed(patch, scale * shrink, quarters, flip)
-            if not (sought.mask.any() and sought.rim.any()) or (np.array(sought.mask.shape) > pixels.shape).any():
+            change = random_transform(rng, 0)
+            scale = change.scale * math.sqrt(allowed.size / patch.image_area)
+            change = dataclasses.replace(change, angle=90 * quarters, flip=flip, scale=scale)
+            sought = changed(patch, dataclasses.replace(change, scale=scale * shrink))
+            if not sought.rim.any() or (np.array(sought.mask.shape) > pixels.shape).any():
                 continue
             unlike = differences(sought, pixels)
             unlike += EVEN * rng.random(unlike.shape)
             unlike[covered(sought.mask, allowed_small) < coverage] = np.inf
             if places := best_places(unlike, sought.mask.shape):
-                shape = sought.mask if shrink == 1 else changed(patch, scale, quarters, flip).mask
-                found.append((unlike[places[0]], patch.name, places, shape))
+                found.append((unlike[places[0]], patch, change, places, middle_of(sought.mask)))
                 best = min(best, unlike[places[0]])
         found.sort(key=lambda one: one[0])
         better = [one for one in found[: -(-len(found) // 2)] if one[0] <= best + WORSE_PATCH]
         for index in rng.permutation(len(better)).tolist():
-            _, name, places, shape = better[index]
-            cut, (up, across) = cut_out(shape), np.argwhere(shape).min(axis=0)
-            for place in rng.permutation(len(places)).tolist():
-                top, left = (round(x / shrink) for x in places[place])
-                top = min(top + int(up), allowed.shape[0] - cut.shape[0])
-                left = min(left + int(across), allowed.shape[1] - cut.shape[1])
-                if top >= 0 and left >= 0:
-                    yield name, top, left, cut
+            _, patch, change, places, middle = better[index]
+            shape = transform(cut_out(patch.mask), change, rng)
+            most = np.array(allowed.shape) - shape.shape
+            for place in rng.permutation(len(places) if (most >= 0).all() else 0).tolist():
+                corner = (places[place] + middle) / shrink - np.array(shape.shape) / 2
+                top, left = np.rint(corner).astype(int).clip(0, most).tolist()
+                yield patch.name, top, left, shape
+
+
+def middle_of(mask: np.ndarray) -> np.ndarray:
+    """(y, x) of the middle of a mask's bounding box."""
+    left, top, right, bottom = bounds(mask)
+    return np.array([top + bottom, left + right]) / 2
 
 
 def covered(mask: np.ndarray, allowed: np.ndarray) -> np.ndarray:

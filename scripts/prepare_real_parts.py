@@ -1,12 +1,13 @@
 """Split two public datasets by part, and make what their evaluation in docs/evaluation.md needs.
 
     python scripts/prepare_real_parts.py magnetic_tile --data_dir magnetic_tile --output_dir tile
-    python scripts/prepare_real_parts.py deep_pcb --data_dir deep_pcb --output_dir pcb
+    python scripts/prepare_real_parts.py deep_pcb --data_dir DeepPCB/PCBData --output_dir pcb
 
 magnetic_tile holds the folders MT_Blowhole, MT_Crack and MT_Free as published. One tile was photographed under up to
 six exposures whose names do not tell that they belong together; only their numbers lie close to each other. Images are
-copied with their tile in the name, so that no tile is learnt and tested. deep_pcb holds images, their defect-free
-templates and annotations.json (COCO); the first five digits of a name are its board.
+copied with their tile in the name, so that no tile is learnt and tested. DeepPCB is published as images, their
+defect-free templates and a box for each defect; deep_pcb gets them with masks, as COCO: what differs from the template
+in a box. The first five digits of a name are its board.
 
 Both write split.json; good, the defect-free images of the training parts, for make_tiny_base.py; and paint, those that
 defects are painted into. deep_pcb writes roi and cases.jsonl as well: where each type of defect can be on a board.
@@ -24,7 +25,9 @@ import defectfill.quiet  # noqa: F401
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 from scipy import ndimage
+from tqdm.auto import tqdm
 
 from defectfill.evaluation.views import Viewing, split_good
 from defectfill.runs.files import refuse_foreign, write_json
@@ -41,32 +44,36 @@ APART = 500  # numbers of one tile's exposures lie nearer to each other
 ONE_TILE = range(85602, 88202)  # some of these are the same image under another number
 EXPOSURES = {"MT_Blowhole": 1, "MT_Crack": 2}  # of each tile that trains
 TILES = {"MT_Blowhole": 7, "MT_Crack": 4}
+KINDS = (*TILES, "MT_Free")
 
 
 def prepare_tiles(data_dir: Path, out: Path) -> None:
-    found = sorted(
-        (int(file.stem.rpartition("_")[2]), kind, file)
-        for kind in ("MT_Blowhole", "MT_Crack", "MT_Free")
-        for file in (data_dir / kind / "Imgs").glob("*_num_*.jpg")
-    )
-    if not found:
-        raise InputError(Problem("DF161", f"--data_dir {data_dir}", "has no images MT_*/Imgs/expN_num_M.jpg"))
-    tile, last, of_tile = -1, -APART, dict[str, dict[int, list[str]]]()
-    for number, kind, file in found:
+    found = []
+    for kind in KINDS:
+        of_kind = [*(data_dir / kind / "Imgs").glob("*_num_*.jpg")]
+        found += [(int(match[1]), kind, file) for file in of_kind if (match := re.search(r"_num_(\d+)$", file.stem))]
+        if not found or found[-1][1] != kind:
+            what = f"has no images {kind}/Imgs/expN_num_M.jpg"
+            raise InputError(Problem("DF161", f"--data_dir {data_dir}", what, "give the dataset as it was published"))
+    tile, last = -1, -APART
+    of_tile = {kind: dict[int, list[str]]() for kind in KINDS}
+    copied = list[tuple[Path, Path]]()
+    for number, kind, file in sorted(found):
         tile += number - last >= APART and not ONE_TILE.start < number < ONE_TILE.stop
         last, name = number, f"{kind}/Imgs/tile{tile:03d}_{file.name}"
-        of_tile.setdefault(kind, {}).setdefault(tile, []).append(name)
+        of_tile[kind].setdefault(tile, []).append(name)
         copy = out / "magnetic tile" / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        for end in (".jpg", ".png"):
-            shutil.copyfile(existing(file.with_suffix(end)), copy.with_suffix(end))
+        copied += [(existing(file.with_suffix(end)), copy.with_suffix(end)) for end in (".jpg", ".png")]
+    for kind in KINDS:
+        (out / "magnetic tile" / kind / "Imgs").mkdir(parents=True)
+    for file, copy in copied:
+        shutil.copyfile(file, copy)
     rng, split = random.Random(0), {"train": [], "test": [], "skipped": []}
     both = of_tile["MT_Blowhole"].keys() & of_tile["MT_Crack"].keys()
-    learnt = {
-        tile
-        for kind, number in TILES.items()
-        for tile in rng.sample(sorted(of_tile[kind].keys() - both), min(number, len(of_tile[kind]) - len(both) - 1))
-    }
+    learnt = set[int]()
+    for kind, number in TILES.items():
+        alone = sorted(of_tile[kind].keys() - both)
+        learnt |= {*rng.sample(alone, max(0, min(number, len(alone) - 1)))}
     for kind, number in EXPOSURES.items():
         for tile, names in sorted(of_tile[kind].items()):
             chosen = rng.sample(sorted(names), min(number, len(names))) if tile in learnt else []
@@ -83,11 +90,13 @@ def prepare_tiles(data_dir: Path, out: Path) -> None:
 # Circuit boards
 
 LEARNT_BOARDS = {"20085", "12100", "77000", "44000", "90100"}
+BOARD_DEFECTS = ("open", "short", "mousebite", "spur", "copper", "pin_hole")  # numbered from 1
 REFERENCES, TESTED, PAINTED = 6, 50, 40
 NARROW_TRACE, NARROW_GAP, BORDER = 9, 12, 8  # px: half a width, and a distance to an edge
 
 
-def prepare_boards(data_dir: Path, out: Path) -> None:
+def prepare_boards(published: Path, out: Path) -> None:
+    write_coco(published, data_dir := out / "deep_pcb")
     data = load_defect_pairs(data_dir, split="all")
     names = sorted({*data["train"]["source_file"]})
     is_learnt = lambda name: Path(name).name[:5] in LEARNT_BOARDS
@@ -100,7 +109,7 @@ def prepare_boards(data_dir: Path, out: Path) -> None:
     painted = rng.sample(learnt, min(PAINTED, len(learnt)))
     template = lambda name: Path(name).stem + "_template.png"
     files = {template(name): data_dir / Path(name).parent / template(name) for name in learnt}
-    images = {name: load_image(open_image(existing(file))) for name, file in files.items()}
+    images = {name: load_image(open_image(file)) for name, file in files.items()}
     regions = {name: defect_regions(np.asarray(images[name].convert("L")) < 128) for name in map(template, painted)}
     regions = {name: found for name, found in regions.items() if min(r.mean() for r in found.values()) >= 0.01}
     save(out, "circuit board", images.items(), regions)
@@ -113,6 +122,60 @@ def prepare_boards(data_dir: Path, out: Path) -> None:
         for defect, coverage in (("open", 0.75), ("short", 0.8), ("mousebite", 0.85), ("spur", 0.85))
     ]
     (out / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in cases), encoding="utf-8")
+
+
+def write_coco(published: Path, folder: Path) -> None:
+    """Images, templates and defects as groupN/N/NAME_test.jpg, NAME_temp.jpg and groupN/N_not/NAME.txt have them."""
+    boards = []
+    for test in sorted(published.glob("group*/*/*_test.jpg")):
+        name = test.name.removesuffix("_test.jpg")
+        template, boxes = test.with_name(f"{name}_temp.jpg"), test.parents[1] / f"{test.parent.name}_not/{name}.txt"
+        boards.append((name, test, existing(template), read_boxes(existing(boxes))))
+    if not boards:
+        raise InputError(Problem("DF161", f"--data_dir {published}", "has no images group*/*/NAME_test.jpg"))
+    (folder / "images").mkdir(parents=True)
+    images, annotations = list[dict](), list[dict]()
+    for name, *files, boxes in tqdm(boards, desc="Boards"):
+        bright, defect_free = (np.asarray(open_image(file).convert("L")) > 127 for file in files)
+        for pixels, suffix in ((defect_free, "_template"), (bright, "")):
+            size = {"width": pixels.shape[1], "height": pixels.shape[0]}
+            images.append({"id": len(images) + 1, "file_name": f"{name}{suffix}.png", **size})
+            Image.fromarray(pixels).save(folder / "images" / images[-1]["file_name"])
+        for (left, top, right, bottom), kind in boxes:
+            mask = defect_mask(bright != defect_free, (slice(top, bottom), slice(left, right)))
+            rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+            annotation = {"id": len(annotations) + 1, "image_id": len(images), "category_id": kind, "iscrowd": 0}
+            shape = {"bbox": [left, top, right - left, bottom - top], "area": int(mask.sum())}
+            segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+            annotations.append({**annotation, **shape, "segmentation": segmentation})
+    categories = [{"id": number, "name": name} for number, name in enumerate(BOARD_DEFECTS, 1)]
+    write_json(folder / "annotations.json", {"images": images, "annotations": annotations, "categories": categories})
+
+
+def read_boxes(file: Path) -> list[tuple[tuple[int, int, int, int], int]]:
+    """((left, top, right, bottom), number of the type) of each defect.
+
+    Raises:
+        InputError: a line that is not these five numbers (DF161).
+    """
+    boxes = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            *box, kind = (int(value) for value in line.replace(",", " ").split())
+            left, top, right, bottom = box
+            if not (0 <= left < right and 0 <= top < bottom and 1 <= kind <= len(BOARD_DEFECTS)):
+                raise ValueError
+        except ValueError:
+            raise InputError(Problem("DF161", file, f"{line!r} is not a box and a type: x1 y1 x2 y2 1-6")) from None
+        boxes.append(((left, top, right, bottom), kind))
+    return boxes
+
+
+def defect_mask(different: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
+    """(H, W) bool: what differs from the template in a box, without single pixels, widened by one, holes filled."""
+    mask = np.zeros_like(different)
+    mask[box] = ndimage.binary_opening(different, np.ones((2, 2)))[box]
+    return ndimage.binary_fill_holes(ndimage.binary_dilation(mask))
 
 
 def defect_regions(copper: np.ndarray) -> dict[str, np.ndarray]:

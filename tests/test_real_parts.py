@@ -3,12 +3,17 @@
 import json
 from pathlib import Path
 
+from offline import ROOT
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from defectfill_dataset import InputError, load_defect_pairs
 from defectfill_scripts import prepare_real_parts
+
+
+BOARDS = ROOT.parent / "shared/data/deep_pcb"
 
 
 def put_tile(root: Path, kind: str, exposure: int, number: int) -> None:
@@ -42,24 +47,63 @@ def test_exposures_of_one_tile_stay_together(tmp_path):
 
 
 def put_boards(root: Path, names: list[str]) -> None:
-    """Boards of parallel traces, each with a square of every type, and their templates."""
-    (root / "images").mkdir(parents=True)
+    """Boards of parallel traces as DeepPCB is published, each with a square of every type, and their templates."""
     copper = np.zeros((96, 96), bool)
     copper[:, 20:30] = copper[:, 36:46] = copper[60:, 60:] = True
-    types, images, annotations = ["open", "short", "mousebite", "spur"], [], []
     for i, name in enumerate(names):
-        Image.fromarray(~copper).save(root / f"images/{name}_template.png")
-        Image.fromarray(~copper).save(root / f"images/{name}.png")
-        for file in (f"{name}.png", f"{name}_template.png"):
-            images.append({"id": len(images) + 1, "file_name": file, "width": 96, "height": 96})
-        for k in range(len(types)):
-            x, y = 4 + 20 * k, 4 + i
-            box = {"segmentation": [[x, y, x + 6, y, x + 6, y + 6, x, y + 6]], "bbox": [x, y, 6, 6], "area": 36}
-            annotation = {"id": len(annotations) + 1, "image_id": len(images) - 1, "category_id": k + 1, "iscrowd": 0}
-            annotations.append(annotation | box)
-    categories = [{"id": k + 1, "name": name} for k, name in enumerate(types)]
-    record = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "annotations.json").write_text(json.dumps(record))
+        folder = root / f"group{name[:5]}" / name[:5]
+        for made in (folder, folder.with_name(f"{name[:5]}_not")):
+            made.mkdir(parents=True, exist_ok=True)
+        tested, lines = copper.copy(), []
+        for k in range(6):
+            x, y = 4 + 14 * k, 6 + i
+            tested[y : y + 6, x : x + 6] ^= True
+            lines.append(f"{x - 2} {y - 2} {x + 8} {y + 8} {k + 1}")
+        Image.fromarray(~tested).convert("L").save(folder / f"{name}_test.jpg", quality=95)
+        Image.fromarray(~copper).convert("L").save(folder / f"{name}_temp.jpg", quality=95)
+        (folder.with_name(f"{name[:5]}_not") / f"{name}.txt").write_text("\n".join(lines))
+
+
+def test_masks_are_what_differs_from_the_template(tmp_path):
+    put_boards(tmp_path / "in", ["20085001", "12100001", "13000001"])
+    out = tmp_path / "out"
+    prepare_real_parts.main(["deep_pcb", "--data_dir", str(tmp_path / "in"), "--output_dir", str(out)])
+    data = load_defect_pairs(out / "deep_pcb", split="all")
+    assert len(data["train"]) == 3 * 6 and {*data["train"]["defect"]} == {*prepare_real_parts.BOARD_DEFECTS}
+    assert len(data["good"]) == 3
+    [row] = [r for r in data["train"] if r["source_file"].endswith("20085001.png") and r["defect"] == "short"]
+    expected = np.zeros((96, 96), bool)
+    expected[6:12, 17:25] = expected[5:13, 18:24] = True  # the square, widened by one pixel
+    assert np.array_equal(np.asarray(row["mask"].convert("L")) > 0, expected)
+
+
+@pytest.mark.skipif(not BOARDS.exists(), reason="needs the shared images")
+def test_masks_of_real_boards_are_those_of_another_program(tmp_path):
+    """Boxes, images and templates as published; the masks of the shared dataset were not made by this code."""
+    record = json.loads((BOARDS / "annotations.json").read_text())
+    [*images] = [i for i in record["images"] if not i["file_name"].endswith("_template.png")][:4]
+    for image in images:
+        name = Path(image["file_name"]).stem
+        folder = tmp_path / "in" / f"group{name[:5]}" / name[:5]
+        for made in (folder, folder.with_name(f"{name[:5]}_not")):
+            made.mkdir(parents=True, exist_ok=True)
+        for old, new in (("", "test"), ("_template", "temp")):
+            Image.open(BOARDS / f"images/{name}{old}.png").convert("L").save(folder / f"{name}_{new}.jpg", quality=95)
+        lines = []
+        for annotation in record["annotations"]:
+            if annotation["image_id"] == image["id"]:
+                left, top, width, height = (round(v) for v in annotation["bbox"])
+                lines.append(f"{left},{top},{left + width},{top + height} {annotation['category_id']}")
+        (folder.with_name(f"{name[:5]}_not") / f"{name}.txt").write_text("\n".join(lines))
+    prepare_real_parts.write_coco(tmp_path / "in", tmp_path / "out")
+    made = json.loads((tmp_path / "out/annotations.json").read_text())
+    counts = lambda annotations, images: sorted(
+        (i["file_name"], a["category_id"], a["segmentation"]["counts"])
+        for a in annotations
+        for i in images
+        if a["image_id"] == i["id"]
+    )
+    assert counts(made["annotations"], made["images"]) == counts(record["annotations"], images) != []
 
 
 def test_boards_are_split_and_each_type_has_its_region(tmp_path):
@@ -89,10 +133,24 @@ def test_a_folder_of_something_else_and_a_missing_file_are_told(tmp_path, datase
     (tmp_path / "in").rmdir()
     if dataset == "deep_pcb":
         put_boards(tmp_path / "in", ["20085001", "13000001"])
-        missing = tmp_path / "in/images/20085001_template.png"
+        missing = tmp_path / "in/group20085/20085/20085001_temp.jpg"
     else:
-        put_tile(tmp_path / "in", "MT_Free", 1, 7)
+        put_tile(tmp_path / "in", "MT_Blowhole", 1, 7)
+        with pytest.raises(InputError, match="DF161 .*has no images MT_Crack"):
+            prepare_real_parts.main(argv)
+        put_tile(tmp_path / "in", "MT_Crack", 1, 7), put_tile(tmp_path / "in", "MT_Free", 1, 7)
         missing = tmp_path / "in/MT_Free/Imgs/exp1_num_7.png"
     missing.unlink()
-    with pytest.raises(InputError, match=f"DF1.. .*{missing.name}"):
+    with pytest.raises(InputError, match=f"DF160 .*{missing.name}"):
         prepare_real_parts.main(argv)
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+@pytest.mark.parametrize("line", ["1 2 3 4", "1 2 3 4 7", "5 2 3 4 1", "1 2 3 4 open"])
+def test_a_line_that_is_no_box_is_told(tmp_path, line):
+    put_boards(tmp_path / "in", ["20085001"])
+    (tmp_path / "in/group20085/20085_not/20085001.txt").write_text(line)
+    with pytest.raises(InputError, match=f"DF161 .*20085001.txt: '{line}' is not a box and a type"):
+        prepare_real_parts.main(
+            ["deep_pcb", "--data_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")]
+        )

@@ -120,7 +120,7 @@ def _encode_masks(rows: list[Row], root: str | Path) -> list[str | dict | None]:
 
 
 class DefectData(DatasetDict):
-    """The splits of one object, and the names of the images that were left out for their problems."""
+    """The splits of one object, and the names of the images left out, for their problems or by a split file."""
 
     skipped: list[str]
 
@@ -183,7 +183,8 @@ def load_defect_pairs(
     )
     builder.download_and_prepare()
     data = DefectData(builder.as_dataset())
-    data.skipped = skipped
+    kept = {row.image for part in splits.values() for row in part}
+    data.skipped = sorted({*skipped, *(relative(row.image, root) for row in rows if row.image not in kept)})
     return data
 
 

@@ -118,7 +118,7 @@ def validation_split(data: DatasetDict, number: int) -> DatasetDict:
 def split_names(dataset: DatasetDict) -> dict[str, list[str]]:
     """The image names of train and test, relative to the object's folder: as JSON, a split file to give back.
 
-    Images that `skip_problems` left out are `skipped`.
+    Images that were left out are `skipped`.
     """
     names = {
         split: sorted(set(dataset[split]["source_file"])) if split in dataset else [] for split in ("train", "test")

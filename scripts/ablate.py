@@ -13,6 +13,8 @@ and samples.png are made from them.
 
 import argparse
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import defectfill.quiet  # noqa: F401
@@ -29,7 +31,7 @@ from defectfill.drawn.parts import write_parts
 from defectfill.drawn.scores import defect_features, figures_of, iou, segment
 from defectfill.lora import read_lora
 from defectfill.markdown import markdown_table
-from defectfill.runs.checkpoint import keep_options
+from defectfill.runs.checkpoint import as_json, keep_options
 from defectfill.runs.files import exclusive_lock
 from defectfill.runs.manifest import read_lines, write_lines
 from defectfill.sampling import inpaint
@@ -81,13 +83,14 @@ def train(args: argparse.Namespace, part: str, defect: str, options: list[str], 
     """Trains a LoRA into `folder`; returns its measures on the references."""
     record = folder / "run_record.json"
     if not record.exists() or "after" not in read_json(record):
-        words = f"""--pretrained_model_name_or_path {args.base} --train_data_dir {args.output_dir}/data/{part}
-            --defect {defect} --resolution {args.resolution} --max_train_steps {args.steps} --validation_steps 0
-            --train_batch_size {args.train_batch_size} --learning_rate {args.learning_rate}
+        words = f"""--defect {defect} --resolution {args.resolution} --max_train_steps {args.steps}
+            --validation_steps 0 --train_batch_size {args.train_batch_size} --learning_rate {args.learning_rate}
             --text_encoder_lr {args.learning_rate} --lr_warmup_steps {args.steps // 10} --seed {seed}
             --checkpointing_steps 1000000 --checkpoints_total_limit 1 --resume_from_checkpoint latest
-            --report_to none --output_dir {folder}"""
-        train_defectfill.main(train_defectfill.parse_args([*words.split(), *options]))
+            --report_to none""".split()
+        words += ["--pretrained_model_name_or_path", args.base, "--output_dir", str(folder)]
+        words += ["--train_data_dir", str(args.output_dir / "data" / part)]
+        train_defectfill.main(train_defectfill.parse_args([*words, *options]))
     after = read_json(record)["after"]
     return {"attention_iou": after["attention_iou"], "x0_error": after["x0_error"]["defect"]["800"]}
 
@@ -216,16 +219,23 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add("--num_inference_steps", type=int, default=20, metavar="N", help="DDIM steps. Default: %(default)s.")
     add("--guidance_scale", type=float, default=7.5, metavar="X", help="Default: %(default)s.")
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    for name in ("seeds", "images", "steps", "train_batch_size", "num_inference_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     with exclusive_lock(args.output_dir):
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        keep_options(args.output_dir / "options.json", options, MAY_CHANGE)
+        keep_options(args.output_dir / "options.json", as_json(vars(args)), MAY_CHANGE)
+        data = args.output_dir / "data"
         for part in {case.partition(":")[0] for case in args.cases}:
-            if not (args.output_dir / "data" / part).exists():
-                write_parts(args.output_dir / "data", [part], size=256, defects=12, good=4, seed=0)
+            if not (data / part).exists():  # written whole, or not at all
+                with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
+                    write_parts(Path(folder), [part], size=256, defects=12, good=4, seed=0)
+                    data.mkdir(exist_ok=True)
+                    os.replace(Path(folder) / part, data / part)
         results_file = args.output_dir / "results.jsonl"
         run_all(args, results_file)
         results = read_results(results_file)

@@ -17,6 +17,7 @@ last.
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -33,7 +34,7 @@ import defectfill.quiet  # noqa: F401
 
 import numpy as np
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -75,6 +76,7 @@ from defectfill.runs.files import (
     save_image,
     write_json,
 )
+from defectfill.runs.flags import parse_generation_args, parse_training_args, refuse_flags
 from defectfill.runs.manifest import ManifestLine, read_lines
 from defectfill.runs.processes import slow_precision
 from defectfill_dataset import (
@@ -153,9 +155,25 @@ class Evaluation:
     views: RealViews
     generated: dict[Path, list[View]] = dataclasses.field(default_factory=dict)  # of each folder that was read
 
+    notes: list[str] = dataclasses.field(default_factory=list)  # what a reader of the report must know
+
+    def reference_names(self, number: int | None) -> set[str]:
+        """So many training images of each type, or all; of a single type, fewer are always among more."""
+        seen, of_type = {view.source for view in self.views.train}, names_by_type(self.data["train"])
+        if number is None:
+            return set().union(*(of_type[defect] for defect in self.viewing.defects))
+        chosen: set[str] = set()
+        for defect in self.viewing.defects:
+            names = sorted(of_type[defect] & seen)
+            order = np.random.default_rng(derive_seed(self.args.seed, "references", defect)).permutation(len(names))
+            have = len(chosen.intersection(names))
+            free = [names[i] for i in order if names[i] not in chosen]
+            chosen.update(free[: max(number - have, 0)])
+        return chosen
+
     def references(self, setting: Setting) -> list[View]:
         """The training views of the setting's reference images."""
-        names = reference_names(self.data, self.viewing.defects, setting.references, self.args.seed)
+        names = self.reference_names(setting.references)
         return [view for view in self.views.train if view.source in names]
 
     def pools(self, setting: Setting) -> Iterator[tuple[str, int, Callable[[], Pool]]]:
@@ -170,6 +188,9 @@ class Evaluation:
         folder = bank_folders(next(iter(self.args.bank.values())), setting)[0]
         images = {name: image for name, image, _ in bank_images(folder, self.viewing.defects)}
         pasted = paste_views([(view, images[view.source]) for view in first[0]], references, backgrounds, seed)
+        if len(pasted) < len(first[0]):
+            what = "the others' images show no training image, as far as pixels tell"
+            self.notes.append(f"copy-paste has {len(pasted)} of {len(first[0])} views: {what}")
         for arm, make in control_pools(references, good, pasted, len(first[0])).items():
             if arm != "copy-paste" or pasted:
                 yield arm, 0, make
@@ -180,13 +201,22 @@ class Evaluation:
                     yield f"{name}, {SYNTHETIC_ALONE}", bank, lambda g=generated: bank_pool([], good, g)
 
     def bank(self, folder: Path, setting: Setting) -> list[View]:
-        """The views of the first so many of its images."""
+        """The views of so many of its images, the first of each type in turn."""
         if folder not in self.generated:
             self.generated[folder] = bank_views(folder, self.viewing, self.args.seed)
             if not self.generated[folder]:
                 raise InputError(Problem("DF352", f"--bank {folder}", "shows no defect", "generate more images"))
         views = self.generated[folder]
-        names = list(dict.fromkeys(view.source for view in views))[: setting.number]
+        if setting.number is None:
+            return views
+        by_type: dict[int, dict[str, None]] = {}
+        for view in views:
+            by_type.setdefault(int(view.labels.max()), {})[view.source] = None
+        in_turn = [name for names in itertools.zip_longest(*by_type.values()) for name in names if name]
+        if setting.number > len(in_turn):
+            what = f"--bank {folder} has {len(in_turn)}"
+            raise InputError(Problem("DF352", f"--numbers {setting.number}", what, "give fewer, or generate more"))
+        names = {*in_turn[: setting.number]}
         return [view for view in views if view.source in names]
 
     def digest(self, setting: Setting) -> str:
@@ -209,19 +239,12 @@ def bank_folders(folders: Sequence[str], setting: Setting) -> list[Path]:
     return [Path(folder.replace(K, str(setting.references or "all"))) for folder in folders]
 
 
-def reference_names(data: DatasetDict, defects: Sequence[str], number: int | None, seed: int) -> set[str]:
-    """So many training images of each type, or all; of a single type, fewer are always among more."""
-    rows = [(name, d) for name, d in zip(data["train"]["source_file"], data["train"]["defect"]) if d in defects]
-    if number is None:
-        return {name for name, _ in rows}
-    chosen: set[str] = set()
-    for defect in defects:
-        names = sorted({name for name, d in rows if d == defect})
-        order = np.random.default_rng(derive_seed(seed, "references", defect)).permutation(len(names))
-        have = len(chosen.intersection(names))
-        free = [names[i] for i in order if names[i] not in chosen]
-        chosen.update(free[: max(number - have, 0)])
-    return chosen
+def names_by_type(rows: Dataset) -> dict[str, set[str]]:
+    """The images that show each defect type."""
+    found: dict[str, set[str]] = {}
+    for name, defect in zip(rows["source_file"], rows["defect"]):
+        found.setdefault(defect, set()).add(name)
+    return found
 
 
 def all_folders(args: argparse.Namespace) -> list[Path]:
@@ -233,7 +256,8 @@ def all_folders(args: argparse.Namespace) -> list[Path]:
 def settings_of(args: argparse.Namespace) -> list[Setting]:
     """Every number of references with all generated images, and every number of images with the most references."""
     ks = args.references or [None]
-    found = [Setting(k, None) for k in ks] + [Setting(ks[-1], n) for n in args.numbers]
+    most = max(args.references, default=None)
+    found = [Setting(k, None) for k in ks] + [Setting(most, n) for n in args.numbers]
     return list(dict.fromkeys(found))
 
 
@@ -255,12 +279,12 @@ def prepare(args: argparse.Namespace) -> Evaluation:
         check_bank(folder)
     painted = painted_rows(data["good"], given, defects) if given and "good" in data else set()
     views = real_views(data, viewing, args.views_per_good, args.seed, painted)
-    for defect in defects:
-        have = len({n for n, d in zip(data["train"]["source_file"], data["train"]["defect"]) if d == defect})
-        if max(args.references or [1]) > have:
-            what = f"only {have} training images show {defect}"
-            raise InputError(Problem("DF352", f"--references {max(args.references)}", what, "give fewer"))
-    if len({view.group for view in [*views.test, *views.test_good]}) < 2:
+    seen = {view.source for view in views.train}
+    for defect, names in names_by_type(data["train"]).items():
+        if defect in defects and max(args.references or [1]) > len(names & seen):
+            what = f"only {len(names & seen)} training images show {defect}, and no type that is not looked for"
+            raise InputError(Problem("DF352", f"--references {max(args.references or [1])}", what, "give fewer"))
+    if len({view.group for view in views.tested}) < 2:
         raise InputError(Problem("DF352", "--data_dir", "has a single test part", "hold out more images"))
     return Evaluation(args, data, viewing, views)
 
@@ -302,6 +326,7 @@ def detect(evaluation: Evaluation, notes: Sequence[str]) -> None:
         logger.warning(line)
     folder = args.output_dir / "detect"
     options = {"recipe": [str(x) for x in recipe], "protocol": args.protocol}
+    options |= {"seed": args.seed, "real_share": args.real_share}
     options |= {"data": {setting.name: evaluation.digest(setting) for setting in settings_of(args)}}
     check_options(folder, options | {"arms": {name: len(folders) for name, folders in args.bank.items()}})
     jobs = [
@@ -313,18 +338,18 @@ def detect(evaluation: Evaluation, notes: Sequence[str]) -> None:
     jobs.sort(key=lambda job: job[4])  # all arms with one seed, before the next
     runs = [(Run(setting.name, arm, bank, number), make) for setting, arm, bank, make, number in jobs]
     missing = [(run, make) for run, make in runs if not is_kept(run, folder, views)]
-    test_set = TestSet.of([*views.test, *views.test_good], len(evaluation.viewing.defects))
+    test_set = TestSet.of(views.tested, len(evaluation.viewing.defects))
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc="Detectors", mininterval=5) as progress:
         for _ in train_all(missing, test_set, recipe, args.seed, folder, args.workers):
             progress.update()
-    notes = [*notes]
+    notes = [*notes, *dict.fromkeys(evaluation.notes)]
     if views.left_out:
         notes.append(f"{views.left_out} test images were left out: defects of other types lie too near")
     if not recipe.pretrained:
         notes.append("the detectors start from random weights")
     title = f"{args.object or args.data_dir.name}: {', '.join(evaluation.viewing.defects)}"
     done, defects = [run for run, _ in runs], evaluation.viewing.defects
-    say(*write_report(args.output_dir, title, done, [*views.test, *views.test_good], notes, defects))
+    say(*write_report(args.output_dir, title, done, views.tested, notes, defects))
     if args.lora:
         found = results_for_card(read_json(args.output_dir / "report.json"), done[0].setting, next(iter(args.bank)))
         add_results(args.lora, title, found)
@@ -335,7 +360,7 @@ def is_kept(run: Run, folder: Path, views: RealViews) -> bool:
     if not run.file(folder).exists():
         return False
     try:
-        read_run(run, folder, [*views.test, *views.test_good])
+        read_run(run, folder, views.tested)
     except InputError as error:
         logger.warning("%s", error)
         return False
@@ -411,10 +436,12 @@ def compare_images(
         }
     except ValueError as error:
         raise InputError(Problem("DF352", f"--bank {folder}", str(error), "generate more images")) from error
-    figures["references"] = kid(features.pooled(held_out.local), features.pooled(references.local), **sizes)[0]
-    to_references, _ = nearest(generated.described, references.described)
-    to_held_out, _ = nearest(generated.described, held_out.described)
-    real, _ = nearest(held_out.described, references.described)
+    figures["references"] = None
+    if len(references.views) > 1:
+        figures["references"] = kid(features.pooled(held_out.local), features.pooled(references.local), **sizes)[0]
+    to_references = nearest(generated.described, references.described)
+    to_held_out = nearest(generated.described, held_out.described)
+    real = nearest(held_out.described, references.described)
     figures["to the nearest reference"] = to_references.mean().item()
     figures["to the nearest held-out defect"] = to_held_out.mean().item()
     figures["held-out defects to the nearest reference"] = real.mean().item()
@@ -462,7 +489,8 @@ def make_banks(evaluation: Evaluation) -> None:
     options = {name: getattr(args, name) for name in names} | {"defects": list(evaluation.viewing.defects)}
     if base := read_local_base(args.pretrained_model_name_or_path):
         data |= {"base": base.name, "base_sha256": base.digest}
-    check_options(work, options | data)
+    group = args.group and args.group.pattern  # decides which good images are painted into
+    check_options(work, options | data | {"group": group})
     write_good(evaluation, work / "good")
     banks, loras, images = range(args.banks), list[Step](), list[Step]()
     for k in args.references or [None]:
@@ -470,6 +498,7 @@ def make_banks(evaluation: Evaluation) -> None:
             lora, *its_images = steps_of_bank(evaluation, work / f"k{k or 'all'}", k, bank)
             loras.append(lora)
             images += its_images
+    check_steps(loras, images)
     start_all("LoRAs", loras, args.workers)
     start_all("Banks", images, args.workers)
     args.bank = {"defectfill": [f"{work}/k{K}/defectfill-{bank}" for bank in banks]}
@@ -493,36 +522,52 @@ def write_good(evaluation: Evaluation, folder: Path) -> None:
 
 
 class Step(NamedTuple):
-    """A command of a run: the module and its arguments, and the file that it writes last."""
+    """A command of a run: the module, our arguments and those given in quotes, and the file that it writes last."""
 
-    command: Sequence[object]
+    module: str
+    ours: Sequence[object]
+    given: str
     result: Path
+
+    @property
+    def arguments(self) -> list[str]:
+        return [*map(str, self.ours), *shlex.split(self.given)]
+
+
+def check_steps(loras: Sequence[Step], images: Sequence[Step]) -> None:
+    """Ends with what is wrong with the flags given in quotes, before anything is trained."""
+    named = [("--train_args", loras), ("--generate_args or --filter_args", images)]
+    problems = [p for name, steps in named for step in steps for p in refuse_flags(name, step.given, step.ours)]
+    if problems:
+        raise InputError(*dict.fromkeys(problems))
+    for lora in loras:
+        parse_training_args("", lora.arguments)
+    for image in images:
+        parse_generation_args("", image.arguments)
 
 
 def steps_of_bank(evaluation: Evaluation, folder: Path, k: int | None, bank: int) -> Iterator[Step]:
     """A LoRA of `k` references, then its images; of the first bank also those of the `ablations`."""
     args, data, defects = evaluation.args, evaluation.data, evaluation.viewing.defects
     folder.mkdir(parents=True, exist_ok=True)
-    train = reference_names(data, defects, k, args.seed)
-    names = split_names(data)
-    unused = sorted({*names["train"]} - train)
+    train, names = evaluation.reference_names(k), split_names(data)
+    unused = sorted({*names["train"], *names.get("skipped", [])} - train)
     write_json(folder / "split.json", {"train": sorted(train), "test": names["test"], "skipped": unused})
     source = ["--split", folder / "split.json", "--defect", *defects, *reading_arguments(args)]
     source += ["--object", args.object] if args.object else []
     lora = folder / f"lora-{bank}"
-    yield Step([
-        "train_defectfill", "--train_data_dir", args.data_dir, *source,
-        "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, "--output_dir", lora, "--seed", bank,
-        "--resume_from_checkpoint", "latest", *shlex.split(args.train_args),
-    ], lora / "pytorch_lora_weights.safetensors")  # fmt: skip
+    yield Step("train_defectfill", [
+        "--train_data_dir", args.data_dir, *source, "--pretrained_model_name_or_path",
+        args.pretrained_model_name_or_path, "--output_dir", lora, "--seed", bank, "--resume_from_checkpoint", "latest",
+    ], args.train_args, lora / "pytorch_lora_weights.safetensors")  # fmt: skip
     whole = f"{args.generate_args} {args.filter_args}"
     for arm, arguments in {"defectfill": whole, **({} if bank else ablations(args))}.items():
         out = folder / f"{arm.replace(' ', '-')}-{bank}"
-        yield Step([
-            "generate_defectfill", "--lora", lora, "--image", args.output_dir / "work/good", "--mask_source",
-            "references", "--reference_data", args.data_dir, *source, "--num_images", args.num_images,
-            "--seed", bank, "--output_dir", out, *shlex.split(arguments),
-        ], out / "summary.html")  # fmt: skip
+        yield Step("generate_defectfill", [
+            "--lora", lora, "--image", args.output_dir / "work/good", "--mask_source", "references",
+            "--reference_data", args.data_dir, *source, "--num_images", args.num_images, "--seed", bank,
+            "--output_dir", out,
+        ], arguments, out / "summary.html")  # fmt: skip
 
 
 def start_all(what: str, steps: Sequence[Step], workers: int) -> None:
@@ -553,7 +598,7 @@ def start(step: Step, threads: int | None = None) -> None:
     Raises:
         RunError: it failed (DF386).
     """
-    words = [sys.executable, "-m", *(str(word) for word in step.command)]
+    words = [sys.executable, "-m", step.module, *step.arguments]
     environment, log = os.environ | {signals.LAUNCHED: "1"}, Path(f"{step.result.parent}.log")
     say(shlex.join(words))
     if threads is None:
@@ -614,8 +659,8 @@ def bank_argument(text: str) -> tuple[str, list[str]]:
         raise argparse.ArgumentTypeError(f"'{text}' must be NAME=FOLDER or NAME=FOLDER,FOLDER")
     if not re.fullmatch(r"\w[\w.+-]{0,59}", name):  # files are called so
         raise argparse.ArgumentTypeError(f"the name '{name}' must be of letters, digits, and . + - _ within it")
-    if name in {control.replace(" ", "-") for control in CONTROLS}:
-        raise argparse.ArgumentTypeError(f"the name '{name}' is that of a control")
+    if name in {control.replace(" ", "-") for control in CONTROLS} or name.endswith(f"-{SYNTHETIC_ALONE}"):
+        raise argparse.ArgumentTypeError(f"the name '{name}' is that of another arm")
     return name, folders.split(",")
 
 
@@ -801,6 +846,7 @@ def main(args: argparse.Namespace) -> None:
             features = Features(args.network, args.feature_net, device(), "--feature_net")
         evaluation = prepare(args)
         if args.command == "run":
+            check_leaks(evaluation)
             make_banks(evaluation)
         notes = check_leaks(evaluation)
         if features:

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -278,15 +279,18 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def read_pictures(folder: Path, number: int, crop: int | None, seed: int) -> list[Picture]:
-    """The images in a folder, named by it, or in its sub-folders, each named by its own; or `number` crops of them."""
+    """The images in a folder, named by it, or in its sub-folders, each named by its own; or `number` crops of them.
+
+    The first `HELD_OUT` are of files that the others are not of.
+    """
     files = pictures_in(folder)
     if len(files) <= HELD_OUT:
         what = f"{len(files)} images in it and its folders"
         raise InputError(Problem("DF161", f"--data_dir {folder}", what, f"give at least {HELD_OUT + 1}"))
-    count = number if crop else len(files)
+    others = itertools.cycle(files[HELD_OUT:])
+    chosen = files[:HELD_OUT] + [next(others) for _ in range((number if crop else len(files)) - HELD_OUT)]
     return [
-        functools.partial(cropped_picture, files[i % len(files)], crop, derive_seed(seed, "crop", i))
-        for i in range(count)
+        functools.partial(cropped_picture, file, crop, derive_seed(seed, "crop", i)) for i, file in enumerate(chosen)
     ]
 
 
@@ -513,7 +517,8 @@ def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     pipe = build_pipeline(sizes)
     if args.base:
-        pipe = load_pipeline(read_base(str(args.base)), None, "no", torch.device("cpu"))
+        base = read_base(str(args.base))
+        pipe = load_pipeline(base, None, "no", torch.device("cpu"))
         if (kind := pipe.scheduler.config.prediction_type) != args.prediction_type:
             found = f"--prediction_type {args.prediction_type}, of a base that predicts {kind}"
             raise InputError(Problem("DF183", f"--base {args.base}", found, f"give --prediction_type {kind}"))
@@ -522,13 +527,13 @@ def main(args: argparse.Namespace) -> None:
     if args.random_weights:
         return pipe.save_pretrained(args.output_dir)
     work_dir = args.output_dir / "work"
-    told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    options = {k: v for k, v in told.items() if k not in WITHOUT_EFFECT}
+    options = checkpoints.as_json({k: v for k, v in vars(args).items() if k not in WITHOUT_EFFECT})
     if args.data_dir:
         digests = (f"{file} {file_digest(file)}\n" for file in pictures_in(args.data_dir))
         options["data_sha256"] = hashlib.sha256("".join(digests).encode(errors="surrogateescape")).hexdigest()
+    kept = options | ({"base_sha256": base.digest} if args.base else {})
     with exclusive_lock(work_dir):
-        checkpoints.keep_options(work_dir / "options.json", options)
+        checkpoints.keep_options(work_dir / "options.json", kept, may_lack=True)
         began = time.time()
         cells = args.resolution // pipe.vae_scale_factor
         pictures = (
@@ -631,8 +636,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--whole_learning_rate", 5e-4, "Highest learning rate of these steps.", metavar="RATE")
     add("--decoder_steps", 1500, "Steps of the decoder alone, after the UNet's; 0 for none.")
     add("--decoder_batch_size", 8, "Crops in such a step.")
-    add("--seed", 0, "Everything random follows from it.")
-    return parser.parse_args(input_args)
+    add("--seed", 0, "Random seed.")
+    args = parser.parse_args(input_args)
+    if args.pictures <= HELD_OUT:
+        parser.error(f"--pictures {args.pictures}: must be above {HELD_OUT}; so many are held out")
+    return args
 
 
 def command() -> None:

@@ -41,7 +41,7 @@ from defectfill.base_model import read_local_base
 from defectfill.runs import signals
 from defectfill.runs.disks import told_if_unwritable
 from defectfill.runs.files import LONGEST_NAME, atomic_write, exclusive_lock, write_json
-from defectfill.runs.flags import parse_generation_args, parse_training_args
+from defectfill.runs.flags import parse_generation_args, parse_training_args, refuse_flags
 from defectfill_dataset import InputError, MaskClasses, Problem, file_digest, find_objects, single_types
 from defectfill_dataset.commands import (
     Parser,
@@ -172,19 +172,12 @@ def arguments(job: Job, args: argparse.Namespace) -> dict[str, list[str]]:
         "generate": ["--lora", lora, "--reference_data", args.data_dir, *reading, "--num_images",
                      str(args.num_images), "--output_dir", generated],
     }  # fmt: skip
-    given = {stage: shlex.split(getattr(args, f"{stage}_args")) for stage in STAGES}
-    problems = []
-    for stage, own in ours.items():
-        flags = {word.partition("=")[0] for word in own if word.startswith("--")} | {"--push_to_hub"}
-        for flag in sorted(flags & {word.partition("=")[0] for word in given[stage]}):
-            what = f"holds {flag}, which every job has of its own"
-            if flag == "--push_to_hub":
-                what = f"holds {flag}, and all LoRAs would have one name there"
-            problems.append(Problem("DF188", f"--{stage}_args", what, "leave it out"))
+    given = {stage: getattr(args, f"{stage}_args") for stage in STAGES}
+    problems = [p for stage, own in ours.items() for p in refuse_flags(f"--{stage}_args", given[stage], own)]
     if problems:
         raise InputError(*problems)
     first = {"train": [], "generate": ["--image", str(job.folder / "good")]}  # which the user may give otherwise
-    return {stage: [*first[stage], *given[stage], *ours[stage]] for stage in STAGES}
+    return {stage: [*first[stage], *shlex.split(given[stage]), *ours[stage]] for stage in STAGES}
 
 
 def read_job(job: Job) -> dict:

@@ -26,7 +26,7 @@ from toy_model import toy_pipeline
 from defectfill.evaluation import detectors, training
 from defectfill.evaluation.arms import Backgrounds, Pool, bank_pool, control_pools, cut_pieces, paste_views, pasted
 from defectfill.evaluation.figures import part_figures
-from defectfill.evaluation.report import Results, Run, read_run, write_report
+from defectfill.evaluation.report import Results, Run, read_run, write_misses, write_report
 from defectfill.evaluation.views import (
     View,
     Viewing,
@@ -308,6 +308,9 @@ def test_detect_is_kept_goes_on_and_refuses_other_options(nut, bank, tmp_path, m
     assert results["pixel_ap_gain"] == pytest.approx(ap - control, abs=0.01)  # of quantised scores
     with pytest.raises(InputError, match="DF320 recipe"):
         run(*argv, "--learning_rate", 0.5)
+    for flag, value in (("seed", 1), ("real_share", 0.5)):
+        with pytest.raises(InputError, match=f"{flag}: the run was started with"):
+            run(*argv, f"--{flag}", value)
     put(bank, "images/hole/0.png", 99, "masks/hole/0.png")
     with pytest.raises(InputError, match="DF320 data"):
         run(*argv)
@@ -318,6 +321,7 @@ def test_curves_classes_and_synthetic_alone(tmp_path, bank, nut):
     for i in range(6):
         put(bank, f"images/stain/{i}.png", 3000 + i, f"masks/stain/{i}.png", "stain")
     argv = ["detect", "--data_dir", data, "--bank", f"ours={bank},{bank}", "--output_dir", tmp_path / "out", *FAST]
+    argv += ["--window", 40, "--views_per_good", 2, "--real_share", 0.5]
     run(*argv, "--seeds", 1, "--references", 2, 3, "--numbers", 4, "--synthetic_alone")
     with pytest.raises(InputError, match="DF320 recipe"):
         run(*argv, "--seeds", 1, "--references", 2, 3, "--numbers", 4, "--mixed_precision", "bf16")
@@ -334,6 +338,31 @@ def test_curves_classes_and_synthetic_alone(tmp_path, bank, nut):
     assert "Curves: pixel AP" in (tmp_path / "out/report.html").read_text()
     with pytest.raises(InputError, match="DF352.*only 3 training images"):
         run(*argv, "--references", 4)
+    with pytest.raises(InputError, match="DF352 --numbers 13: --bank .* has 12"):
+        run(*argv, "--numbers", 13)
+    evaluation = evaluate.prepare(evaluate.parse_args([str(a) for a in argv]))
+    labels = [int(view.labels.max()) for view in evaluation.bank(bank, evaluate.Setting(None, 4))]
+    assert sorted(labels) == [1, 1, 2, 2]  # of both types
+
+
+def test_references_of_a_curve_are_images_that_detectors_see(nut, bank, tmp_path):
+    """An image in which another type lies too near has no view."""
+    argv = ["detect", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", tmp_path / "out", *FAST]
+    for seed in range(6):
+        evaluation = evaluate.prepare(evaluate.parse_args([*map(str, argv), "--seed", str(seed)]))
+        evaluation.views.train = [v for v in evaluation.views.train if v.source != "test/hole/001.png"]
+        assert evaluation.reference_names(1) < evaluation.reference_names(2) == {
+            "test/hole/000.png", "test/hole/002.png"
+        }  # fmt: skip
+        assert len(evaluation.reference_names(None)) == 3
+
+
+def test_copy_and_paste_says_which_images_it_lacks(nut, bank, tmp_path):
+    Image.fromarray(np.full((48, 48, 3), 7, np.uint8)).save(bank / "images/hole/0.png")
+    detect(nut, bank, tmp_path / "out")
+    assert "copy-paste has 5 of 6 views" in (tmp_path / "out/report.md").read_text()
+    pools = {name: make() for name, make in control_pools([plain_view(1)], [], [plain_view(2)] * 5, 6).items()}
+    assert pools["copy-paste"].copies.sum() == pytest.approx(7) == pools["real repeated"].copies.sum()
 
 
 def test_the_figures_of_a_type_are_those_of_its_views_and_the_good_ones():
@@ -351,6 +380,34 @@ def test_the_figures_of_a_type_are_those_of_its_views_and_the_good_ones():
     assert found.figures[ours]["pixel_ap"] == pytest.approx(ap, rel=1e-9)
     assert found.values("ours", "missed") == [part_figures(only, found.masks)["missed"]]
     assert results.of_type(3) is None
+
+
+def test_a_type_of_a_single_part_has_figures_and_no_verdicts(tmp_path):
+    hole, stain = (squares((3, 3, 5, label), size=32) for label in (1, 2))
+    groups = [("a", hole), ("b", hole), ("a", stain), ("a", None)]
+    tested = [dataclasses.replace(plain_view(i, labels), group=group) for i, (group, labels) in enumerate(groups)]
+    runs = [Run("kall-nall", arm, 0, 0) for arm in ("real repeated", "ours")]
+    for run_of_arm in runs:
+        file = tmp_path / f"detect/{run_of_arm.name}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"maps": np.random.default_rng(0).random((4, 32, 32)).astype(np.float16)}, file)
+        run_of_arm.file(tmp_path / "detect").write_text('{"threshold": 0.5, "pixel_ap": 0.5}')
+    write_report(tmp_path, "x", runs, tested, [], ["hole", "stain"], resamples=20)
+    types = json.loads((tmp_path / "report.json").read_text())["settings"]["kall-nall"]["types"]
+    assert len(types["hole"]["comparisons"]) == 2 and types["stain"]["comparisons"] == []
+    assert types["stain"]["figures"]["ours"]["pixel_ap"]
+
+
+def test_a_missed_defect_of_several_views_has_one_line(tmp_path):
+    """Two windows of an image show it, one of them cut; another image has a defect in the same place."""
+    whole, cut = squares((10, 10, 6, 1), size=32), squares((0, 10, 3, 1), size=32)
+    views = [("x", (0, 0, 32, 32), whole), ("x", (13, 0, 45, 32), cut), ("y", (0, 0, 32, 32), whole)]
+    tested = [View(name, name, box, plain_view(0).image, labels) for name, box, labels in views]
+    ours = Run("k", "ours", 0, 0)
+    results = Results(tested, {ours: {"threshold": 1.0}}, lambda run: np.zeros((3, 32, 32)))
+    assert write_misses(tmp_path / "misses.jsonl", results, "ours") == 2
+    lines = [json.loads(line) for line in (tmp_path / "misses.jsonl").read_text().splitlines()]
+    assert [(line["image"], line["box"]) for line in lines] == [(n, [10, 10, 16, 16]) for n in ("x", "y")]
 
 
 def test_detectors_in_two_processes_are_those_of_one(nut, bank, tmp_path):
@@ -446,6 +503,14 @@ def test_quality_names_the_network_and_knows_copies(nut, bank, tmp_path, capsys)
     assert banks["kall-nall, copies, bank 0"][memorized] == 1 > banks["kall-nall, ours, bank 0"][memorized]
     assert banks["kall-nall, copies, bank 0"]["to the nearest reference"] < 1e-3
     assert Image.open(tmp_path / "out/quality-kall-nall-ours-0.png").height == 3 * 32
+
+
+def test_the_quality_of_a_single_reference(nut, bank, tmp_path, capsys):
+    net = make_squeezenet(tmp_path / "squeezenet.safetensors")
+    run("quality", "--data_dir", nut, "--bank", f"ours={bank}", "--output_dir", tmp_path / "out", "--resolution", 32,
+        "--feature_net", net, "--kid_subsets", 5, "--references", 1)  # fmt: skip
+    [bank_figures] = json.loads((tmp_path / "out/quality.json").read_text())["banks"].values()
+    assert bank_figures["references"] is None and "| none |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -574,8 +639,7 @@ def no_training(monkeypatch):
         (["--bank", "../../x=y"], "letters, digits"),
         (["--bank", f"{'x' * 300}=y"], "letters, digits"),
         (["--bank", "a\x1b[31m\nb=y"], r"letters, digits"),
-        (["--bank", "real=y"], "is that of a control"),
-        (["--bank", "copy-paste=y"], "is that of a control"),
+        *((["--bank", f"{name}=y"], "is that of another arm") for name in ("real", "copy-paste", "ours-alone")),
         (["--bank", "ours=y"], "two have one name"),
         *((["--learning_rate", x], "must be a finite number above 0") for x in ("nan", "inf", "0", "-1")),
         (["--group", "(" * 5000], "no regular expression"),
@@ -716,8 +780,7 @@ def test_damaged_results_are_named_and_made_again(nut, bank, tmp_path, caplog, m
 
 
 def test_a_run_does_not_go_on_with_other_data_or_another_base(nut, tmp_path, monkeypatch, base):
-    monkeypatch.setattr(evaluate, "start_all", lambda *args: None)
-    monkeypatch.setattr(evaluate, "check_leaks", lambda *args: 1 / 0)
+    monkeypatch.setattr(evaluate, "start_all", lambda *args: 1 / 0)
     shutil.copytree(base, tmp_path / "base")
     argv = ["run", "--data_dir", nut, "--output_dir", tmp_path / "out", *FAST]
     argv += ["--pretrained_model_name_or_path", tmp_path / "base"]
@@ -728,9 +791,54 @@ def test_a_run_does_not_go_on_with_other_data_or_another_base(nut, tmp_path, mon
     config.write_text(config.read_text() + " ")
     with pytest.raises(InputError, match="DF320 base_sha256: .*has other content"):
         run(*argv)
+    with pytest.raises(InputError, match="DF320 group"):
+        run(*argv, "--group", r"test/.*|good/.*")
     put(nut, "test/hole/000.png", 77, "ground_truth/hole/000_mask.png")
     with pytest.raises(InputError, match="DF320 train_sha256"):
         run(*argv)
+
+
+@pytest.mark.parametrize(
+    "flag, value, message",
+    [
+        ("--train_args", "--seed 3", "DF188 --train_args: holds --seed, which is set here"),
+        ("--train_args", "--push_to_hub", "all LoRAs would have one name"),
+        ("--generate_args", "--lora=x", "DF188 --generate_args or --filter_args: holds --lora"),
+        ("--train_args", "--no_such", None),
+        ("--filter_args", "--no_such", None),
+    ],
+)
+def test_flags_in_quotes_that_a_run_cannot_use_are_told_before_it_trains(
+    nut, tmp_path, monkeypatch, capsys, flag, value, message
+):
+    monkeypatch.setattr(evaluate, "start_all", None)
+    argv = ["run", "--data_dir", nut, "--output_dir", tmp_path / "out", *FAST]
+    argv += ["--pretrained_model_name_or_path", "x", f"{flag}={value}"]
+    with pytest.raises(InputError if message else SystemExit, match=message):
+        run(*argv)
+    assert message or "unrecognized arguments: --no_such" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_a_split_file_that_leaves_images_out(nut, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "start_all", lambda *args: 1 / 0)
+    names = [f"test/hole/00{i}.png" for i in range(9)]
+    split = {"train": names[:3], "test": names[3:7], "skipped": names[7:]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    argv = ["run", "--data_dir", nut, "--output_dir", tmp_path / "out", *FAST, "--split", tmp_path / "split.json"]
+    argv += ["--pretrained_model_name_or_path", "x", "--references", 2]
+    with pytest.raises(ZeroDivisionError):
+        run(*argv)
+    made = tmp_path / "out/work/k2/split.json"
+    found = {k: {*v} for k, v in json.loads(made.read_text()).items()}
+    assert found["test"] == {*names[3:7]} and len(found["train"]) == 2 and {*names[7:]} < found["skipped"]
+    assert len(load_defect_pairs(nut, split=str(made))["train"]) == 2
+
+
+def test_leaks_end_a_run_before_it_trains(nut, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "start_all", None)
+    shutil.copy(nut / "test/hole/008.png", nut / "test/hole/000.png")
+    with pytest.raises(InputError, match="DF353 training images are test images"):
+        run("run", "--data_dir", nut, "--output_dir", tmp_path / "out", *FAST, "--pretrained_model_name_or_path", "x")
 
 
 def test_a_signal_ends_an_evaluation_with_one_line(nut, bank, tmp_path):

@@ -56,9 +56,7 @@ def test_what_is_whole_trains_and_the_rest_is_written_down(tmp_path, train, capl
     assert split_names(again) == split
     make_mvtec(root, {"hole": 6})  # mended: what the file skips stays out
     (root / "ground_truth/hole/099_mask.png").unlink()
-    assert split_names(load_defect_pairs(root, split=str(output / "split.json"))) == {
-        "train": split["train"], "test": split["test"]
-    }  # fmt: skip
+    assert split_names(load_defect_pairs(root, split=str(output / "split.json"))) == split
 
 
 def test_check_and_prepare_leave_the_same_out(tmp_path, capsys):

@@ -184,7 +184,10 @@ def control_pools(
         "real augmented": lambda: Pool(
             [*references, *good], [*often, *ones], [True] * len(references) + [False] * len(good)
         ),
-        "copy-paste": lambda: Pool([*references, *pasted_views, *good]),
+        "copy-paste": lambda: Pool(
+            [*references, *pasted_views, *good],
+            [*[1.0] * len(references), *[number / len(pasted_views)] * len(pasted_views), *ones],
+        ),
     }
 
 

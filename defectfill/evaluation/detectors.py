@@ -71,7 +71,8 @@ def can_load_pretrained(recipe: Recipe) -> bool:
         smp.Unet(recipe.encoder, encoder_weights="imagenet")
         timm.create_model(recipe.classifier, pretrained=True)
     except Exception as error:  # each library and hub has its own
-        logger.warning(f"the detectors start from random weights: {recipe.encoder} of ImageNet is not here: {error}")
+        which = f"{recipe.encoder} or {recipe.classifier}"
+        logger.warning(f"the detectors start from random weights: ImageNet's of {which} cannot be had: {error}")
         return False
     return True
 

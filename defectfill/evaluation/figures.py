@@ -209,28 +209,7 @@ FigureOfParts = Callable[[np.ndarray], np.ndarray]
 DRAWS = 100  # of a resample on which the figure is defined
 
 
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of b - a and its 95 % interval, for a figure that is a mean over parts.
-
-    Args:
-        a, b: (S, P) figures of the same seeds and parts.
-
-    Raises:
-        ValueError: shapes that differ, figures that are not finite, fewer than 2 parts.
-    """
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(f"a {a.shape} and b {b.shape} must both be (seeds, parts)")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("some figures are not finite")
-
-    def means(figures: np.ndarray) -> list[FigureOfParts]:
-        return [lambda times, row=row: times @ row / times.sum(axis=1) for row in figures]
-
-    return paired_bootstrap_of(means(a), means(b), a.shape[1], resamples, seed)
-
-
-def paired_bootstrap_of(
+def paired_bootstrap(
     a: Sequence[FigureOfParts], b: Sequence[FigureOfParts], parts: int, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
     """Mean over seeds of b - a and its 95 % percentile interval, for any figure of a set of parts.
@@ -277,7 +256,7 @@ def verdict(low: float, high: float) -> str:
 
 
 def pixel_ap_of_parts(scores: np.ndarray, masks: np.ndarray, bins: int = 1000) -> FigureOfParts:
-    """Pixel AP of any of these parts, for `paired_bootstrap_of`: fast, and exact to about 1 / `bins`.
+    """Pixel AP of any of these parts, for `paired_bootstrap`: fast, and exact to about 1 / `bins`.
 
     Scores are rounded down to `bins` quantiles of the scores inside defects, where alone AP changes.
 
@@ -302,7 +281,7 @@ def pixel_ap_of_parts(scores: np.ndarray, masks: np.ndarray, bins: int = 1000) -
 
 
 def missed_of_parts(scores: np.ndarray, masks: np.ndarray, false_alarms: float = 0.01) -> FigureOfParts:
-    """Share of missed defects as in `part_figures`, of any of these parts, for `paired_bootstrap_of`.
+    """Share of missed defects as in `part_figures`, of any of these parts, for `paired_bootstrap`.
 
     The threshold is taken from the good parts among them.
 

@@ -204,12 +204,12 @@ def ic_lpips(references: torch.Tensor, generated: torch.Tensor, distance: Distan
     return IcLpips(sum(means) / len(means), len(means), len(references) - len(means))
 
 
-def nearest(generated: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N,) distance of each of the (N, F) features to the nearest of (M, F), and (N,) which one that is.
+def nearest(generated: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(N,) distance of each of the (N, F) features to the nearest of (M, F).
 
     Small distances to training defects are a sign that they were memorized.
     """
-    return tuple(torch.cdist(generated, others, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1))
+    return torch.cdist(generated, others, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
 
 
 def quality_figures(

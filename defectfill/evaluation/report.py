@@ -30,7 +30,7 @@ from .figures import (
     false_finds,
     missed_defects,
     missed_of_parts,
-    paired_bootstrap_of,
+    paired_bootstrap,
     part_figures,
     pixel_ap_of_parts,
     pixel_figures,
@@ -222,7 +222,7 @@ def compare(results: Results, arm: str, control: str, key: str, resamples: int) 
 
     groups = len({view.group for view in results.tested})
     b, a = ([signed(pair[side]) for pair in pairs] for side in (0, 1))
-    difference, low, high = paired_bootstrap_of(a, b, groups, resamples)
+    difference, low, high = paired_bootstrap(a, b, groups, resamples)
     return {"difference": difference, "low": low, "high": high, "verdict": verdict(low, high)}
 
 
@@ -323,6 +323,8 @@ def sheet(views: Sequence[View], regions: Sequence[Region]) -> Image.Image | Non
 def write_misses(file: Path, results: Results, arm: str) -> int:
     """Writes the defects that most runs of an arm miss, a line of JSON each; returns their number.
 
+    A defect that lies in several views, or is cut by one, has the line of the view that shows most of it.
+
     A line has the image's name, the defect's box in the image's pixels, its area there, and the share of runs.
     """
     masks, counts = results.masks, dict[Region, int]()
@@ -330,17 +332,24 @@ def write_misses(file: Path, results: Results, arm: str) -> int:
     for run in runs:
         for region in missed_defects(results.maps(run), masks, results.figures[run]["threshold"]):
             counts[region] = counts.get(region, 0) + 1
-    lines = []
-    for region, count in sorted(counts.items()):
+    lines = list[dict]()
+    for region, count in sorted(counts.items(), key=lambda item: (-item[0].area, item[0])):
         if 2 * count > len(runs):
             view = results.tested[region.part]
             left, top, right, bottom = view.box
             scale = np.array([right - left, bottom - top]) / len(view.image)
             box = (np.array(region.box).reshape(2, 2) * scale + (left, top)).round().astype(int).ravel().tolist()
             area = round(float(region.area * scale.prod()))
-            lines.append({"image": view.source, "box": box, "area": area, "missed_by": count / len(runs)})
-    write_lines(file, lines)
+            line = {"image": view.source, "box": box, "area": area, "missed_by": count / len(runs)}
+            if not any(line["image"] == other["image"] and overlap(box, other["box"]) for other in lines):
+                lines.append(line)
+    write_lines(file, sorted(lines, key=lambda line: (line["image"], line["box"])))
     return len(lines)
+
+
+def overlap(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two boxes share a pixel."""
+    return all(max(one[i], other[i]) < min(one[i + 2], other[i + 2]) for i in (0, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,12 +421,12 @@ def write_report(
         ]
         for label, defect in enumerate(defects if len(defects) > 1 else (), start=1):
             if of_type := results.of_type(label):
-                comparisons = compare_all(of_type, resamples)
                 views = sum(view.mask.any() for view in of_type.tested)
-                parts += [
-                    (f"{defect}: figures on its {views} views, {setting}", figure_table(of_type)),
-                    (f"{defect}: verdicts, {setting}", comparison_table(comparisons)),
-                ]
+                parts.append((f"{defect}: figures on its {views} views, {setting}", figure_table(of_type)))
+                comparisons = {}
+                if len({view.group for view in of_type.tested}) > 1:  # else there is no interval
+                    comparisons = compare_all(of_type, resamples)
+                    parts.append((f"{defect}: verdicts, {setting}", comparison_table(comparisons)))
                 record["settings"][setting]["types"][defect] = as_record(of_type, comparisons)
         for arm in ("real repeated", *results.generated[:1]):
             if run := results.of(arm).get((0, 0)):

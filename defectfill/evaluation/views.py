@@ -111,7 +111,7 @@ class Viewing:
     def defect_views(
         self, name: str, image: Image.Image, labels: np.ndarray, others: np.ndarray | None, seed: int
     ) -> Iterator[View]:
-        """Views that hold each defect once, at a random place in them; none where another type cannot be left out.
+        """Views that hold each defect at least once, at a random place in them; none where another type is too near.
 
         Args:
             labels: (H, W), as in a view.
@@ -168,6 +168,11 @@ class RealViews:
     test_good: list[View]
     good_rows: tuple[list[int], list[int]]  # the good images of the two sides
     left_out: int  # test images in no view, because other types lie too near
+
+    @property
+    def tested(self) -> list[View]:
+        """Those that detectors are tested on."""
+        return [*self.test, *self.test_good]
 
 
 def check_groups(data: DatasetDict, viewing: Viewing) -> None:

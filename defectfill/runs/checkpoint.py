@@ -445,6 +445,11 @@ def differing_keys(one: dict, other: dict) -> list[str]:
     return [key for key in sorted((one.keys() | other.keys()) - {ignored}) if one.get(key) != other.get(key)]
 
 
+def as_json(options: dict) -> dict:
+    """The options, paths as text."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+
+
 def keep_options(file: Path, options: dict, may_change: Sequence[str] = (), may_lack: bool = False) -> None:
     """Writes the options of a run that goes on where it was killed.
 

@@ -3,7 +3,8 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -280,8 +281,8 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         help="Where masks go. like_references: where the masks in --reference_data are, by distance and direction to "
         "the object's border and position on the object. like_surroundings: where the image looks most as the "
         "reference does around its defect, so that a broken track is put across a track; masks are turned by quarters "
-        "only. auto: like_references if there are at least four and their places or directions are clearly not random (p < 0.01), "
-        "else anywhere. Default: auto.",
+        "only. auto: like_references if there are at least four and their places or directions are clearly not random "
+        "(p < 0.01), else anywhere. Default: auto.",
     )
     add(
         "--foreground",
@@ -464,6 +465,18 @@ LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_
 
 
 # fmt: off
+def refuse_flags(name: str, given: str, ours: Iterable[object]) -> list[Problem]:
+    """A problem (DF188) for each flag in the quoted text of the flag `name` that is among our own arguments."""
+    own = {str(word).partition("=")[0] for word in ours if str(word).startswith("--")} | {"--push_to_hub"}
+    problems = []
+    for flag in sorted(own & {word.partition("=")[0] for word in shlex.split(given)}):
+        what = f"holds {flag}, which is set here"
+        if flag == "--push_to_hub":
+            what = f"holds {flag}, and all LoRAs would have one name there"
+        problems.append(Problem("DF188", name, what, "leave it out"))
+    return problems
+
+
 def parse_training_args(description: str, input_args: list[str] | None = None) -> argparse.Namespace:
     """The flags of `train_defectfill.py`."""
     usage = "%(prog)s --train_data_dir DIR --output_dir DIR [flags]"

@@ -21,7 +21,6 @@ from defectfill_dataset import (
     data_digest,
     find_foreground,
     held_out_source,
-    load_defect_pairs,
     load_mask_rows,
     load_masks,
     locate_references,
@@ -37,7 +36,7 @@ from defectfill_dataset import (
 
 from ..likeness import References
 from ..lora import LoraFile, read_lora
-from .misses import misses_of_type
+from .misses import load_data, misses_of_type
 from .plan import REASON, RequestInputs, choose_defects, make_recipe
 from .requests import GenerationRequest
 from .source_images import SourceImage, check_source_images, find_source_images
@@ -117,10 +116,7 @@ def read_references(request: GenerationRequest, defect: str | None, cache_dir: s
     Raises:
         InputError: no references of this type (DF341), or whatever is wrong with the data.
     """
-    data = load_defect_pairs(
-        request.reference_data, request.object, request.split, cache_dir, request.layout, request.mask_classes,
-        request.skip_problems,
-    )  # fmt: skip
+    data = load_data(request, cache_dir)
     rows = select_defects(data, [defect] if defect else None).get("train")
     if not rows:
         what = f"no reference {f'of {defect!r} ' if defect else ''}with --split {request.split}"

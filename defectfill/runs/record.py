@@ -16,7 +16,7 @@ from defectfill_dataset import InputError, Problem, PromptPair, RunError
 from defectfill_dataset.text import MEND, MOST_RUN_BYTES, Schema, parse_json, read_bytes
 
 from ..base_model import BaseModel
-from .checkpoint import last_checkpoint
+from .checkpoint import as_json, last_checkpoint
 from .files import append_text, atomic_write, finite, flush
 from .processes import launch_environment
 
@@ -62,7 +62,7 @@ def lora_record(
 def run_record(options: dict, identity: dict, data: DatasetDict) -> dict:
     """Options, versions and data of the run, for the output folder."""
     return {
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
+        "options": as_json(options),
         **{k: identity[k] for k in ("mixed_precision", "gradient_accumulation_steps", "processes", "device")},
         "environment": launch_environment(),
         **{k: identity[k] for k in ("data_sha256", "prompts")},

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,6 +79,8 @@ class PlacedMask(NamedTuple):
 
 # (image, seed, foreground, roi) -> the mask, None where there is no place for it. The areas are (H, W) bool or None.
 MaskSource = Callable[[Image.Image, int, np.ndarray | None, np.ndarray | None], PlacedMask | None]
+# The name, top, left and (h, w) shape of a defect that may be placed so.
+Proposal = tuple[str, int, int, np.ndarray]
 # (rng, (height, width) of the image) -> a shape and its name
 ShapeSource = Callable[[np.random.Generator, tuple[int, int]], tuple[str, np.ndarray]]
 
@@ -317,9 +319,13 @@ class PlacedShapes:
         mask, taken, defects = np.zeros_like(allowed), np.zeros_like(allowed), []
         for index in range(self.number):
             own_seed = derive_seed(seed, index)
-            defect = self._place_alike(like, own_seed, allowed, taken, part) if like and part else None
+            defect = None
+            if like and part:
+                defect = self._first_fitting(self._alike(like, own_seed, allowed, part), "references", allowed, taken)
             if self.surroundings:
-                defect = self._place_within(self.surroundings, image, own_seed, allowed, taken)
+                rng = np.random.default_rng(derive_seed(own_seed, "surroundings"))
+                proposed = self.surroundings.propose(image, allowed, self.coverage, rng)
+                defect = self._first_fitting(proposed, "surroundings", allowed, taken)
             defect = defect or self._place(own_seed, allowed, taken)
             if defect is None:
                 return None
@@ -329,29 +335,22 @@ class PlacedShapes:
             mask[defect.top : defect.top + height, defect.left : defect.left + width] |= defect.shape
         return PlacedMask(mask, defects)
 
-    def _place_alike(
-        self, like: LikeReferences, seed: int, allowed: np.ndarray, taken: np.ndarray, part: ObjectMap
-    ) -> PlacedDefect | None:
-        """One of `SHAPES_TRIED` shapes at a place like the references'; None if there is none."""
+    def _alike(self, like: LikeReferences, seed: int, allowed: np.ndarray, part: ObjectMap) -> Iterator[Proposal]:
+        """`SHAPES_TRIED` shapes at places like the references'."""
         drawn = [self._sample(seed, attempt, allowed) for attempt in range(SHAPES_TRIED)]
         shapes = [shape for _, _, shape in drawn]
         rng = np.random.default_rng(derive_seed(seed, "location"))
         for index, top, left in like.propose(shapes, allowed, part, self.coverage, rng):
-            defect = PlacedDefect(drawn[index][1], top, left, shapes[index])
-            if self._fits(defect, allowed, taken):
-                return defect
-        _warn_once("--placement like_references: no such place in some images; there, masks go anywhere")
-        return None
+            yield drawn[index][1], top, left, shapes[index]
 
-    def _place_within(
-        self, surroundings: LikeSurroundings, image: Image.Image, seed: int, allowed: np.ndarray, taken: np.ndarray
+    def _first_fitting(
+        self, proposed: Iterable[Proposal], like: str, allowed: np.ndarray, taken: np.ndarray
     ) -> PlacedDefect | None:
-        """A reference's mask where the image looks as around it; None if there is no such place."""
-        rng = np.random.default_rng(derive_seed(seed, "surroundings"))
-        for defect in map(PlacedDefect._make, surroundings.propose(image, allowed, self.coverage, rng)):
+        """The first that is allowed and free; None, and a warning, if none is."""
+        for defect in map(PlacedDefect._make, proposed):
             if self._fits(defect, allowed, taken):
                 return defect
-        _warn_once("--placement like_surroundings: no such place in some images; there, masks go anywhere")
+        _warn_once(f"--placement like_{like}: no such place in some images; there, masks go anywhere")
         return None
 
     def _fits(self, defect: PlacedDefect, allowed: np.ndarray, taken: np.ndarray) -> bool:

@@ -290,10 +290,12 @@ def paste_inpainted(canvas: Canvas) -> None:
 
 
 def as_source(canvas: Canvas, image: Image.Image) -> Image.Image:
-    """The image as it is written: without colour if the source has none, and in its two tones if it has no others."""
+    """The image as it is written, see `as_written`."""
     if canvas.grey:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        image = tensor_image(as_written(pixels[None], canvas)[0] * 2 - 1)
+        image = image.convert("L")
+    if canvas.tones:
+        dark, light = canvas.tones
+        image = image.point([light if 2 * grey > dark + light else dark for grey in range(256)])
     return image.convert(canvas.mode)
 
 

@@ -1,5 +1,6 @@
 """The demo's data and base."""
 
+import argparse
 import functools
 import json
 import os
@@ -263,28 +264,61 @@ def test_features_see_the_defect_and_not_the_rest(segmenter):
 
 @pytest.mark.slow
 def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypatch):
-    command = f"""--base {base} --segmenter {segmenter} --output_dir {tmp_path}/out --resolution 32 --steps 1
-        --images 2 --train_batch_size 1 --num_inference_steps 2 --cases nut:hole --variants recipe --seeds 1""".split()
-    trained = []
+    out, trained = tmp_path / "my ablation", []
+    command = f"""--base {base} --segmenter {segmenter} --resolution 32 --steps 1 --images 2 --train_batch_size 1
+        --num_inference_steps 2 --cases nut:hole --variants recipe --seeds 1""".split()
     main = ablate.train_defectfill.main
     monkeypatch.setattr(ablate.train_defectfill, "main", lambda args: (trained.append(args), main(args)))
     for more in ([], ["no L_attn"]):
         reset_accelerate()
-        ablate.main(ablate.parse_args([*command[:-2], *more, "--seeds", "1"]))
-    lines = read_lines(tmp_path / "out/results.jsonl")
+        ablate.main(ablate.parse_args(["--output_dir", str(out), *command[:-2], *more, "--seeds", "1"]))
+    lines = read_lines(out / "results.jsonl")
     assert [line["variant"] for line in lines] == [ablate.REAL, ablate.NO_LORA, "recipe", "no L_attn"]
     assert [args.lambda_attn for args in trained] == [0.05, 0]  # the first is not trained again
-    table = (tmp_path / "out/table.md").read_text()
+    table = (out / "table.md").read_text()
     assert "| no L_attn | 1 | 0." in table and f"| {ablate.REAL} | 1 |  |  | " in table
     assert "| segmenter IoU | nut hole |" in table
     assert all(line["object_prompt_iou"] is not None and line["x0_error"] > 0 for line in lines[2:])
-    assert Image.open(tmp_path / "out/samples.png").height == 4 * 32
+    assert Image.open(out / "samples.png").height == 4 * 32
+
+
+def test_an_ablation_killed_while_it_draws_parts_draws_them_again(base, segmenter, tmp_path, monkeypatch):
+    draw, drawn = ablate.write_parts, []
+
+    def killed(*args, **options):
+        draw(*args, **options)
+        drawn.append(args)
+        raise KeyboardInterrupt
+
+    command = f"--base {base} --segmenter {segmenter} --output_dir {tmp_path}/out --cases nut:hole --seeds 1".split()
+    for write, error in ((killed, KeyboardInterrupt), (draw, ZeroDivisionError)):
+        monkeypatch.setattr(ablate, "write_parts", write)
+        monkeypatch.setattr(ablate, "run_all", lambda *args: 1 / 0)
+        with pytest.raises(error):
+            ablate.main(ablate.parse_args(command))
+        assert (tmp_path / "out/data/nut").exists() == (write is draw)
+    assert len([*tmp_path.glob("out/data/nut/test/hole/*.png")]) == 12
 
 
 def test_an_ablation_of_a_case_that_is_not_drawn_is_refused(capsys):
     with pytest.raises(SystemExit):
         ablate.parse_args("--base x --segmenter y --output_dir z --cases nut:hole screw:hole".split())
     assert "--cases: invalid choice: 'screw:hole'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ablate.parse_args("--base x --segmenter y --output_dir z --seeds 0".split())
+    assert "--seeds 0: must be at least 1" in capsys.readouterr().err
+
+
+def test_held_out_crops_are_of_images_that_nothing_is_learnt_from(tmp_path, capsys):
+    for i in range(make_tiny_base.HELD_OUT + 3):
+        Image.new("RGB", (40, 40), (i, i, i)).save(tmp_path / f"{i:02d}.png")
+    pictures = make_tiny_base.read_pictures(tmp_path, 60, 20, 0)
+    shown = [np.asarray(make()[0])[0, 0, 0] for make in pictures]
+    assert len(shown) == 60 and shown[: make_tiny_base.HELD_OUT] == [*range(make_tiny_base.HELD_OUT)]
+    assert {*shown[make_tiny_base.HELD_OUT :]} == {16, 17, 18}
+    with pytest.raises(SystemExit):
+        make_tiny_base.parse_args("--output_dir x --pictures 16".split())
+    assert "--pictures 16: must be above 16" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -340,22 +374,21 @@ def test_the_large_pipeline_has_stable_diffusions_sizes():
 
 def test_an_ablation_does_not_go_on_with_other_options_or_on_half_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate.UNet2DModel, "from_pretrained", lambda path: None)
-    monkeypatch.setattr(ablate, "write_parts", lambda *args, **sizes: None)
+    monkeypatch.setattr(ablate, "write_parts", lambda folder, parts, **sizes: (folder / parts[0]).mkdir())
     monkeypatch.setattr(ablate, "table", lambda results: "| nothing |")
     monkeypatch.setattr(ablate, "samples", lambda args, results: Image.new("RGB", (1, 1)))
-    command = (
-        f"--base x --segmenter y --output_dir {tmp_path}/out --cases nut:hole --variants recipe --seeds 0".split()
-    )
-    ablate.main(ablate.parse_args(command))
+    args = ablate.parse_args(f"--base x --segmenter y --output_dir {tmp_path}/out --cases nut:hole".split())
+    args.seeds = 0  # nothing to run
+    ablate.main(args)
     line = json.dumps({"variant": "recipe", "seed": 0, "part": "nut", "defect": "hole"})
     (tmp_path / "out/results.jsonl").write_text(f"{line}\n{line[:20]}")
-    ablate.main(ablate.parse_args(command))
+    ablate.main(args)
     assert (tmp_path / "out/results.jsonl").read_text() == f"{line}\n"
     with pytest.raises(InputError, match="DF320 steps"):
-        ablate.main(ablate.parse_args([*command, "--steps", "7"]))
+        ablate.main(argparse.Namespace(**vars(args) | {"steps": 7}))
     (tmp_path / "out/results.jsonl").write_text('{"seed": 1}\n')
     with pytest.raises(InputError, match="DF310 .*line 1"):
-        ablate.main(ablate.parse_args(command))
+        ablate.main(args)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"x" * 100])

@@ -444,7 +444,10 @@ def test_detectors_in_processes_end_with_the_command(nut, bank, tmp_path, ticks_
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
 
     def is_running(folder: Path) -> bool:
-        return folder.exists() and b"spawn_main" in (folder / "cmdline").read_bytes()
+        try:
+            return b"spawn_main" in (folder / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            return False
 
     def training_now() -> list[Path]:
         spawned = filter(is_running, (Path("/proc", number) for number in children.read_text().split()))

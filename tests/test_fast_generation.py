@@ -235,7 +235,7 @@ def test_a_batch_is_painted_while_the_next_is_prepared_and_the_one_before_writte
     def wait_and_paint(*args, **kwargs):
         place = len(seen)
         beside = [*list(prepared.values())[place + 1 : place + 2], *list(written.values())[max(place - 1, 0) : place]]
-        seen.append([event.wait(20) for event in beside])
+        seen.append([event.wait(60) for event in beside])
         return paint(*args, **kwargs)
 
     for name, function in (("start_canvas", start_and_tell), ("write_image", write_and_tell)):

@@ -15,7 +15,7 @@ def test_the_next_is_prepared_while_one_is_used():
         return i, threading.current_thread() is threading.main_thread()
 
     for i, in_main in ahead(work, range(3)):
-        assert not in_main and all(event.wait(5) for event in begun[: i + 2])
+        assert not in_main and all(event.wait(60) for event in begun[: i + 2])
         assert not any(event.is_set() for event in begun[i + 2 :])
     assert list(ahead(work, [])) == []
 

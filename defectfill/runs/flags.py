@@ -264,7 +264,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         "--like",
         type=Path,
         metavar="FILE",
-        help="Make more of what a detector missed: misses.jsonl of evaluate_defectfill.py. Each reference mask gets "
+        help="Make more of what a detector missed: a misses-*.jsonl that evaluate_defectfill.py wrote. Each reference mask gets "
         "the size and elongation of one of these defects, in turn, on the good images nearest to that defect's image "
         "in --reference_data, by the features of the base's VAE encoder. Do not test on those images afterwards.",
     )

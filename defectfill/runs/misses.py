@@ -33,7 +33,7 @@ def in_order(box: list[int]) -> list[int]:
 
 
 class MissLine(Schema):
-    """What is used of a line of misses.jsonl."""
+    """What is used of a line of such a file."""
 
     image: str
     box: Annotated[
@@ -65,7 +65,7 @@ def read_misses(file: Path) -> list[Miss]:
     if not file.is_file():
         raise InputError(Problem("DF160", f"--like {file}", "no such file"))
     misses, problems = [], []
-    fix = "give the misses.jsonl of evaluate_defectfill.py"
+    fix = "give a misses-*.jsonl that evaluate_defectfill.py wrote"
     for number, text in numbered_lines(read_text(file, "DF354", fix)):
         try:
             line = parse_json(text, MissLine)

@@ -264,9 +264,10 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         "--like",
         type=Path,
         metavar="FILE",
-        help="Make more of what a detector missed: a misses-*.jsonl that evaluate_defectfill.py wrote. Each reference mask gets "
-        "the size and elongation of one of these defects, in turn, on the good images nearest to that defect's image "
-        "in --reference_data, by the features of the base's VAE encoder. Do not test on those images afterwards.",
+        help="Make more of what a detector missed: a misses-*.jsonl that evaluate_defectfill.py wrote. Each reference "
+        "mask gets the size and elongation of one of these defects, in turn, on the good images nearest to that "
+        "defect's image in --reference_data, by the features of the base's VAE encoder. Do not test on those images "
+        "afterwards.",
     )
     rotation_help = "Reference masks are rotated by up to this angle, to either side."
     add("--max_rotation", type=float, default=180.0, metavar="DEG", help=rotation_help)

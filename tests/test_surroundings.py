@@ -176,3 +176,17 @@ def test_the_command_places_masks_like_the_surroundings(trained, broken):
     image_of(board((5,))).save(broken / "test/hole/000.png")
     with pytest.raises(InputError, match="DF320 reference_images_sha256"):
         generate(*argv, "--placement", "like_surroundings")
+
+
+def test_large_references_are_drawn_as_often_as_small_ones(broken, monkeypatch):
+    """The surroundings of a speck are found everywhere, and nearly equal."""
+    speck = [patch._replace(name="speck") for patch in patches_of(broken)[:1]]
+
+    def unlike(patch, pixels):
+        places = np.array(pixels.shape) - patch.mask.shape + 1
+        return np.full(places, 0.0 if patch.name == "speck" else 0.4)
+
+    monkeypatch.setattr(surroundings, "differences", unlike)
+    source = PlacedShapes(never, None, surroundings=LikeSurroundings([*patches_of(broken), *speck], 180))
+    names = [source(image_of(board()), seed, None, None).defects[0].name for seed in range(24)]
+    assert 1 <= names.count("speck") <= 12

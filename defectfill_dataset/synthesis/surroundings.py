@@ -27,12 +27,11 @@ SEARCHED_SIDE = 1024  # longest side of the image that is searched, in pixels
 RIM = 0.6  # width of what is compared around a defect, in units of the root of its bounding box's area
 LEAST_RIM = 4  # pixels
 BLURRED = 2  # pixels next to a mask that its defect may have changed, and that are not compared
-DRAWN, MOST_DRAWN = 8, 32  # patches, each turned in its own way, tried for a mask; more while none is
-ALIKE = 0.5  # or less; 1 is a flat image's. The half that fits better is used
+MOST_PATCHES = 4  # that are tried for a mask, each in all turns
+ALIKE = 0.5  # or less: as a place should be; 1 is a flat image's
 EVEN = 0.02  # places that differ by less are as good as each other
-PLACES = 8  # of a patch, the best
-WORSE = 0.1  # by which a place may be more unlike than the patch's best,
-WORSE_PATCH = 0.3  # and a patch's best than that of the best patch
+PLACES = 8  # of a turned patch, the best
+WORSE = 0.1  # by which a place may be more unlike than the best
 LEAST_CONTRAST = 1e-4  # variance of pixels in [0, 1]: below it a patch is flat
 
 
@@ -110,15 +109,18 @@ class LikeSurroundings:
     """
 
     def __init__(self, patches: Sequence[Patch], max_rotation: float):
+        self.patches = patches
         quarters = [k for k in range(4) if 90 * min(k, 4 - k) <= max_rotation]
-        self.turned = [*itertools.product(patches, quarters, (False, True))]
+        self.turns = [*itertools.product(quarters, (False, True))]
 
     def propose(
         self, image: Image.Image, allowed: np.ndarray, coverage: float, rng: np.random.Generator
     ) -> Iterator[tuple[str, int, int, np.ndarray]]:
-        """(name, top, left, shape) of masks and good places for them in the image, in random order.
+        """(name, top, left, shape) of masks and good places for them in the image.
 
-        Each is a reference's, a little scaled before its place is looked for, and warped.
+        References come in random order, those first that have a place that is alike enough; small ones are like more
+        places, and would be drawn more often if references were compared. Each is scaled a little before its places
+        are looked for, and then warped.
 
         Args:
             allowed: (H, W) bool; at least `coverage` of a mask lies on it.
@@ -127,33 +129,46 @@ class LikeSurroundings:
         small = image.resize([max(1, round(shrink * side)) for side in image.size]) if shrink < 1 else image
         pixels = grey(small)
         allowed_small = np.asarray(Image.fromarray(allowed).resize(small.size, Image.Resampling.NEAREST))
-        found, best = [], np.inf
-        for number, index in enumerate(rng.permutation(len(self.turned))[:MOST_DRAWN].tolist()):
-            if number >= DRAWN and best <= ALIKE:
-                break
-            patch, quarters, flip = self.turned[index]
+        others = []
+        for index in rng.permutation(len(self.patches))[:MOST_PATCHES].tolist():
+            patch = self.patches[index]
             change = random_transform(rng, 0)
             scale = change.scale * math.sqrt(allowed.size / patch.image_area)
-            change = dataclasses.replace(change, angle=90 * quarters, flip=flip, scale=scale)
-            sought = changed(patch, dataclasses.replace(change, scale=scale * shrink))
-            if not sought.rim.any() or (np.array(sought.mask.shape) > pixels.shape).any():
-                continue
-            unlike = differences(sought, pixels)
-            unlike += EVEN * rng.random(unlike.shape)
-            unlike[covered(sought.mask, allowed_small) < coverage] = np.inf
-            if places := best_places(unlike, sought.mask.shape):
-                found.append((unlike[places[0]], patch, change, places, middle_of(sought.mask)))
-                best = min(best, unlike[places[0]])
-        found.sort(key=lambda one: one[0])
-        better = [one for one in found[: -(-len(found) // 2)] if one[0] <= best + WORSE_PATCH]
-        for index in rng.permutation(len(better)).tolist():
-            _, patch, change, places, middle = better[index]
-            shape = transform(cut_out(patch.mask), change, rng)
-            most = np.array(allowed.shape) - shape.shape
-            for place in rng.permutation(len(places) if (most >= 0).all() else 0).tolist():
-                corner = (places[place] + middle) / shrink - np.array(shape.shape) / 2
-                top, left = np.rint(corner).astype(int).clip(0, most).tolist()
-                yield patch.name, top, left, shape
+            turned = []
+            for quarters, flip in self.turns:
+                change = dataclasses.replace(change, angle=90 * quarters, flip=flip, scale=scale)
+                sought = changed(patch, dataclasses.replace(change, scale=scale * shrink))
+                if not sought.rim.any() or (np.array(sought.mask.shape) > pixels.shape).any():
+                    continue
+                unlike = differences(sought, pixels)
+                unlike += EVEN * rng.random(unlike.shape)
+                unlike[covered(sought.mask, allowed_small) < coverage] = np.inf
+                places = [((place + middle_of(sought.mask)) / shrink, change) for place in best_places(unlike, sought)]
+                turned.append((unlike.min(), places))
+            turned = sorted((one for one in turned if one[1]), key=lambda one: one[0])
+            places = [place for _, places in turned[: -(-len(turned) // 2)] for place in places]
+            if places and turned[0][0] <= ALIKE:
+                yield from put(patch, places, allowed.shape, rng)
+            elif places:
+                others.append((turned[0][0], patch, places))
+        for _, patch, places in sorted(others, key=lambda one: one[0]):
+            yield from put(patch, places, allowed.shape, rng)
+
+
+Place = tuple[np.ndarray, Transform]  # (y, x) of the middle of a mask's box, and how the patch is changed
+
+
+def put(
+    patch: Patch, places: Sequence[Place], size: tuple[int, ...], rng: np.random.Generator
+) -> Iterator[tuple[str, int, int, np.ndarray]]:
+    """(name, top, left, shape) of a patch's mask at these places of an (H, W) image, in random order."""
+    for index in rng.permutation(len(places)).tolist():
+        middle, change = places[index]
+        shape = transform(cut_out(patch.mask), change, rng)
+        most = np.array(size) - shape.shape
+        if (most >= 0).all():
+            top, left = np.rint(middle - np.array(shape.shape) / 2).astype(int).clip(0, most).tolist()
+            yield patch.name, top, left, shape
 
 
 def middle_of(mask: np.ndarray) -> np.ndarray:
@@ -169,13 +184,14 @@ def covered(mask: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     return sums_under(mask, allowed) / mask.sum() + 1e-6
 
 
-def best_places(unlike: np.ndarray, size: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Up to `PLACES` of the lowest (top, left), the best first, no two nearer than half a patch of this size."""
+def best_places(unlike: np.ndarray, sought: Patch) -> list[tuple[int, int]]:
+    """Up to `PLACES` of the lowest (top, left), the best first, no two nearer than half the patch."""
     rest, places = unlike.copy(), list[tuple[int, int]]()
     while len(places) < PLACES:
         place = divmod(int(rest.argmin()), rest.shape[1])
         if not np.isfinite(rest[place]) or rest[place] > unlike.min() + WORSE:
             break
         places.append(place)
-        rest[tuple(slice(max(0, at - side // 2), at + side // 2 + 1) for at, side in zip(place, size))] = np.inf
+        near = zip(place, sought.mask.shape)
+        rest[tuple(slice(max(0, at - side // 2), at + side // 2 + 1) for at, side in near)] = np.inf
     return places

@@ -1,6 +1,7 @@
 """Runs of the real commands, in this process or in one without our code, and what they leave."""
 
 import faulthandler
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from toy_model import RESOLUTION
 from tqdm import tqdm
@@ -31,6 +33,7 @@ def reset_accelerate() -> None:
         state._reset_state()
 
 
+FULL = functools.partial(pytest.param, marks=pytest.mark.full)  # a variant that only scripts/test.sh --full runs
 PARENT = os.getpid()
 # tqdm's own lock is shared with forked children: one killed while it draws a bar keeps it, and the next bar waits
 # for ever. Set before the first bar of any kind, this one is taken by all kinds.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
 from PIL import Image
+from runs import FULL
 from toy_model import toy_pipeline
 
 from defectfill.drawn.pairs import drawn_pairs
@@ -173,7 +174,7 @@ def test_steps_cost_what_they_say(training_bench):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [FULL(False), True])
 def test_steps_are_measured(base, tmp_path, monkeypatch, compiled):
     monkeypatch.setattr(benchmark, "compile_unet", functools.partial(benchmark.compile_unet, backend="aot_eager"))
     command = f"""train --base {base} --output_dir {tmp_path} --resolution 32 --train_batch_size 1 --rounds 2

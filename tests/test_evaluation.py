@@ -18,7 +18,7 @@ from drawn import COLOURS
 from huggingface_hub import ModelCard
 from networks import make_squeezenet
 from PIL import Image
-from runs import fork, wait_for, wait_until
+from runs import FULL, fork, wait_for, wait_until
 from safetensors.numpy import load_file, save_file
 from sklearn.metrics import average_precision_score
 from toy_model import toy_pipeline
@@ -435,7 +435,7 @@ def test_a_detector_whose_process_is_killed_is_told(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ticks_before", [50, 1200])  # while they load PyTorch, and in their training
+@pytest.mark.parametrize("ticks_before", [50, FULL(1200)])  # while they load PyTorch, and in their training
 def test_detectors_in_processes_end_with_the_command(nut, bank, tmp_path, ticks_before):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "defectfill_scripts.evaluate_defectfill", "detect", "--data_dir", nut, "--bank",
@@ -517,7 +517,7 @@ def test_the_quality_of_a_single_reference(nut, bank, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [FULL(1), 2])
 def test_run_trains_generates_and_goes_on(tmp_path, monkeypatch, nut, workers):
     toy_pipeline().save_pretrained(tmp_path / "base")
     argv = ["run", "--data_dir", nut, "--output_dir", tmp_path / "out", *FAST, "--seeds", 1, "--banks", 1,

@@ -16,7 +16,7 @@ from offline import ROOT
 import pytest
 from lock import differences, failures, read_lock, read_requirements
 from packaging.utils import canonicalize_name
-from runs import options
+from runs import FULL, options
 
 import generate_defectfill
 import train_defectfill
@@ -139,7 +139,7 @@ def test_a_script_runs_as_a_file(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, word", [("train_defectfill", "--lambda_attn"), ("generate_defectfill", "--roi")])
+@pytest.mark.parametrize("script, word", [("train_defectfill", "--lambda_attn"), FULL("generate_defectfill", "--roi")])
 def test_help_is_all_that_help_prints(script, word):
     done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and word in done.stdout and done.stderr == ""

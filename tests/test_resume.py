@@ -16,7 +16,7 @@ from offline import ROOT
 import pytest
 import torch
 from folders import make_mvtec
-from runs import fork, options, read_lines, reset_accelerate, wait_for
+from runs import FULL, fork, options, read_lines, reset_accelerate, wait_for
 from safetensors.torch import load_file, save_file
 from toy_model import toy_pipeline
 
@@ -99,9 +99,13 @@ def uninterrupted(base, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", ["step", "write", "rename"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit"])
+@pytest.mark.parametrize(
+    "optimizer, accumulation, point",
+    [("AdamW", 2, "step"), ("AdamW", 1, "write"), ("AdamW8bit", 2, "rename"), FULL("AdamW", 1, "step"),
+     FULL("AdamW", 1, "rename"), FULL("AdamW", 2, "write"), FULL("AdamW", 2, "rename"), FULL("AdamW8bit", 1, "step"),
+     FULL("AdamW8bit", 1, "write"), FULL("AdamW8bit", 1, "rename"), FULL("AdamW8bit", 2, "step"),
+     FULL("AdamW8bit", 2, "write")],
+)  # fmt: skip
 def test_a_killed_run_resumes_bit_equal(train, base, data, tmp_path, uninterrupted, point, accumulation, optimizer):
     flags = ["--gradient_accumulation_steps", str(accumulation), *(["--use_8bit_adam"] if "8" in optimizer else [])]
     whole, out = uninterrupted(data, *flags), tmp_path / "killed"

@@ -262,8 +262,17 @@ def test_features_see_the_defect_and_not_the_rest(segmenter):
     assert not torch.allclose(features, defect_features(unet, images, 1 - masks))
 
 
+@pytest.fixture
+def small_parts(monkeypatch):
+    """An ablation draws its parts small: 256 px take seconds each."""
+    draw = ablate.write_parts
+    monkeypatch.setattr(
+        ablate, "write_parts", lambda folder, parts, **sizes: draw(folder, parts, **sizes | {"size": 64})
+    )
+
+
 @pytest.mark.slow
-def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypatch):
+def test_an_ablation_is_run_once_and_tabled(base, segmenter, small_parts, tmp_path, monkeypatch):
     out, trained = tmp_path / "my ablation", []
     command = f"""--base {base} --segmenter {segmenter} --resolution 32 --steps 1 --images 2 --train_batch_size 1
         --num_inference_steps 2 --cases nut:hole --variants recipe --seeds 1""".split()
@@ -282,7 +291,7 @@ def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypat
     assert Image.open(out / "samples.png").height == 4 * 32
 
 
-def test_an_ablation_killed_while_it_draws_parts_draws_them_again(base, segmenter, tmp_path, monkeypatch):
+def test_an_ablation_killed_while_it_draws_parts_draws_them_again(tmp_path, small_parts, monkeypatch):
     draw, drawn = ablate.write_parts, []
 
     def killed(*args, **options):
@@ -290,7 +299,7 @@ def test_an_ablation_killed_while_it_draws_parts_draws_them_again(base, segmente
         drawn.append(args)
         raise KeyboardInterrupt
 
-    command = f"--base {base} --segmenter {segmenter} --output_dir {tmp_path}/out --cases nut:hole --seeds 1".split()
+    command = f"--base x --segmenter y --output_dir {tmp_path}/out --cases nut:hole --seeds 1".split()
     for write, error in ((killed, KeyboardInterrupt), (draw, ZeroDivisionError)):
         monkeypatch.setattr(ablate, "write_parts", write)
         monkeypatch.setattr(ablate, "run_all", lambda *args: 1 / 0)
@@ -322,7 +331,7 @@ def test_held_out_crops_are_of_images_that_nothing_is_learnt_from(tmp_path, caps
 
 
 @pytest.mark.slow
-def test_selections_are_compared_by_labels(base, segmenter, tmp_path, capsys):
+def test_selections_are_compared_by_labels(base, segmenter, small_parts, tmp_path, capsys):
     ablate.main(
         ablate.parse_args(
             f"""--base {base} --segmenter {segmenter} --output_dir {tmp_path}/a --resolution 32 --steps 1 --images 1

@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from drawn import write_image
 from folders import make_mvtec, make_seed_layout
 from PIL import Image
-from runs import in_clean_process, options, read_lines, reset_accelerate
+from runs import FULL, in_clean_process, options, read_lines, reset_accelerate
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
@@ -127,7 +127,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [(), ("--lora_targets", "all", "--conv_rank", "3")], ids=["attention", "all"])
+@pytest.mark.parametrize("layers", [FULL(()), ("--lora_targets", "all", "--conv_rank", "3")], ids=["attention", "all"])
 def test_stock_diffusers_paints_the_same_image_in_a_process_without_our_code(
     train, base, tmp_path, monkeypatch, layers
 ):
@@ -463,7 +463,7 @@ def test_channels_last_reaches_the_convolutions_and_trains_alike(train, plain_ru
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]], ids=["", "checkpointing"])
+@pytest.mark.parametrize("more", [[], FULL(["--gradient_checkpointing"])], ids=["", "checkpointing"])
 def test_compiled_blocks_train_alike(train, plain_run, tmp_path, monkeypatch, more):
     """The maps of L_attn are recorded inside them. No C++ compiler is needed."""
     compile_blocks = UNet2DConditionModel.compile_repeated_blocks

@@ -1,7 +1,6 @@
 """Real commands, alone and under `accelerate launch`, that are signalled at any moment: all processes end, and the
 folder's lock is free."""
 
-import functools
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ from offline import ROOT
 
 import pytest
 from folders import make_mvtec
-from runs import FAST, fork, options, wait_for
+from runs import FAST, FULL, fork, options, wait_for
 
 from defectfill.runs import signals
 from defectfill.runs.checkpoint import list_checkpoints
@@ -130,9 +129,6 @@ def is_free(folder: Path) -> bool:
             return True
     except InputError:
         return False
-
-
-FULL = functools.partial(pytest.param, marks=pytest.mark.full)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from offline import ROOT
 
 import pytest
 from fake_hub import TOKEN
-from runs import FAST, generate, options
+from runs import FAST, FULL, generate, options
 
 from defectfill import patience
 from defectfill.base_model import read_base
@@ -63,7 +63,7 @@ def test_whatever_a_client_raises_is_a_hub_out_of_reach(train, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["/preupload/", "/blob/", "/commit/"])
+@pytest.mark.parametrize("pattern", [FULL("/preupload/"), "/blob/", FULL("/commit/")])
 def test_a_push_ends_in_time_and_so_does_the_process(hub, trained, tmp_path, clock, pattern):
     """Also where the upload's threads, which a process waits for, would hold it."""
     hub.repos["ann/lora"] = {"private": True, "files": {}}

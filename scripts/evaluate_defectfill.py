@@ -39,7 +39,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from defectfill.base_model import read_local_base
-from defectfill.evaluation.arms import CONTROLS, Backgrounds, Pool, bank_pool, control_pools, paste_views
+from defectfill.evaluation.arms import CONTROLS, Backgrounds, Pool, bank_pool, control_pools, file_name, paste_views
 from defectfill.evaluation.detectors import (
     DIVISOR,
     Recipe,
@@ -141,8 +141,13 @@ class Setting:
     number: int | None
 
     @property
+    def k(self) -> str:
+        """The number of references, in names."""
+        return str(self.references or "all")
+
+    @property
     def name(self) -> str:
-        return f"k{self.references or 'all'}-n{self.number or 'all'}"
+        return f"k{self.k}-n{self.number or 'all'}"
 
 
 @dataclasses.dataclass
@@ -236,7 +241,7 @@ class Evaluation:
 
 def bank_folders(folders: Sequence[str], setting: Setting) -> list[Path]:
     """A bank's folders; where its name holds {k}, those of the setting's number of references."""
-    return [Path(folder.replace(K, str(setting.references or "all"))) for folder in folders]
+    return [Path(folder.replace(K, setting.k)) for folder in folders]
 
 
 def names_by_type(rows: Dataset) -> dict[str, set[str]]:
@@ -392,9 +397,7 @@ def quality(evaluation: Evaluation, features: Features, notes: Sequence[str]) ->
                 generated = Defects.of(evaluation.bank(folder, setting), features)
                 key = f"{setting.name}, {name}, bank {bank}"
                 record["banks"][key], best = compare_images(features, references, held_out, generated, folder, args)
-                sheets[f"quality-{setting.name}-{name.replace(' ', '-')}-{bank}.png"] = sorted_sheet(
-                    generated.views, best
-                )
+                sheets[f"quality-{setting.name}-{file_name(name)}-{bank}.png"] = sorted_sheet(generated.views, best)
     write_json(args.output_dir / "quality.json", record)  # first: it tells that the others are ours
     for file, sheet in sheets.items():
         save_image(sheet, args.output_dir / file)
@@ -495,15 +498,15 @@ def make_banks(evaluation: Evaluation) -> None:
     banks, loras, images = range(args.banks), list[Step](), list[Step]()
     for k in args.references or [None]:
         for bank in banks:
-            lora, *its_images = steps_of_bank(evaluation, work / f"k{k or 'all'}", k, bank)
+            lora, *its_images = steps_of_bank(evaluation, work / f"k{Setting(k, None).k}", k, bank)
             loras.append(lora)
             images += its_images
     check_steps(loras, images)
     start_all("LoRAs", loras, args.workers)
     start_all("Banks", images, args.workers)
     args.bank = {"defectfill": [f"{work}/k{K}/defectfill-{bank}" for bank in banks]}
-    args.bank |= {arm: [f"{work}/k{K}/{arm.replace(' ', '-')}-0"] for arm in ablations(args)}
-    args.lora = work / f"k{settings_of(args)[0].references or 'all'}" / "lora-0"
+    args.bank |= {arm: [f"{work}/k{K}/{file_name(arm)}-0"] for arm in ablations(args)}
+    args.lora = work / f"k{settings_of(args)[0].k}" / "lora-0"
 
 
 def ablations(args: argparse.Namespace) -> dict[str, str]:
@@ -562,7 +565,7 @@ def steps_of_bank(evaluation: Evaluation, folder: Path, k: int | None, bank: int
     ], args.train_args, lora / "pytorch_lora_weights.safetensors")  # fmt: skip
     whole = f"{args.generate_args} {args.filter_args}"
     for arm, arguments in {"defectfill": whole, **({} if bank else ablations(args))}.items():
-        out = folder / f"{arm.replace(' ', '-')}-{bank}"
+        out = folder / f"{file_name(arm)}-{bank}"
         yield Step("generate_defectfill", [
             "--lora", lora, "--image", args.output_dir / "work/good", "--mask_source", "references",
             "--reference_data", args.data_dir, *source, "--num_images", args.num_images, "--seed", bank,
@@ -659,7 +662,7 @@ def bank_argument(text: str) -> tuple[str, list[str]]:
         raise argparse.ArgumentTypeError(f"'{text}' must be NAME=FOLDER or NAME=FOLDER,FOLDER")
     if not re.fullmatch(r"\w[\w.+-]{0,59}", name):  # files are called so
         raise argparse.ArgumentTypeError(f"the name '{name}' must be of letters, digits, and . + - _ within it")
-    if name in {control.replace(" ", "-") for control in CONTROLS} or name.endswith(f"-{SYNTHETIC_ALONE}"):
+    if name in {*map(file_name, CONTROLS)} or name.endswith(f"-{SYNTHETIC_ALONE}"):
         raise argparse.ArgumentTypeError(f"the name '{name}' is that of another arm")
     return name, folders.split(",")
 

@@ -29,6 +29,11 @@ CONTROLS = {
 }
 
 
+def file_name(arm: str) -> str:
+    """What an arm is called in names of files."""
+    return arm.replace(" ", "-").replace(",", "")
+
+
 class Pool:
     """Views that a detector is trained on; each is drawn as often as it has copies.
 

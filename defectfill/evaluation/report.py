@@ -23,7 +23,7 @@ from ..runs.cards import markdown_text
 from ..runs.files import atomic_write, finite, write_json
 from ..runs.manifest import SEAL, line_digest, write_lines
 from ..runs.report import image_element
-from .arms import CONTROLS
+from .arms import CONTROLS, file_name
 from .figures import (
     FigureOfParts,
     Region,
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.setting}/{self.arm.replace(' ', '-').replace(',', '')}-b{self.bank}-s{self.seed}"
+        return f"{self.setting}/{file_name(self.arm)}-b{self.bank}-s{self.seed}"
 
     def file(self, folder: Path) -> Path:
         """Its figures, written last."""

@@ -30,8 +30,8 @@ BLURRED = 2  # pixels next to a mask that its defect may have changed, and that 
 MOST_PATCHES = 4  # that are tried for a mask, each in all turns
 ALIKE = 0.5  # or less: as a place should be; 1 is a flat image's
 EVEN = 0.02  # places that differ by less are as good as each other
-PLACES = 8  # of a turned patch, the best
-WORSE = 0.1  # by which a place may be more unlike than the best
+PLACES = 8  # of a patch in one turn, the best
+WORSE = 0.1  # by which a place of a patch may be more unlike than its best, whatever the turn
 LEAST_CONTRAST = 1e-4  # variance of pixels in [0, 1]: below it a patch is flat
 
 
@@ -100,6 +100,9 @@ def differences(patch: Patch, pixels: np.ndarray) -> np.ndarray:
     return (theirs + variance - 2 * sums_under(own, pixels) / number) / (variance + LEAST_CONTRAST)
 
 
+Place = tuple[np.ndarray, Transform]  # (y, x) of the middle of a mask's box, and how the patch is changed
+
+
 class LikeSurroundings:
     """Where a good image looks as the references do around their defects.
 
@@ -134,7 +137,7 @@ class LikeSurroundings:
             patch = self.patches[index]
             change = random_transform(rng, 0)
             scale = change.scale * math.sqrt(allowed.size / patch.image_area)
-            turned = []
+            found = list[tuple[float, Place]]()
             for quarters, flip in self.turns:
                 change = dataclasses.replace(change, angle=90 * quarters, flip=flip, scale=scale)
                 sought = changed(patch, dataclasses.replace(change, scale=scale * shrink))
@@ -143,19 +146,18 @@ class LikeSurroundings:
                 unlike = differences(sought, pixels)
                 unlike += EVEN * rng.random(unlike.shape)
                 unlike[covered(sought.mask, allowed_small) < coverage] = np.inf
-                places = [((place + middle_of(sought.mask)) / shrink, change) for place in best_places(unlike, sought)]
-                turned.append((unlike.min(), places))
-            turned = sorted((one for one in turned if one[1]), key=lambda one: one[0])
-            places = [place for _, places in turned[: -(-len(turned) // 2)] for place in places]
-            if places and turned[0][0] <= ALIKE:
+                middle = middle_of(sought.mask)
+                found += [(unlike[p], ((p + middle) / shrink, change)) for p in best_places(unlike, sought)]
+            if not found:
+                continue
+            best = min(unlike for unlike, _ in found)
+            places = [place for unlike, place in found if unlike <= best + WORSE]
+            if best <= ALIKE:
                 yield from put(patch, places, allowed.shape, rng)
-            elif places:
-                others.append((turned[0][0], patch, places))
+            else:
+                others.append((best, patch, places))
         for _, patch, places in sorted(others, key=lambda one: one[0]):
             yield from put(patch, places, allowed.shape, rng)
-
-
-Place = tuple[np.ndarray, Transform]  # (y, x) of the middle of a mask's box, and how the patch is changed
 
 
 def put(

@@ -119,7 +119,9 @@ def test_a_hair_has_places_in_a_larger_image_too(tmp_path, monkeypatch):
     source = PlacedShapes(never, None, surroundings=LikeSurroundings(hair, 0))
     for seed in range(6):
         [defect] = source(image_of(pixels), seed, None, None).defects
-        assert ndimage.label(defect.shape, np.ones((3, 3)))[1] == 1 and 50 < defect.shape.sum() < 150
+        assert (
+            ndimage.label(defect.shape, np.ones((3, 3)))[1] == 1 and 50 < defect.shape.sum() < 200
+        )  # of 80, and torn nowhere
 
 
 def test_brighter_images_look_the_same(broken):

@@ -457,7 +457,7 @@ def test_detectors_in_processes_end_with_the_command(nut, bank, tmp_path, ticks_
     wait_until(lambda: len(training_now()) == 2, 300)
     workers = training_now()
     process.kill(), process.wait()
-    wait_until(lambda: not any(is_running(folder) for folder in workers))
+    wait_until(lambda: not any(is_running(folder) for folder in workers), 300)  # those that load end when they have
 
 
 def test_leaks_end_the_command_before_anything_is_trained(nut, bank, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ import defectfill.quiet  # noqa: F401
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -159,17 +159,24 @@ class Evaluation:
     viewing: Viewing
     views: RealViews
     generated: dict[Path, list[View]] = dataclasses.field(default_factory=dict)  # of each folder that was read
-
     notes: list[str] = dataclasses.field(default_factory=list)  # what a reader of the report must know
+
+    def showing(self, defects: Sequence[str]) -> set[str]:
+        """The training images with one of these types."""
+        rows = self.data["train"]
+        return {name for name, defect in zip(rows["source_file"], rows["defect"]) if defect in defects}
+
+    def in_view(self, defect: str) -> list[str]:
+        """The training images with this type that detectors see."""
+        return sorted(self.showing([defect]) & {view.source for view in self.views.train})
 
     def reference_names(self, number: int | None) -> set[str]:
         """So many training images of each type, or all; of a single type, fewer are always among more."""
-        seen, of_type = {view.source for view in self.views.train}, names_by_type(self.data["train"])
         if number is None:
-            return set().union(*(of_type[defect] for defect in self.viewing.defects))
+            return self.showing(self.viewing.defects)
         chosen: set[str] = set()
         for defect in self.viewing.defects:
-            names = sorted(of_type[defect] & seen)
+            names = self.in_view(defect)
             order = np.random.default_rng(derive_seed(self.args.seed, "references", defect)).permutation(len(names))
             have = len(chosen.intersection(names))
             free = [names[i] for i in order if names[i] not in chosen]
@@ -244,14 +251,6 @@ def bank_folders(folders: Sequence[str], setting: Setting) -> list[Path]:
     return [Path(folder.replace(K, setting.k)) for folder in folders]
 
 
-def names_by_type(rows: Dataset) -> dict[str, set[str]]:
-    """The images that show each defect type."""
-    found: dict[str, set[str]] = {}
-    for name, defect in zip(rows["source_file"], rows["defect"]):
-        found.setdefault(defect, set()).add(name)
-    return found
-
-
 def all_folders(args: argparse.Namespace) -> list[Path]:
     """Of all banks, in all settings."""
     found = [bank_folders(folders, s) for folders in args.bank.values() for s in settings_of(args)]
@@ -284,14 +283,14 @@ def prepare(args: argparse.Namespace) -> Evaluation:
         check_bank(folder)
     painted = painted_rows(data["good"], given, defects) if given and "good" in data else set()
     views = real_views(data, viewing, args.views_per_good, args.seed, painted)
-    seen = {view.source for view in views.train}
-    for defect, names in names_by_type(data["train"]).items():
-        if defect in defects and max(args.references or [1]) > len(names & seen):
-            what = f"only {len(names & seen)} training images show {defect}, and no type that is not looked for"
-            raise InputError(Problem("DF352", f"--references {max(args.references or [1])}", what, "give fewer"))
+    evaluation, most = Evaluation(args, data, viewing, views), max(args.references, default=1)
+    for defect in defects:
+        if most > (have := len(evaluation.in_view(defect))):
+            what = f"only {have} training images show {defect}, and no type that is not looked for"
+            raise InputError(Problem("DF352", f"--references {most}", what, "give fewer"))
     if len({view.group for view in views.tested}) < 2:
         raise InputError(Problem("DF352", "--data_dir", "has a single test part", "hold out more images"))
-    return Evaluation(args, data, viewing, views)
+    return evaluation
 
 
 def check_leaks(evaluation: Evaluation) -> list[str]:
@@ -496,9 +495,9 @@ def make_banks(evaluation: Evaluation) -> None:
     check_options(work, options | data | {"group": group})
     write_good(evaluation, work / "good")
     banks, loras, images = range(args.banks), list[Step](), list[Step]()
-    for k in args.references or [None]:
-        for bank in banks:
-            lora, *its_images = steps_of_bank(evaluation, work / f"k{Setting(k, None).k}", k, bank)
+    for setting, bank in itertools.product(settings_of(args), banks):
+        if setting.number is None:
+            lora, *its_images = steps_of_bank(evaluation, work / f"k{setting.k}", setting.references, bank)
             loras.append(lora)
             images += its_images
     check_steps(loras, images)

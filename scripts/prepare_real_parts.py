@@ -25,7 +25,6 @@ import defectfill.quiet  # noqa: F401
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 from scipy import ndimage
 from tqdm.auto import tqdm
 
@@ -33,6 +32,7 @@ from defectfill.evaluation.views import Viewing, split_good
 from defectfill.runs.files import refuse_foreign, write_json
 from defectfill_dataset import InputError, Problem, load_defect_pairs, load_image, open_image
 from defectfill_dataset.commands import Parser, exit_on_input_error, say
+from defectfill_dataset.readers.marks import rle_of
 from defectfill_dataset.splits import SplitFile
 from defectfill_dataset.text import read_json
 
@@ -50,11 +50,12 @@ KINDS = (*TILES, "MT_Free")
 def prepare_tiles(data_dir: Path, out: Path) -> None:
     found = []
     for kind in KINDS:
-        of_kind = [*(data_dir / kind / "Imgs").glob("*_num_*.jpg")]
-        found += [(int(match[1]), kind, file) for file in of_kind if (match := re.search(r"_num_(\d+)$", file.stem))]
-        if not found or found[-1][1] != kind:
+        files = [*(data_dir / kind / "Imgs").glob("*_num_*.jpg")]
+        of_kind = [(int(match[1]), kind, file) for file in files if (match := re.search(r"_num_(\d+)$", file.stem))]
+        if not of_kind:
             what = f"has no images {kind}/Imgs/expN_num_M.jpg"
             raise InputError(Problem("DF161", f"--data_dir {data_dir}", what, "give the dataset as it was published"))
+        found += of_kind
     tile, last = -1, -APART
     of_tile = {kind: dict[int, list[str]]() for kind in KINDS}
     copied = list[tuple[Path, Path]]()
@@ -96,7 +97,7 @@ NARROW_TRACE, NARROW_GAP, BORDER = 9, 12, 8  # px: half a width, and a distance 
 
 
 def prepare_boards(published: Path, out: Path) -> None:
-    write_coco(published, data_dir := out / "deep_pcb")
+    write_boards(published, data_dir := out / "deep_pcb")
     data = load_defect_pairs(data_dir, split="all")
     names = sorted({*data["train"]["source_file"]})
     is_learnt = lambda name: Path(name).name[:5] in LEARNT_BOARDS
@@ -124,7 +125,7 @@ def prepare_boards(published: Path, out: Path) -> None:
     (out / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in cases), encoding="utf-8")
 
 
-def write_coco(published: Path, folder: Path) -> None:
+def write_boards(published: Path, folder: Path) -> None:
     """Images, templates and defects as groupN/N/NAME_test.jpg, NAME_temp.jpg and groupN/N_not/NAME.txt have them."""
     boards = []
     for test in sorted(published.glob("group*/*/*_test.jpg")):
@@ -143,10 +144,9 @@ def write_coco(published: Path, folder: Path) -> None:
             Image.fromarray(pixels).save(folder / "images" / images[-1]["file_name"])
         for (left, top, right, bottom), kind in boxes:
             mask = defect_mask(bright != defect_free, (slice(top, bottom), slice(left, right)))
-            rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
             annotation = {"id": len(annotations) + 1, "image_id": len(images), "category_id": kind, "iscrowd": 0}
             shape = {"bbox": [left, top, right - left, bottom - top], "area": int(mask.sum())}
-            segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+            segmentation = {"size": list(mask.shape), "counts": rle_of(mask)}
             annotations.append({**annotation, **shape, "segmentation": segmentation})
     categories = [{"id": number, "name": name} for number, name in enumerate(BOARD_DEFECTS, 1)]
     write_json(folder / "annotations.json", {"images": images, "annotations": annotations, "categories": categories})

@@ -46,22 +46,28 @@ def test_exposures_of_one_tile_stay_together(tmp_path):
         prepare_real_parts.main(["magnetic_tile", "--data_dir", str(tmp_path / "in"), "--output_dir", str(out)])
 
 
+def put_board(root: Path, name: str, images: dict[str, Image.Image], lines: list[str]) -> None:
+    """Images named by their suffixes, and a line for each defect, as DeepPCB is published."""
+    board = root / f"group{name[:5]}" / name[:5]
+    boxes = board.with_name(f"{name[:5]}_not")
+    for folder in (board, boxes):
+        folder.mkdir(parents=True, exist_ok=True)
+    for suffix, image in images.items():
+        image.convert("L").save(board / f"{name}_{suffix}.jpg", quality=95)
+    (boxes / f"{name}.txt").write_text("\n".join(lines))
+
+
 def put_boards(root: Path, names: list[str]) -> None:
-    """Boards of parallel traces as DeepPCB is published, each with a square of every type, and their templates."""
+    """Boards of parallel traces, each with a square of every type, and their templates."""
     copper = np.zeros((96, 96), bool)
     copper[:, 20:30] = copper[:, 36:46] = copper[60:, 60:] = True
     for i, name in enumerate(names):
-        folder = root / f"group{name[:5]}" / name[:5]
-        for made in (folder, folder.with_name(f"{name[:5]}_not")):
-            made.mkdir(parents=True, exist_ok=True)
         tested, lines = copper.copy(), []
         for k in range(6):
             x, y = 4 + 14 * k, 6 + i
             tested[y : y + 6, x : x + 6] ^= True
             lines.append(f"{x - 2} {y - 2} {x + 8} {y + 8} {k + 1}")
-        Image.fromarray(~tested).convert("L").save(folder / f"{name}_test.jpg", quality=95)
-        Image.fromarray(~copper).convert("L").save(folder / f"{name}_temp.jpg", quality=95)
-        (folder.with_name(f"{name[:5]}_not") / f"{name}.txt").write_text("\n".join(lines))
+        put_board(root, name, {"test": Image.fromarray(~tested), "temp": Image.fromarray(~copper)}, lines)
 
 
 def test_masks_are_what_differs_from_the_template(tmp_path):
@@ -81,21 +87,18 @@ def test_masks_are_what_differs_from_the_template(tmp_path):
 def test_masks_of_real_boards_are_those_of_another_program(tmp_path):
     """Boxes, images and templates as published; the masks of the shared dataset were not made by this code."""
     record = json.loads((BOARDS / "annotations.json").read_text())
-    [*images] = [i for i in record["images"] if not i["file_name"].endswith("_template.png")][:4]
+    images = [i for i in record["images"] if not i["file_name"].endswith("_template.png")][:4]
     for image in images:
         name = Path(image["file_name"]).stem
-        folder = tmp_path / "in" / f"group{name[:5]}" / name[:5]
-        for made in (folder, folder.with_name(f"{name[:5]}_not")):
-            made.mkdir(parents=True, exist_ok=True)
-        for old, new in (("", "test"), ("_template", "temp")):
-            Image.open(BOARDS / f"images/{name}{old}.png").convert("L").save(folder / f"{name}_{new}.jpg", quality=95)
         lines = []
         for annotation in record["annotations"]:
             if annotation["image_id"] == image["id"]:
                 left, top, width, height = (round(v) for v in annotation["bbox"])
                 lines.append(f"{left},{top},{left + width},{top + height} {annotation['category_id']}")
-        (folder.with_name(f"{name[:5]}_not") / f"{name}.txt").write_text("\n".join(lines))
-    prepare_real_parts.write_coco(tmp_path / "in", tmp_path / "out")
+        files = {"test": f"{name}.png", "temp": f"{name}_template.png"}
+        images_of = {suffix: Image.open(BOARDS / "images" / file) for suffix, file in files.items()}
+        put_board(tmp_path / "in", name, images_of, lines)
+    prepare_real_parts.write_boards(tmp_path / "in", tmp_path / "out")
     made = json.loads((tmp_path / "out/annotations.json").read_text())
     counts = lambda annotations, images: sorted(
         (i["file_name"], a["category_id"], a["segmentation"]["counts"])

@@ -292,11 +292,10 @@ def test_an_ablation_is_run_once_and_tabled(base, segmenter, small_parts, tmp_pa
 
 
 def test_an_ablation_killed_while_it_draws_parts_draws_them_again(tmp_path, small_parts, monkeypatch):
-    draw, drawn = ablate.write_parts, []
+    draw = ablate.write_parts
 
     def killed(*args, **options):
         draw(*args, **options)
-        drawn.append(args)
         raise KeyboardInterrupt
 
     command = f"--base x --segmenter y --output_dir {tmp_path}/out --cases nut:hole --seeds 1".split()

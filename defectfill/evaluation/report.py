@@ -154,6 +154,10 @@ class Results:
         return {(run.seed, run.bank): run for run in self.figures if run.arm == arm}
 
     @property
+    def parts(self) -> int:
+        return len({view.group for view in self.tested})
+
+    @property
     def masks(self) -> np.ndarray:
         return np.stack([view.mask for view in self.tested])
 
@@ -220,9 +224,8 @@ def compare(results: Results, arm: str, control: str, key: str, resamples: int) 
         figure = results.figure(run, key)
         return lambda times: sign * figure(times)
 
-    groups = len({view.group for view in results.tested})
     b, a = ([signed(pair[side]) for pair in pairs] for side in (0, 1))
-    difference, low, high = paired_bootstrap(a, b, groups, resamples)
+    difference, low, high = paired_bootstrap(a, b, results.parts, resamples)
     return {"difference": difference, "low": low, "high": high, "verdict": verdict(low, high)}
 
 
@@ -424,7 +427,7 @@ def write_report(
                 views = sum(view.mask.any() for view in of_type.tested)
                 parts.append((f"{defect}: figures on its {views} views, {setting}", figure_table(of_type)))
                 comparisons = {}
-                if len({view.group for view in of_type.tested}) > 1:  # else there is no interval
+                if of_type.parts > 1:  # else there is no interval
                     comparisons = compare_all(of_type, resamples)
                     parts.append((f"{defect}: verdicts, {setting}", comparison_table(comparisons)))
                 record["settings"][setting]["types"][defect] = as_record(of_type, comparisons)

@@ -465,7 +465,6 @@ def read_request(parser: LineParser, line: dict, args: argparse.Namespace) -> Ge
 LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
 
 
-# fmt: off
 def refuse_flags(name: str, given: str, ours: Iterable[object]) -> list[Problem]:
     """A problem (DF188) for each flag in the quoted text of the flag `name` that is among our own arguments."""
     own = {str(word).partition("=")[0] for word in ours if str(word).startswith("--")} | {"--push_to_hub"}
@@ -478,6 +477,7 @@ def refuse_flags(name: str, given: str, ours: Iterable[object]) -> list[Problem]
     return problems
 
 
+# fmt: off
 def parse_training_args(description: str, input_args: list[str] | None = None) -> argparse.Namespace:
     """The flags of `train_defectfill.py`."""
     usage = "%(prog)s --train_data_dir DIR --output_dir DIR [flags]"

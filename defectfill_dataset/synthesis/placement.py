@@ -36,7 +36,7 @@ from .locations import (
     reference_location,
 )
 from .shapes import SHAPES, cut_out, ellipse_elongation, random_transform, sums_under, transform, union
-from .surroundings import LikeSurroundings
+from .surroundings import LikeSurroundings, Proposal
 
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,6 @@ class PlacedMask(NamedTuple):
 
 # (image, seed, foreground, roi) -> the mask, None where there is no place for it. The areas are (H, W) bool or None.
 MaskSource = Callable[[Image.Image, int, np.ndarray | None, np.ndarray | None], PlacedMask | None]
-# The name, top, left and (h, w) shape of a defect that may be placed so.
-Proposal = tuple[str, int, int, np.ndarray]
 # (rng, (height, width) of the image) -> a shape and its name
 ShapeSource = Callable[[np.random.Generator, tuple[int, int]], tuple[str, np.ndarray]]
 

@@ -100,6 +100,7 @@ def differences(patch: Patch, pixels: np.ndarray) -> np.ndarray:
     return (theirs + variance - 2 * sums_under(own, pixels) / number) / (variance + LEAST_CONTRAST)
 
 
+Proposal = tuple[str, int, int, np.ndarray]  # name, top, left and (h, w) shape of a defect that may be placed so
 Place = tuple[np.ndarray, Transform]  # (y, x) of the middle of a mask's box, and how the patch is changed
 
 
@@ -118,8 +119,8 @@ class LikeSurroundings:
 
     def propose(
         self, image: Image.Image, allowed: np.ndarray, coverage: float, rng: np.random.Generator
-    ) -> Iterator[tuple[str, int, int, np.ndarray]]:
-        """(name, top, left, shape) of masks and good places for them in the image.
+    ) -> Iterator[Proposal]:
+        """Masks and good places for them in the image.
 
         References come in random order, those first that have a place that is alike enough; small ones are like more
         places, and would be drawn more often if references were compared. Each is scaled a little before its places
@@ -160,10 +161,8 @@ class LikeSurroundings:
             yield from put(patch, places, allowed.shape, rng)
 
 
-def put(
-    patch: Patch, places: Sequence[Place], size: tuple[int, ...], rng: np.random.Generator
-) -> Iterator[tuple[str, int, int, np.ndarray]]:
-    """(name, top, left, shape) of a patch's mask at these places of an (H, W) image, in random order."""
+def put(patch: Patch, places: Sequence[Place], size: tuple[int, ...], rng: np.random.Generator) -> Iterator[Proposal]:
+    """A patch's mask at these places of an (H, W) image, in random order."""
     for index in rng.permutation(len(places)).tolist():
         middle, change = places[index]
         shape = transform(cut_out(patch.mask), change, rng)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from pycocotools import mask as coco_mask
 
 from ..builder import file_digest
 from ..errors import InputError, Problem
@@ -22,7 +21,7 @@ from ..images import load_image, open_image
 from ..mask_values import binarise
 from ..masks import MaskFiles, components
 from ..readers import ONE_TYPE, Row, can_name, file_inside, image_files
-from ..readers.marks import MALFORMED, said
+from ..readers.marks import MALFORMED, placed_rle, said
 from ..seeds import derive_seed
 from ..text import MOST_RUN_BYTES, Schema, numbered_lines, parse_json, read_text
 from .datasets import WRITERS, png_bytes, read_examples
@@ -244,10 +243,8 @@ def _coco_shapes(mask: np.ndarray) -> Iterator[dict]:
         polygon = exact_polygon(component)
         segmentation: list | dict = [] if polygon is None else [(polygon + [left, top]).ravel().tolist()]
         if not segmentation:
-            whole = np.zeros(mask.shape, dtype=np.uint8, order="F")
-            whole[top : top + height, left : left + width] = component
-            rle = coco_mask.encode(whole)
-            segmentation = {"size": list(mask.shape), "counts": rle["counts"].decode()}
+            counts = placed_rle(component, left, top, (mask.shape[1], mask.shape[0]))
+            segmentation = {"size": list(mask.shape), "counts": counts}
         yield {"segmentation": segmentation, "area": int(component.sum()), "bbox": [left, top, width, height]}
 
 

@@ -623,6 +623,7 @@ def test_a_killed_worker_of_the_second_process_ends_both_with_a_checkpoint(base,
     assert same_lora(tmp_path / "whole", tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_a_full_disk_of_the_second_process_is_told_by_the_first(trained, inputs, tmp_path):
     (tmp_path / "script.py").write_text(PATCHED + "full_disk().command()")

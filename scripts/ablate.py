@@ -4,17 +4,20 @@
 
 For every variant, seed and defect type: a LoRA on a third of twelve pairs; defects inpainted into good parts with
 masks that no LoRA saw, one candidate each, with the defect prompt, feathered; and these metrics: the attention map's
-IoU with the mask and the error of x_0 inside it at timestep 800, on the training images; the IoU of the segmenter's
-prediction with the target mask, the same for candidates pasted exactly, and for images inpainted with the object
-prompt; its detection rate (share of images with an IoU above 0.3); and the feature distance of the generated defects
-to real ones, in the segmenter's features. Each result is a line of results.jsonl and is not computed again. table.md
-and samples.png are made from them.
+IoU with the mask and the error of x_0 inside it at timestep 800, as a share of the variance of x_0, on the training
+images; the IoU of the segmenter's prediction with the target mask, for some variants also with the object prompt; its
+detection rate (share of images with an IoU above 0.3); and the feature distance of the generated defects to real ones,
+in the segmenter's features. Each result is a line of results.jsonl and is not computed again. table.md and samples.png
+are made from them.
+
+Shapes: R is --resolution. Parts are drawn 2 R pixels a side, and halved for the segmenter.
 """
 
 import argparse
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import defectfill.quiet  # noqa: F401
@@ -25,28 +28,32 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 import train_defectfill
-from defectfill.drawn.comparison import feather, load_base
-from defectfill.drawn.pairs import KINDS, drawn_pairs, latent_masks
-from defectfill.drawn.parts import write_parts
+from defectfill.drawn.comparison import load_base
+from defectfill.drawn.pairs import KINDS, drawn_pairs
+from defectfill.drawn.parts import render, write_parts
 from defectfill.drawn.scores import defect_features, figures_of, iou, segment
-from defectfill.lora import read_lora
+from defectfill.lora import LoraFile, read_lora
 from defectfill.markdown import markdown_table
 from defectfill.runs.checkpoint import as_json, keep_options
 from defectfill.runs.files import exclusive_lock
 from defectfill.runs.manifest import read_lines, write_lines
-from defectfill.sampling import inpaint
-from defectfill_dataset import derive_seed, tensor_image
+from defectfill.sampling import composite, inpaint
+from defectfill.seam import feather_alpha
+from defectfill_dataset import derive_seed, image_tensor, pool_mask
 from defectfill_dataset.commands import Parser, exit_on_input_error, say
+from defectfill_dataset.crops import CropRule, crop_boxes, crop_mask
 from defectfill_dataset.text import Schema, read_json
 
 
 MAY_CHANGE = ("output_dir", "variants", "seeds", "cases")  # when an ablation goes on
 # Of scripts/demo.sh.
-RECIPE = "--lora_targets all --rank 32 --lora_alpha 32 --lora_dropout 0 --cache_latents 8".split()
+RANK = "--zoom on --cache_latents 8 --rank 32 --lora_alpha 32 --lora_dropout 0".split()
+RECIPE = [*RANK, "--lora_targets", "all"]
 VARIANTS = {
     "recipe": RECIPE,
-    "the paper's LoRA": [],  # rank 8 on attention
-    "rank 32 on attention": "--rank 32 --lora_alpha 32 --lora_dropout 0 --cache_latents 8".split(),
+    "whole images": [*RECIPE, "--zoom", "off"],
+    "the paper's LoRA": RANK[:4],  # rank 8 on attention
+    "rank 32 on attention": RANK,
     "no L_def": [*RECIPE, "--lambda_def", "0"],
     "no L_obj": [*RECIPE, "--lambda_obj", "0"],
     "no L_attn": [*RECIPE, "--lambda_attn", "0"],
@@ -59,15 +66,18 @@ VARIANTS = {
     "min-SNR 5": [*RECIPE, "--snr_gamma", "5"],
     "offset noise 0.1": [*RECIPE, "--noise_offset", "0.1"],
 }
+OBJECT_PROMPT_TOO = ("recipe", "whole images", "the paper's LoRA")
 CASES = ["nut:hole", "plate:scratch", "cloth:stain"]
 NO_LORA = "base without LoRA"
 REAL = "real defects"
 FIGURES = {
     "attention IoU": "attention_iou", "error of x_0": "x0_error", "segmenter IoU": "segmenter_iou",
-    "exact composite": "exact_iou", "object prompt": "object_prompt_iou", "detection rate": "found",
+    "object prompt": "object_prompt_iou", "detection rate": "found",
     "feature distance": "distance",
 }  # fmt: skip
 SHOWN = 6  # images of each run that are kept
+
+Pictures = Sequence[Image.Image]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,23 +102,38 @@ def train(args: argparse.Namespace, part: str, defect: str, options: list[str], 
         words += ["--train_data_dir", str(args.output_dir / "data" / part)]
         train_defectfill.main(train_defectfill.parse_args([*words, *options]))
     after = read_json(record)["after"]
-    return {"attention_iou": after["attention_iou"], "x0_error": after["x0_error"]["defect"]["800"]}
+    x0_error = after["x0_error"]
+    return {"attention_iou": after["attention_iou"], "x0_error": x0_error["defect"]["800"] / x0_error["variance"]}
 
 
 def inpaint_parts(
-    args: argparse.Namespace, lora: Path | None, prompt: str, good: torch.Tensor, masks: torch.Tensor, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, 3, R, R) good parts with a defect inpainted inside each mask, one candidate each: feathered, and exact."""
-    pipe = load_base(args.base, read_lora(lora) if lora else None)
-    grids = latent_masks(masks, args.resolution // pipe.vae_scale_factor)
-    feathered, exact = [], []
+    args: argparse.Namespace, lora: LoraFile | None, prompt: str, good: Pictures, masks: Pictures, seed: int
+) -> list[Image.Image]:
+    """The good parts with a defect inpainted inside each mask, one candidate for each crop; without LoRA on crops."""
+    pipe = load_base(args.base, lora)
+    zoom = CropRule() if lora is None else lora.record["zoom"] and CropRule(**lora.record["zoom"])
+    found = []
     for i, (image, mask) in enumerate(zip(good, masks)):
-        seeds = [[derive_seed(seed, "ablation", i)]]
-        steps, guidance = args.num_inference_steps, args.guidance_scale
-        candidate = inpaint(pipe, image[None], grids[i][None], prompt, seeds, steps, guidance)[0, 0] * 2 - 1
-        feathered.append(feather(image, candidate, mask))
-        exact.append(torch.where(mask > 0.5, candidate, image))
-    return torch.stack(feathered), torch.stack(exact)
+        image, left = image.copy(), np.asarray(mask) > 0
+        alpha = feather_alpha(left)
+        for j, box in enumerate(crop_boxes(left, args.resolution, zoom)):
+            inside = crop_mask(left, box)
+            grid = pool_mask(inside, args.resolution // pipe.vae_scale_factor)
+            before, seeds = image.crop(box), [[derive_seed(seed, "ablation", i, j)]]
+            source = image_tensor(before, args.resolution)
+            steps, guidance = args.num_inference_steps, args.guidance_scale
+            candidate = inpaint(pipe, source[None], grid[None], prompt, seeds, steps, guidance)[0, 0]
+            image.paste(composite(before, candidate, crop_mask(alpha, box) * inside), box[:2])
+            inside[:] = False
+        found.append(image)
+    return found
+
+
+def halved(pictures: Pictures, masks: Pictures, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the segmenter sees: (B, 3, size, size) in [-1, 1], (B, 1, size, size) masks."""
+    small = [np.asarray(mask.resize((size, size), Image.Resampling.BOX)) >= 128 for mask in masks]
+    images = torch.stack([image_tensor(picture, size) for picture in pictures])
+    return images, torch.from_numpy(np.stack(small))[:, None].float()
 
 
 class ResultLine(Schema):
@@ -136,8 +161,10 @@ def run_all(args: argparse.Namespace, results_file: Path) -> None:
             todo = [v for v in (REAL, NO_LORA, *args.variants) if (v, seed, part, defect) not in done]
             if not todo:
                 continue
-            unseen, masks = drawn_pairs([(part, defect)], args.images, args.resolution, derive_seed(seed, "unseen"))
-            good, _ = drawn_pairs([(part, None)], args.images, args.resolution, derive_seed(seed, "good"))
+            size, number = 2 * args.resolution, range(args.images)
+            pairs = [render(part, defect, size, (derive_seed(seed, "unseen"), i)) for i in number]
+            good = [render(part, None, size, (derive_seed(seed, "good"), i))[0] for i in number]
+            unseen, masks = zip(*pairs)
             others = drawn_pairs([(part, defect)], 2 * args.images, args.resolution, derive_seed(seed, "real"))
             real = defect_features(segmenter, *others)
             for variant in todo:
@@ -146,18 +173,19 @@ def run_all(args: argparse.Namespace, results_file: Path) -> None:
                 if variant == REAL:
                     pictures = unseen
                 elif variant == NO_LORA:
-                    pictures, _ = inpaint_parts(args, None, f"A {part} with {defect}", good, masks, seed)
+                    pictures = inpaint_parts(args, None, f"A {part} with {defect}", good, masks, seed)
                 else:
                     line |= train(args, part, defect, VARIANTS[variant], seed, folder)
-                    record = read_lora(folder).record
-                    of_object, _ = inpaint_parts(args, folder, record["prompts"][defect], good, masks, seed)
-                    line["object_prompt_iou"] = iou(segment(segmenter, of_object), masks).mean().item()
-                    pictures, exact = inpaint_parts(args, folder, record["defect_prompts"][defect], good, masks, seed)
-                    line["exact_iou"] = iou(segment(segmenter, exact), masks).mean().item()
-                line |= figures_of(segmenter, pictures, masks, real)
+                    lora = read_lora(folder)
+                    pictures = inpaint_parts(args, lora, lora.record["defect_prompts"][defect], good, masks, seed)
+                    if variant in OBJECT_PROMPT_TOO:
+                        of_object = inpaint_parts(args, lora, lora.record["prompts"][defect], good, masks, seed)
+                        images, targets = halved(of_object, masks, args.resolution)
+                        line["object_prompt_iou"] = iou(segment(segmenter, images), targets).mean().item()
+                line |= figures_of(segmenter, *halved(pictures, masks, args.resolution), real)
                 folder.mkdir(parents=True, exist_ok=True)
-                row = torch.cat([*pictures[:SHOWN]], dim=2)
-                tensor_image(row).save(folder / "pictures.png")
+                row = np.concatenate([np.asarray(picture) for picture in pictures[:SHOWN]], axis=1)
+                Image.fromarray(row).save(folder / "pictures.png")
                 with results_file.open("a") as results:
                     results.write(json.dumps(line) + "\n")
                 print(json.dumps(line), flush=True)
@@ -218,7 +246,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Learning rate of UNet and text encoder. Default: %(default)s.",
     )
     add("--num_inference_steps", type=int, default=20, metavar="N", help="DDIM steps. Default: %(default)s.")
-    add("--guidance_scale", type=float, default=7.5, metavar="X", help="Default: %(default)s.")
+    add("--guidance_scale", type=float, default=4.0, metavar="X", help="Default: %(default)s.")
     args = parser.parse_args(input_args)
     for name in ("seeds", "images", "steps", "train_batch_size", "num_inference_steps"):
         if getattr(args, name) < 1:
@@ -233,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
         for part in {case.partition(":")[0] for case in args.cases}:
             if not (data / part).exists():  # written whole, or not at all
                 with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
-                    write_parts(Path(folder), [part], size=256, defects=12, good=4, seed=0)
+                    write_parts(Path(folder), [part], size=2 * args.resolution, defects=12, good=4, seed=0)
                     data.mkdir(exist_ok=True)
                     os.replace(Path(folder) / part, data / part)
         results_file = args.output_dir / "results.jsonl"

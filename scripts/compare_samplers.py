@@ -1,7 +1,7 @@
 """Measure on synthetic parts how the scheduler, the number of steps and partial guidance change a LoRA's images.
 
     python scripts/compare_samplers.py --base scripts/tiny_base --segmenter segmenter \\
-        --lora types/runs/recipe-nut-hole-0 types/runs/recipe-cloth-stain-0 --output comparison.md
+        --lora ablation/runs/whole-images-nut-hole-0 ablation/runs/whole-images-cloth-stain-0 --output comparison.md
 
 Each variant inpaints the same good parts with the same masks and noise, one candidate each. The metrics are those of
 ablate.py, whose LoRAs it takes; the IoU difference to the first variant is paired, image by image.
@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 
-from defectfill.drawn.comparison import add_comparison_flags, load_base
+from defectfill.drawn.comparison import add_comparison_flags, load_base, read_whole_image_lora
 from defectfill.drawn.pairs import drawn_pairs, latent_masks
 from defectfill.drawn.scores import defect_features, figures_of
-from defectfill.lora import read_lora
 from defectfill.markdown import markdown_table
 from defectfill.runs.files import atomic_write
 from defectfill.sampling import SCHEDULERS, inpaint
@@ -42,7 +41,7 @@ VARIANTS = {
 
 def measure(args: argparse.Namespace, path: Path, seed: int) -> list[dict]:
     """Metrics of each image that each variant generates with the LoRA at `path`; `seed` sets parts, masks, noise."""
-    lora = read_lora(path)
+    lora = read_whole_image_lora(path)
     part, [(defect, prompt)] = lora.record["object"], lora.prompts().items()
     good, _ = drawn_pairs([(part, None)], args.images, args.resolution, derive_seed(seed, "good"))
     _, masks = drawn_pairs([(part, defect)], args.images, args.resolution, derive_seed(seed, "unseen"))

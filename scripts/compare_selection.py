@@ -1,7 +1,7 @@
 """Measure on synthetic parts which candidate each `--selection` keeps, against labels given by eye.
 
     python scripts/compare_selection.py --base scripts/tiny_base --segmenter segmenter --output_dir selection \\
-        --lora ablation/runs/recipe-nut-hole-0 ablation/runs/recipe-cloth-stain-0
+        --lora ablation/runs/whole-images-nut-hole-0 ablation/runs/whole-images-cloth-stain-0
 
 The first run generates candidates with LoRAs of ablate.py and writes sheets of them in random order, without a word on
 which candidates belong together. Write the label of each number into labels.txt, a line for each: 2 for a defect that
@@ -20,11 +20,10 @@ from diffusers import UNet2DModel
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from defectfill.drawn.comparison import add_comparison_flags, feather, load_base
+from defectfill.drawn.comparison import add_comparison_flags, feather, load_base, read_whole_image_lora
 from defectfill.drawn.pairs import drawn_pairs, latent_masks
 from defectfill.drawn.scores import iou, segment
 from defectfill.likeness import Likeness, read_squeezenet, squeezenet_features, vae_features
-from defectfill.lora import read_lora
 from defectfill.markdown import markdown_table
 from defectfill.runs.files import atomic_write, write_json
 from defectfill.sampling import inpaint, reconstruct
@@ -47,7 +46,7 @@ CELL = 192  # px
 
 def generate(args: argparse.Namespace, path: Path, seed: int, squeezenet: torch.nn.Sequential | None) -> list[dict]:
     """`args.images` good parts, each with its candidates and their measures; `seed` sets parts, masks and noise."""
-    lora = read_lora(path)
+    lora = read_whole_image_lora(path)
     part, [(defect, prompt)] = lora.record["object"], lora.prompts().items()
     good, _ = drawn_pairs([(part, None)], args.images, args.resolution, derive_seed(seed, "good"))
     _, masks = drawn_pairs([(part, defect)], args.images, args.resolution, derive_seed(seed, "unseen"))

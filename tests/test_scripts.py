@@ -19,6 +19,7 @@ from PIL import Image
 from runs import fork, in_clean_process, read_lines, reset_accelerate, wait_for
 from safetensors.torch import load_file, save_file
 
+from defectfill.drawn.comparison import read_whole_image_lora
 from defectfill.drawn.pairs import drawn_pairs
 from defectfill.drawn.parts import PARTS, render
 from defectfill.drawn.scores import defect_features, iou
@@ -262,17 +263,8 @@ def test_features_see_the_defect_and_not_the_rest(segmenter):
     assert not torch.allclose(features, defect_features(unet, images, 1 - masks))
 
 
-@pytest.fixture
-def small_parts(monkeypatch):
-    """An ablation draws its parts small: 256 px take seconds each."""
-    draw = ablate.write_parts
-    monkeypatch.setattr(
-        ablate, "write_parts", lambda folder, parts, **sizes: draw(folder, parts, **sizes | {"size": 64})
-    )
-
-
 @pytest.mark.slow
-def test_an_ablation_is_run_once_and_tabled(base, segmenter, small_parts, tmp_path, monkeypatch):
+def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypatch):
     out, trained = tmp_path / "my ablation", []
     command = f"""--base {base} --segmenter {segmenter} --resolution 32 --steps 1 --images 2 --train_batch_size 1
         --num_inference_steps 2 --cases nut:hole --variants recipe --seeds 1""".split()
@@ -287,18 +279,40 @@ def test_an_ablation_is_run_once_and_tabled(base, segmenter, small_parts, tmp_pa
     table = (out / "table.md").read_text()
     assert "| no L_attn | 1 | 0." in table and f"| {ablate.REAL} | 1 |  |  | " in table
     assert "| segmenter IoU | nut hole |" in table
-    assert all(line["object_prompt_iou"] is not None and line["x0_error"] > 0 for line in lines[2:])
-    assert Image.open(out / "samples.png").height == 4 * 32
+    assert all(line["x0_error"] > 0 for line in lines[2:])
+    assert ["object_prompt_iou" in line for line in lines] == [False, False, True, False]
+    assert Image.open(out / "samples.png").height == 4 * 64
+    with pytest.raises(SystemExit, match="recipe-nut-hole-0: trained on crops; use a LoRA of .*'whole images'"):
+        read_whole_image_lora(out / "runs/recipe-nut-hole-0")
 
 
-def test_an_ablation_killed_while_it_draws_parts_draws_them_again(tmp_path, small_parts, monkeypatch):
+@pytest.mark.slow
+def test_an_ablation_inpaints_in_crops_as_a_lora_was_trained_and_nothing_else_changes(base, monkeypatch):
+    args = argparse.Namespace(base=str(base), resolution=32, num_inference_steps=1, guidance_scale=1.0)
+    good, mask = Image.new("RGB", (64, 64), "grey"), Image.new("L", (64, 64))
+    mask.paste(255, (20, 24, 24, 28))
+    seen = []
+    inpaint = ablate.inpaint
+    monkeypatch.setattr(ablate, "inpaint", lambda pipe, *given: (seen.append(given[1]), inpaint(pipe, *given))[1])
+    [on_crop] = ablate.inpaint_parts(args, None, "A nut", [good], [mask], 0)
+    monkeypatch.setattr(ablate, "CropRule", lambda: None)
+    [on_whole] = ablate.inpaint_parts(args, None, "A nut", [good], [mask], 0)
+    changed = [np.argwhere((np.asarray(picture) != np.asarray(good)).any(-1)) for picture in (on_crop, on_whole)]
+    assert all(len(c) and (c >= (24, 20)).all() and (c < (28, 24)).all() for c in changed)
+    crop, whole = (cells.sum().item() for cells in seen)
+    assert crop > whole  # a crop shows the hole larger
+    images, masks = ablate.halved([on_crop], [mask], 32)
+    assert images.shape == (1, 3, 32, 32) and masks.sum() == 4 and masks[0, 0, 12:14, 10:12].all()
+
+
+def test_an_ablation_killed_while_it_draws_parts_draws_them_again(tmp_path, monkeypatch):
     draw = ablate.write_parts
 
     def killed(*args, **options):
         draw(*args, **options)
         raise KeyboardInterrupt
 
-    command = f"--base x --segmenter y --output_dir {tmp_path}/out --cases nut:hole --seeds 1".split()
+    command = f"--base x --segmenter y --output_dir {tmp_path}/out --resolution 32 --cases nut:hole".split()
     for write, error in ((killed, KeyboardInterrupt), (draw, ZeroDivisionError)):
         monkeypatch.setattr(ablate, "write_parts", write)
         monkeypatch.setattr(ablate, "run_all", lambda *args: 1 / 0)
@@ -330,14 +344,12 @@ def test_held_out_crops_are_of_images_that_nothing_is_learnt_from(tmp_path, caps
 
 
 @pytest.mark.slow
-def test_selections_are_compared_by_labels(base, segmenter, small_parts, tmp_path, capsys):
-    ablate.main(
-        ablate.parse_args(
-            f"""--base {base} --segmenter {segmenter} --output_dir {tmp_path}/a --resolution 32 --steps 1 --images 1
-            --train_batch_size 1 --num_inference_steps 2 --cases nut:hole --variants recipe --seeds 1""".split()
-        )
-    )
-    command = f"""--base {base} --segmenter {segmenter} --lora {tmp_path}/a/runs/recipe-nut-hole-0 --resolution 32
+def test_selections_are_compared_by_labels(base, segmenter, tmp_path, capsys):
+    words = f"""--base {base} --segmenter {segmenter} --output_dir {tmp_path}/a --resolution 32 --steps 1 --images 1
+        --train_batch_size 1 --num_inference_steps 2 --cases nut:hole --seeds 1""".split()
+    ablate.main(ablate.parse_args([*words, "--variants", "whole images"]))
+    lora = tmp_path / "a/runs/whole-images-nut-hole-0"
+    command = f"""--base {base} --segmenter {segmenter} --lora {lora} --resolution 32
         --output_dir {tmp_path}/s --images 2 --num_inference_steps 2""".split()
     compare_selection.main(compare_selection.parse_args(command))
     record = json.loads((tmp_path / "s/candidates.json").read_text())

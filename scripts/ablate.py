@@ -37,6 +37,7 @@ from defectfill.markdown import markdown_table
 from defectfill.runs.checkpoint import as_json, keep_options
 from defectfill.runs.files import exclusive_lock
 from defectfill.runs.manifest import read_lines, write_lines
+from defectfill.runs.signals import handlers_restored
 from defectfill.sampling import composite, inpaint
 from defectfill.seam import feather_alpha
 from defectfill_dataset import derive_seed, image_tensor, pool_mask
@@ -100,7 +101,8 @@ def train(args: argparse.Namespace, part: str, defect: str, options: list[str], 
             --report_to none""".split()
         words += ["--pretrained_model_name_or_path", args.base, "--output_dir", str(folder)]
         words += ["--train_data_dir", str(args.output_dir / "data" / part)]
-        train_defectfill.main(train_defectfill.parse_args([*words, *options]))
+        with handlers_restored():
+            train_defectfill.main(train_defectfill.parse_args([*words, *options]))
     after = read_json(record)["after"]
     x0_error = after["x0_error"]
     return {"attention_iou": after["attention_iou"], "x0_error": x0_error["defect"]["800"] / x0_error["variance"]}

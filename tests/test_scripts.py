@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -265,7 +266,7 @@ def test_features_see_the_defect_and_not_the_rest(segmenter):
 
 @pytest.mark.slow
 def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypatch):
-    out, trained = tmp_path / "my ablation", []
+    out, trained, handler = tmp_path / "my ablation", [], signal.getsignal(signal.SIGTERM)
     command = f"""--base {base} --segmenter {segmenter} --resolution 32 --steps 1 --images 2 --train_batch_size 1
         --num_inference_steps 2 --cases nut:hole --variants recipe --seeds 1""".split()
     main = ablate.train_defectfill.main
@@ -282,6 +283,7 @@ def test_an_ablation_is_run_once_and_tabled(base, segmenter, tmp_path, monkeypat
     assert all(line["x0_error"] > 0 for line in lines[2:])
     assert ["object_prompt_iou" in line for line in lines] == [False, False, True, False]
     assert Image.open(out / "samples.png").height == 4 * 64
+    assert signal.getsignal(signal.SIGTERM) == handler  # a kill between two trainings is not just noted
     with pytest.raises(SystemExit, match="recipe-nut-hole-0: trained on crops; use a LoRA of .*'whole images'"):
         read_whole_image_lora(out / "runs/recipe-nut-hole-0")
 

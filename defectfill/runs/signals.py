@@ -96,6 +96,17 @@ def exit_on_signal(message: Callable[[], str]) -> Iterator[None]:
         write.close()
 
 
+@contextmanager
+def handlers_restored() -> Iterator[None]:
+    """After it, signals do what they did before: a training inside must not leave its `StopSignal` to the rest."""
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def wake(number, frame) -> None:
     """The handler: Python has already woken the thread."""
 

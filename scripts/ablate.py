@@ -67,7 +67,7 @@ VARIANTS = {
     "min-SNR 5": [*RECIPE, "--snr_gamma", "5"],
     "offset noise 0.1": [*RECIPE, "--noise_offset", "0.1"],
 }
-OBJECT_PROMPT_TOO = ("recipe", "whole images", "the paper's LoRA")
+OBJECT_PROMPT_TOO = ("recipe", "whole images", "the paper's LoRA", "no L_def")
 CASES = ["nut:hole", "plate:scratch", "cloth:stain"]
 NO_LORA = "base without LoRA"
 REAL = "real defects"

@@ -9,15 +9,16 @@ out="${1:-demo}"
 venv="${VENV:-.venv}"
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 "$venv/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt -e .
-export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
+export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE ACCELERATE_USE_CPU=true
+two_processes=(--multi_gpu --num_processes 2 --num_machines 1) # accelerate's name for several, on CPUs too
 
 [ -e "$out/data" ] || "$venv/bin/python" scripts/make_demo_data.py --output_dir "$out/data" --parts nut --good 6
-"$venv/bin/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    train_defectfill.py --pretrained_model_name_or_path scripts/tiny_base --train_data_dir "$out/data/nut" \
+launch() { "$venv/bin/accelerate" launch "${two_processes[@]}" --mixed_precision no --dynamo_backend no "$@"; }
+launch train_defectfill.py --pretrained_model_name_or_path scripts/tiny_base --train_data_dir "$out/data/nut" \
     --defect hole --output_dir "$out/lora" --resolution 128 --zoom on --max_train_steps 120 --lr_warmup_steps 10 \
-    --learning_rate 1e-3 --text_encoder_lr 1e-3 --lora_targets all --rank 32 --lora_alpha 32 --lora_dropout 0 \
-    --cache_latents 8 --validation_steps 0 --checkpointing_steps 40 --resume_from_checkpoint latest
-"$venv/bin/python" generate_defectfill.py --lora "$out/lora" --image "$out/data/nut/train/good" \
+    --train_batch_size 2 --learning_rate 1e-3 --text_encoder_lr 1e-3 --lora_targets all --rank 32 --lora_alpha 32 \
+    --lora_dropout 0 --cache_latents 8 --validation_steps 0 --checkpointing_steps 40 --resume_from_checkpoint latest
+launch generate_defectfill.py --lora "$out/lora" --image "$out/data/nut/train/good" \
     --mask_source references --reference_data "$out/data/nut" --output_dir "$out/generated" \
     --num_candidates 4 --num_inference_steps 20 --guidance_scale 4 --selection ssim+likeness
 "$venv/bin/python" - "$out" <<'END'

@@ -14,6 +14,7 @@ Shapes: H x W pixels at twice the size asked for, halved at the end. Heights are
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from defectfill.drawn.parts import PARTS, write_parts
@@ -34,7 +35,8 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="Default: all.")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")
     args = parser.parse_args(input_args)
-    write_parts(args.output_dir, args.parts, args.size, args.defects, args.good, args.seed)
+    processes = os.cpu_count() or 1
+    write_parts(args.output_dir, args.parts, args.size, args.defects, args.good, args.seed, processes)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from defectfill.drawn.comparison import read_whole_image_lora
 from defectfill.drawn.pairs import drawn_pairs
-from defectfill.drawn.parts import PARTS, render
+from defectfill.drawn.parts import PARTS, render, write_parts
 from defectfill.drawn.scores import defect_features, iou
 from defectfill.drawn.small_base import SHAPES, WORDS
 from defectfill.random_base import random_sd2_pipeline
@@ -44,12 +44,16 @@ SD2_MILLIONS = {"unet": 865, "vae": 83, "text_encoder": 340}  # parameters of St
 
 @pytest.mark.slow
 def test_demo_data_is_a_dataset_with_exact_masks(tmp_path):
+    """Drawn by several processes as by one."""
     make_demo_data.main(["--output_dir", str(tmp_path), "--size", "64", "--defects", "3", "--good", "2"])
     for part, (_, defects) in PARTS.items():
         data = load_defect_pairs(tmp_path, part)
         assert len(data["train"]) == len(defects) and len(data["test"]) == 2 * len(defects) and len(data["good"]) == 2
         check_pairs(data["train"]), check_pairs(data["test"])
         assert data["train"][0]["image"].size == (64, 64)
+    write_parts(tmp_path / "alone", ["nut"], size=64, defects=3, good=2, seed=0)
+    alone = {file.relative_to(tmp_path / "alone"): file.read_bytes() for file in tmp_path.rglob("alone/**/*.png")}
+    assert len(alone) == 14 and all((tmp_path / name).read_bytes() == drawn for name, drawn in alone.items())
 
 
 @pytest.mark.parametrize("part, defect", [(p, d) for p, (_, ds) in PARTS.items() for d in ds])

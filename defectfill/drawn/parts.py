@@ -7,7 +7,9 @@ Shapes: H x W pixels at twice the size asked for, halved at the end. Heights are
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -444,7 +446,9 @@ def render(part: str, defect: str | None, size: int, seed: tuple[int, ...]) -> t
     return image, Image.fromarray(covered).convert("L")
 
 
-def write_parts(folder: Path, parts: Iterable[str], size: int, defects: int, good: int, seed: int) -> None:
+def write_parts(
+    folder: Path, parts: Iterable[str], size: int, defects: int, good: int, seed: int, processes: int = 1
+) -> None:
     """Writes parts in MVTec AD's layout: `defects` pairs of each type and `good` images, `size` pixels a side."""
     jobs = []
     for part in parts:
@@ -456,12 +460,19 @@ def write_parts(folder: Path, parts: Iterable[str], size: int, defects: int, goo
                 (part, defect, i, of_part / "test" / defect / f"{i:03d}.png", masks / f"{i:03d}_mask.png")
                 for i in range(defects)
             ]
-    for part, defect, index, image_path, mask_path in tqdm(jobs, desc="Images"):
-        image, mask = render(part, defect, size, (seed, index))
-        for picture, path in ((image, image_path), (mask, mask_path)):
-            if picture is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(path)
+    write = functools.partial(write_part, size, seed)
+    with ProcessPoolExecutor(processes) as pool:
+        for _ in tqdm((pool.map if processes > 1 else map)(write, jobs), total=len(jobs), desc="Images"):
+            pass
+
+
+def write_part(size: int, seed: int, job: tuple[str, str | None, int, Path, Path | None]) -> None:
+    """One image of `write_parts`, with its mask."""
+    part, defect, index, *paths = job
+    for picture, path in zip(render(part, defect, size, (seed, index)), paths):
+        if picture is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
 
 
 def enlarge(folder: str, size: int) -> None:

@@ -10,10 +10,11 @@ venv="${VENV:-.venv}"
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 "$venv/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt -e .
 export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE ACCELERATE_USE_CPU=true
-two_processes=(--multi_gpu --num_processes 2 --num_machines 1) # accelerate's name for several, on CPUs too
 
 [ -e "$out/data" ] || "$venv/bin/python" scripts/make_demo_data.py --output_dir "$out/data" --parts nut --good 6
-launch() { "$venv/bin/accelerate" launch "${two_processes[@]}" --mixed_precision no --dynamo_backend no "$@"; }
+launch() { # --multi_gpu is accelerate's word for several processes, on CPUs too
+    "$venv/bin/accelerate" launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "$@"
+}
 launch train_defectfill.py --pretrained_model_name_or_path scripts/tiny_base --train_data_dir "$out/data/nut" \
     --defect hole --output_dir "$out/lora" --resolution 128 --zoom on --max_train_steps 120 --lr_warmup_steps 10 \
     --train_batch_size 2 --learning_rate 1e-3 --text_encoder_lr 1e-3 --lora_targets all --rank 32 --lora_alpha 32 \

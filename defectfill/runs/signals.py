@@ -86,12 +86,12 @@ def exit_on_signal(message: Callable[[], str]) -> Iterator[None]:
 
     threading.Thread(target=end, daemon=True).start()
     woken = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, wake) for number in STOPPING}
     try:
-        yield
+        with handlers_restored():
+            for number in STOPPING:
+                signal.signal(number, wake)
+            yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
         write.close()
 

@@ -15,7 +15,7 @@ from scipy import ndimage
 # How a candidate gets into its image: what `--composite` may name.
 COMPOSITES = ("feather", "exact", "grid")
 
-RAMP_SHARE, RAMP_PIXELS = 1 / 3, 3  # of the mask's local radius; at least so many pixels, where the radius has them
+RAMP_SHARE, RAMP_PIXELS = 1 / 5, 3  # of the mask's local radius; at least so many pixels, where the radius has them
 SCALES = 12
 
 
@@ -36,7 +36,7 @@ def local_radius(inside: np.ndarray, depth: np.ndarray) -> np.ndarray:
 def feather_alpha(mask: np.ndarray) -> np.ndarray:
     """(H, W) alpha that rises from the outline of an (H, W) mask inwards, and is 0 outside.
 
-    It is 255 from a third of the mask's local radius on, or from 3 pixels where that is more, and at the latest on the
+    It is 255 from a fifth of the mask's local radius on, or from 3 pixels where that is more, and at the latest on the
     middle line, however thin the mask is. Nothing is blended where the mask meets the border of the image.
     """
     alpha = np.zeros(mask.shape, dtype=np.uint8)

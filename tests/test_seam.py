@@ -88,11 +88,11 @@ def test_feathering_stays_inside_the_mask_and_reaches_full_strength_in_every_com
     assert all(alpha[labels == i].max() == 255 for i in range(1, number + 1))
 
 
-def test_the_ramp_is_a_third_of_a_disc():
+def test_the_ramp_is_a_fifth_of_a_disc():
     mask = MASKS["disc"]
     row = seam.feather_alpha(mask)[50, 20:51].astype(int)
-    assert row[0] < 35 and (np.diff(row) >= 0).all() and row[-1] == 255
-    assert 9 <= np.argmax(row == 255) <= 11 and np.diff(row[:10]).max() < 35
+    assert row[0] < 50 and (np.diff(row) >= 0).all() and row[-1] == 255
+    assert 5 <= np.argmax(row == 255) <= 7 and np.diff(row[:6]).max() < 50
 
 
 @pytest.mark.parametrize("width", range(1, 8))
@@ -111,12 +111,12 @@ def test_a_thin_branch_of_a_wide_defect_does_not_fade():
     alpha = seam.feather_alpha(mask)
     branch = drawn(120, ([(90, 22), (115, 5)], 2))
     assert (alpha[branch & mask] == 255).mean() > 0.9
-    assert alpha[70, 20:24].max() < 130  # the wide part has its ramp
+    assert alpha[70, 20:23].max() < 130  # the wide part has its ramp
 
 
 def test_nothing_fades_at_the_border_of_the_image():
     alpha = seam.feather_alpha(MASKS["border"])
-    assert (alpha[0, :20] == 255).all() and alpha[0, 30] < 40
+    assert (alpha[0, :20] == 255).all() and alpha[0, 30] < 60
 
 
 # Grid

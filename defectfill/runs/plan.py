@@ -15,6 +15,7 @@ from defectfill_dataset.errors import did_you_mean
 
 from ..likeness import References
 from ..lora import LoraFile
+from ..seam import RAMP_PIXELS, RAMP_SHARE
 from .requests import GenerationRequest
 from .source_images import SourceImage, repeat_seed
 
@@ -199,6 +200,7 @@ def make_recipe(
         "guidance_scale": request.guidance_scale,
         "guidance_interval": request.guidance_interval,
         "composite": request.composite,
+        **({"feather": [RAMP_SHARE, RAMP_PIXELS]} if request.composite == "feather" else {}),
         **({} if references is None else {"references_sha256": references.sha256}),
     }
     return Recipe(lora, mask_source, zoom, settings, references)

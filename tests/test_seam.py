@@ -13,7 +13,8 @@ from toy_model import RESOLUTION
 import generate_defectfill as g
 from defectfill import sampling, seam
 from defectfill.lora import read_lora
-from defectfill_dataset import CropRule, crop_boxes, crop_mask, load_defect_pairs, pool_mask
+from defectfill.runs import plan
+from defectfill_dataset import CropRule, InputError, crop_boxes, crop_mask, load_defect_pairs, pool_mask
 from defectfill_dataset.masks import random_mask
 
 
@@ -184,6 +185,14 @@ def test_outside_the_written_mask_every_pixel_is_the_inputs(trained, inputs, tmp
         assert line["good_seam_step"] == seam.seam_step(Image.fromarray(good), mask > 0)
         assert line["reference_seam_step"] == lora.record["appearance"]["hole"]["seam_step"]
     assert "Grey step across the mask's outline" in (out / "summary.html").read_text()
+
+
+def test_a_run_with_another_ramp_does_not_go_on(trained, inputs, tmp_path, monkeypatch):
+    argv = ["--lora", trained, *inputs, *FAST, "--output_dir", tmp_path / "out"]
+    generate(*argv)
+    monkeypatch.setattr(plan, "RAMP_SHARE", 1 / 3)
+    with pytest.raises(InputError, match=r"feather: the run was started with \[0.2, 3\]"):
+        generate(*argv)
 
 
 @pytest.fixture

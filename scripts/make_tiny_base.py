@@ -32,8 +32,8 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionInpaintPipeline
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
@@ -247,17 +247,37 @@ def make_scenes(
     return Scenes(np.stack(pixels), torch.from_numpy(np.stack(masks)), list(captions), 1 + marks)
 
 
+@functools.lru_cache(maxsize=1)
+def drawn_part(part: str, size: int, seed: tuple[int, int]) -> Image.Image:
+    return render(part, None, size, seed)[0]
+
+
 def drawn_picture(part: str, size: int, seed: tuple[int, int]) -> tuple[Image.Image, str]:
-    return render(part, None, size, seed)[0], part
+    return drawn_part(part, size, seed), part
+
+
+def drawn_close_up(part: str, size: int, seed: tuple[int, int], crop_seed: int) -> tuple[Image.Image, str]:
+    """A random quarter of a part drawn at twice the size."""
+    left, top = map(int, np.random.default_rng(crop_seed).integers(size + 1, size=2))
+    return drawn_part(part, 2 * size, seed).crop((left, top, left + size, top + size)), part
 
 
 def drawn_pictures(number: int, size: int, seed: int) -> list[Picture]:
-    """Good parts of every kind, from seeds that make_demo_data.py does not use."""
+    """Good parts from seeds that make_demo_data.py does not use: in turn one of each kind, and four close-ups of one.
+
+    `--zoom` shows a part at twice the size, so the base must know both.
+    """
     parts = [*PARTS]
-    return [
-        functools.partial(drawn_picture, parts[index % len(parts)], size, (1_000_003 + seed, index))
-        for index in range(number)
-    ]
+    pictures: list[Picture] = []
+    for index in range(number):
+        turn, place = divmod(index, 2 * len(parts))
+        if place < len(parts):
+            pictures.append(functools.partial(drawn_picture, parts[place], size, (1_000_003 + seed, index)))
+        else:
+            part_seed = (1_000_003 + seed, index - place + len(parts))
+            crop_seed = derive_seed(seed, "close-up", index)
+            pictures.append(functools.partial(drawn_close_up, parts[turn % len(parts)], size, part_seed, crop_seed))
+    return pictures
 
 
 def cropped_picture(file: Path, crop: int | None, seed: int) -> tuple[Image.Image, str]:
@@ -299,12 +319,20 @@ def read_pictures(folder: Path, number: int, crop: int | None, seed: int) -> lis
 
 
 def picture_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """L1 on the picture, on its fine detail and on its coarse colours."""
+    """L1 on the picture, on its fine detail, on its coarse colours and, twice, on what makes it differ from grey."""
 
     def detail(x: torch.Tensor) -> torch.Tensor:
         return x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
 
-    return F.l1_loss(y, x) + 2 * F.l1_loss(detail(y), detail(x)) + F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+    def colour(x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(dim=1, keepdim=True)
+
+    return (
+        F.l1_loss(y, x)
+        + 2 * F.l1_loss(detail(y), detail(x))
+        + F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+        + 2 * F.l1_loss(colour(y), colour(x))
+    )
 
 
 class Reconstruction(torch.nn.Module):
@@ -358,15 +386,21 @@ def tinted(x: torch.Tensor) -> torch.Tensor:
 
 
 def crops_of(scenes: Scenes, batch_size: int) -> torch.Tensor:
-    """(B, 3, R/2, R/2) random quarter crops in [-1, 1], all mirrored or none; one batch in four is tinted.
+    """(B, 3, R/2, R/2) quarter crops in [-1, 1], all mirrored or none; one batch in four is tinted.
 
-    Quarter crops teach textures. The colours of these parts are few; untinted, those of a small mark would be lost.
+    Each is around a random cell of a scene's first mask, the mark if there is one, so that small marks are seen often.
+    The colours of these parts are few; untinted, those of a small mark would be lost.
     """
-    pixels = torch.from_numpy(scenes.pixels[scenes.held_out :])
-    side = pixels.shape[1] // 2
-    rows = torch.randint(len(pixels), (batch_size,))
-    top, left = (int(torch.randint(pixels.shape[1] - side + 1, ())) for _ in range(2))
-    x = pixels[rows, top : top + side, left : left + side].permute(0, 3, 1, 2).float() / 127.5 - 1
+    size, cells = scenes.pixels.shape[1], scenes.masks.shape[-1]
+    side = size // 2
+    crops = []
+    for row in torch.randint(scenes.held_out, len(scenes.pixels), (batch_size,)).tolist():
+        mask = scenes.masks[row, 0, 0]
+        inside = (mask if mask.any() else ~mask).nonzero()
+        middle = inside[torch.randint(len(inside), ())] * (size // cells)
+        top, left = (middle - torch.randint(side, (2,))).clamp(0, size - side).tolist()
+        crops.append(torch.from_numpy(scenes.pixels[row, top : top + side, left : left + side]))
+    x = torch.stack(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
     x = x.flip(-1) if torch.rand(()) < 0.5 else x
     return tinted(x) if torch.rand(()) < 0.25 else x
 
@@ -375,28 +409,32 @@ def crops_of(scenes: Scenes, batch_size: int) -> torch.Tensor:
 def encode(vae: AutoencoderKL, scenes: Scenes, device: torch.device) -> dict[str, torch.Tensor]:
     """Latents of every scene, and of every scene with each mask cut out, in fp16: (S, 4, G, G) and (S, K, 4, G, G).
 
-    They have unit spread; `scale` is the factor that gave it.
+    They have unit spread; `scale` is the factor that gave it. Each process encodes its share and gets all.
     """
     vae.to(device).eval()
     clean, cut = [], []
     number = 2 if device.type == "cpu" else 64  # on a CPU small batches stay in the cache
-    for start in tqdm(range(0, len(scenes.pixels), number), desc="Latents", mininterval=5):
-        x = torch.from_numpy(scenes.pixels[start : start + number]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        masks = scenes.masks[start : start + number].to(device).float()
-        latents = encode_images(vae, x, list(masks.unbind(dim=1)))
+    state = PartialState()
+    share = torch.arange(len(scenes.pixels)).tensor_split(state.num_processes)[state.process_index]
+    for rows in tqdm(share.split(number), desc="Latents", mininterval=5, disable=not state.is_main_process):
+        x = torch.from_numpy(scenes.pixels[rows.numpy()]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents = encode_images(vae, x, list(scenes.masks[rows].to(device).float().unbind(dim=1)))
         clean.append(latents.mean.cpu())
         cut.append(torch.stack(latents.masked, dim=1).cpu())
-    clean, cut = torch.cat(clean), torch.cat(cut)
+    clean, cut = torch.cat(gather_object(clean)), torch.cat(gather_object(cut))
     scale = 1 / clean.std()
     return {"clean": (clean * scale).half().contiguous(), "cut": (cut * scale).half().contiguous(), "scale": scale}
 
 
 def load_latents(file: Path, make: Callable[[], dict]) -> dict[str, torch.Tensor]:
-    """The latents kept in `file`, made and kept there if they are not."""
-    if not file.exists():
+    """The latents kept in `file`; or made, by all processes together, and kept there."""
+    if file.exists():
+        return read_kept(file)
+    latents = make()
+    if PartialState().is_main_process:
         with atomic_write(file) as temporary:
-            save_file(make(), temporary)
-    return read_kept(file)
+            save_file(latents, temporary)
+    return latents
 
 
 def read_kept(file: Path) -> dict[str, torch.Tensor]:
@@ -532,8 +570,11 @@ def main(args: argparse.Namespace) -> None:
         digests = (f"{file} {file_digest(file)}\n" for file in pictures_in(args.data_dir))
         options["data_sha256"] = hashlib.sha256("".join(digests).encode(errors="surrogateescape")).hexdigest()
     kept = options | ({"base_sha256": base.digest} if args.base else {})
-    with exclusive_lock(work_dir):
-        checkpoints.keep_options(work_dir / "options.json", kept, may_lack=True)
+    accelerator = Accelerator()
+    first, device = accelerator.is_main_process, accelerator.device
+    with exclusive_lock(work_dir) if first else contextlib.nullcontext():
+        if first:
+            checkpoints.keep_options(work_dir / "options.json", kept, may_lack=True)
         began = time.time()
         cells = args.resolution // pipe.vae_scale_factor
         pictures = (
@@ -541,13 +582,13 @@ def main(args: argparse.Namespace) -> None:
             if args.data_dir
             else drawn_pictures(args.pictures, args.resolution, args.seed)
         )
-        scenes = load_scenes(
-            work_dir / "scenes.safetensors",
-            lambda: make_scenes(pictures, args.resolution, cells, args.marks, args.seed, args.workers),
-        )
+        with accelerator.main_process_first():
+            scenes = load_scenes(
+                work_dir / "scenes.safetensors",
+                lambda: make_scenes(pictures, args.resolution, cells, args.marks, args.seed, args.workers),
+            )
         if args.scenes_only:
             return
-        device = Accelerator().device
         pipe.to(device)
 
         def crops(batch_size: int) -> Callable[[], tuple]:
@@ -564,6 +605,8 @@ def main(args: argparse.Namespace) -> None:
         if args.decoder_steps:
             batches = crops(args.decoder_batch_size)
             fit("decoder", Decoding(pipe.vae), batches, args.decoder_steps, 1e-3, work_dir, args.seed)
+        if not first:
+            return
         pipe.to(device, dtype=torch.float32)
         for module in (pipe.vae, pipe.unet, pipe.text_encoder):
             module.eval()

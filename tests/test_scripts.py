@@ -17,7 +17,7 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline
 from drawn import write_image
 from PIL import Image
-from runs import fork, in_clean_process, read_lines, reset_accelerate, wait_for
+from runs import fork, in_clean_process, launch, read_lines, reset_accelerate, wait_for
 from safetensors.torch import load_file, save_file
 
 from defectfill.drawn.comparison import read_whole_image_lora
@@ -214,6 +214,50 @@ def test_a_grey_picture_gets_grey_marks():
     rng, grey = np.random.default_rng(0), np.full((64, 64, 3), 128, dtype=np.uint8)
     names = " ".join(make_tiny_base.draw_mark(rng, grey)[2] for _ in range(40)).split()
     assert not {*names} & {"red", "brown", "green", "blue"} and {*names} & {"black", "white"}
+
+
+def test_drawn_pictures_show_each_part_whole_and_one_close_up():
+    pictures = [make() for make in make_tiny_base.drawn_pictures(16, 32, seed=0)]
+    parts = [*PARTS]
+    assert [name for _, name in pictures] == parts + parts[:1] * 4 + parts + parts[1:2] * 4
+    assert all(image.size == (32, 32) for image, _ in pictures)
+    whole = np.asarray(render(parts[0], None, 64, (1_000_003, 4))[0])
+    for image, _ in pictures[4:8]:
+        assert any(
+            np.array_equal(np.asarray(image), whole[top : top + 32, left : left + 32])
+            for top in range(33)
+            for left in range(33)
+        )
+
+
+def test_crops_of_the_autoencoder_show_the_marks():
+    """A mark of one cell, at a place that two random quarter crops of three miss."""
+    pixels, masks = np.zeros((40, 32, 32, 3), dtype=np.uint8), torch.zeros(40, 3, 1, 8, 8, dtype=torch.bool)
+    pixels[:, 4:8, 24:28], masks[:, 0, 0, 1, 6] = 255, True
+    scenes = make_tiny_base.Scenes(pixels, masks, [["A nut"]] * 40, group=2)
+    torch.manual_seed(0)
+    for _ in range(20):
+        crops = make_tiny_base.crops_of(scenes, 4)
+        assert crops.shape == (4, 3, 16, 16) and (crops.amax(dim=(1, 2, 3)) > 0.3).all()
+
+
+def test_the_picture_loss_tells_brown_from_grey_as_well_as_dark_from_light():
+    grey, loss = torch.zeros(1, 3, 8, 8), make_tiny_base.picture_loss
+    brown, light = (grey + 0.3 * torch.tensor(tone).view(1, 3, 1, 1) for tone in ([1.0, 0, -1], [1.0, 1, 1]))
+    assert loss(brown, grey) > 1.3 * loss(light, grey)
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_base_together(tmp_path):
+    argv = [*SMALL, "--base", TINY_BASE, "--crop_batch_size", 4, "--whole_batch_size", 4, "--decoder_steps", 0]
+    launch(ROOT / "scripts/make_tiny_base.py", "--output_dir", tmp_path, *argv)
+    vae = StableDiffusionInpaintPipeline.from_pretrained(tmp_path, dtype=torch.float32).vae
+    kept = load_file(tmp_path / "work/latents.safetensors")
+    scenes = make_tiny_base.load_scenes(tmp_path / "work/scenes.safetensors", None)
+    alone = make_tiny_base.encode(vae, scenes, torch.device("cpu"))
+    assert kept["clean"].shape == alone["clean"].shape and kept["cut"].shape == alone["cut"].shape
+    assert (kept["clean"] - alone["clean"]).abs().max() < 0.1 < kept["clean"].std()
+    assert json.loads((tmp_path / "figures.json").read_text())["options"]["whole_batch_size"] == 4
 
 
 def test_no_caption_of_the_base_holds_the_rare_word():

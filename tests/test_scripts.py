@@ -255,7 +255,7 @@ def test_two_processes_train_a_base_together(tmp_path):
     kept = load_file(tmp_path / "work/latents.safetensors")
     scenes = make_tiny_base.load_scenes(tmp_path / "work/scenes.safetensors", None)
     alone = make_tiny_base.encode(vae, scenes, torch.device("cpu"))
-    assert kept["clean"].shape == alone["clean"].shape and kept["cut"].shape == alone["cut"].shape
+    assert kept["clean"].shape == alone["clean"].shape == (40, 4, 8, 8) and kept["cut"].shape == alone["cut"].shape
     assert (kept["clean"] - alone["clean"]).abs().max() < 0.1 < kept["clean"].std()
     assert json.loads((tmp_path / "figures.json").read_text())["options"]["whole_batch_size"] == 4
 

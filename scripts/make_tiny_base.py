@@ -7,7 +7,8 @@
 Pictures are drawn (make_demo_data.py) or read from a folder. On some of them a plain mark is drawn (a dark spot, a
 faint red line with a pale rim, ...) and named in the caption, so that the model learns to inpaint what the prompt says
 inside the mask. First the autoencoder is trained; then, on latents encoded once, the text encoder and the UNet; last
-the decoder alone. A killed run goes on where it was; everything random is a function of the seed and the step.
+the decoder alone. `accelerate launch` trains it in several processes, each with batches of its own. A killed run goes
+on where it was; everything random is a function of the seed and the step.
 
 Shapes: S scenes, K masks of each, R picture side, G latent side. Masks are 1 where the model inpaints.
 """
@@ -569,14 +570,14 @@ def main(args: argparse.Namespace) -> None:
             module.requires_grad_(True)
     if args.random_weights:
         return pipe.save_pretrained(args.output_dir)
+    accelerator = Accelerator()
+    first, device = accelerator.is_main_process, accelerator.device
     work_dir = args.output_dir / "work"
     options = checkpoints.as_json({k: v for k, v in vars(args).items() if k not in WITHOUT_EFFECT})
-    if args.data_dir:
+    if args.data_dir and first:
         digests = (f"{file} {file_digest(file)}\n" for file in pictures_in(args.data_dir))
         options["data_sha256"] = hashlib.sha256("".join(digests).encode(errors="surrogateescape")).hexdigest()
     kept = options | ({"base_sha256": base.digest} if args.base else {})
-    accelerator = Accelerator()
-    first, device = accelerator.is_main_process, accelerator.device
     with exclusive_lock(work_dir) if first else contextlib.nullcontext():
         if first:
             checkpoints.keep_options(work_dir / "options.json", kept, may_lack=True)

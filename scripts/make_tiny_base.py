@@ -676,7 +676,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--pictures", 2100, "Images to render, or to crop from --data_dir.")
     add("--marks", 1, "Scenes with a mark made from each image.")
     add("--workers", os.cpu_count() or 1, "Processes that make the scenes.")
-    add("--vae_steps", 3000, "Steps of the autoencoder.")
+    add("--vae_steps", 3000, "Steps of the autoencoder; 0 keeps that of --base.")
     add("--vae_batch_size", 16, "Crops in a step of the autoencoder.")
     add("--crop_steps", 1500, "Steps of the UNet on quarter crops.")
     add("--crop_batch_size", 32, "Crops in such a step.")
@@ -689,6 +689,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(input_args)
     if args.pictures <= HELD_OUT:
         parser.error(f"--pictures {args.pictures}: must be above {HELD_OUT}; so many are held out")
+    if not (args.vae_steps or args.base):
+        parser.error("--vae_steps 0: give --base, whose autoencoder is kept")
     return args
 
 

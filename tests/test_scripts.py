@@ -118,7 +118,7 @@ def make_random_base(folder: Path) -> Path:
 def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     make_base("--output_dir", tmp_path / "whole", *SMALL)
 
-    more = [*SMALL, "--vae_steps", 2, "--base", tmp_path / "whole"]
+    more = [*SMALL, "--vae_steps", 0, "--decoder_steps", 0, "--base", tmp_path / "whole"]
     make_base("--output_dir", tmp_path / "more", *more)  # goes on from the weights, not from random ones
     with pytest.raises(InputError, match="DF183"):
         make_base("--output_dir", tmp_path / "other", *more, "--prediction_type", "epsilon")
@@ -127,6 +127,8 @@ def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch
         for run in (make_random_base(tmp_path / "random"), "whole", "more")
     )
     assert 0 < (more - whole).norm() < 0.3 * (random - whole).norm()
+    one, other = (load_file(tmp_path / run / "vae/diffusion_pytorch_model.safetensors") for run in ("whole", "more"))
+    assert all(torch.equal(one[k], other[k]) for k in one.keys() | other.keys())  # no steps: the base's own
     for run in ("whole", "more"):
         StableDiffusionInpaintPipeline.from_pretrained(tmp_path / run)  # of classes that diffusers has
     for file in ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
@@ -153,6 +155,12 @@ def test_a_base_is_trained_and_goes_on_where_it_was_killed(tmp_path, monkeypatch
     figures = json.loads((tmp_path / "whole/figures.json").read_text())
     assert figures["reconstruction_psnr"] > 0 and figures["inpainting_psnr"] > 0
     assert Image.open(tmp_path / "whole/samples.png").height == 4 * 32
+
+
+def test_no_steps_of_the_autoencoder_need_one(capsys):
+    with pytest.raises(SystemExit):
+        make_tiny_base.parse_args(["--output_dir", "base", "--vae_steps", "0"])
+    assert "give --base" in capsys.readouterr().err
 
 
 def test_the_base_that_ships_is_small_whole_and_made_as_its_page_says():

@@ -134,12 +134,15 @@ def sheet(cells: list[Image.Image], first: int) -> Image.Image:
 def table(images: list[dict], labels: torch.Tensor, ious: torch.Tensor) -> str:
     """Markdown: what each selection keeps.
 
+    Precision is the share of what it keeps that could be real; recall the share of the images with such a candidate
+    for which it keeps one.
+
     Args:
         labels: (P, N) of 0 (nothing), 1 (flawed), 2 (could be real).
         ious: (P, N), of the segmenter's prediction with the mask.
     """
     could = (labels == 2).any(dim=1).sum().item()
-    rows = [["kept by", "could be real", "flawed", "nothing", f"of the {could} images with one", "segmenter IoU"]]
+    rows = [["kept by", "could be real", "flawed", "nothing", "precision", "recall", "segmenter IoU"]]
     every = torch.arange(len(images))
     ways = {way: torch.tensor([line["kept"][way] for line in images]) for way in images[0]["kept"]}
     ways = {
@@ -150,9 +153,11 @@ def table(images: list[dict], labels: torch.Tensor, ious: torch.Tensor) -> str:
     for way, kept in ways.items():
         found = labels[every, kept]
         counts = [(found == label).sum().item() for label in (2, 1, 0)]
-        cells = [f"{count} ({count / len(images):.2f})" for count in counts]
-        rows.append([way, *cells, f"{counts[0] / max(could, 1):.2f}", f"{ious[every, kept].mean():.3f}"])
-    return markdown_table(rows) + f"\n{len(images)} images with {labels.shape[1]} candidates each.\n"
+        shares = (counts[0] / len(images), counts[0] / max(could, 1))
+        cells = [*map(str, counts), *(f"{share:.2f}" for share in shares), f"{ious[every, kept].mean():.3f}"]
+        rows.append([way, *cells])
+    last = f"{len(images)} images with {labels.shape[1]} candidates each; {could} have one that could be real."
+    return f"{markdown_table(rows)}\n{last}\n"
 
 
 def read_labels(file: Path, order: list[int]) -> torch.Tensor:

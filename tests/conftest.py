@@ -72,17 +72,25 @@ def train(base, data, tmp_path):
         signal.signal(number, handler)
 
 
-@pytest.fixture(scope="session")
-def trained(base, tmp_path_factory) -> Path:
-    """A trained toy LoRA with alpha different from rank, shared by the tests that only read it."""
-    folder = tmp_path_factory.mktemp("trained")
+def train_toy_lora(base: Path, folder: Path, *flags: str) -> Path:
     reset_accelerate()
-    argv = options(
-        base, make_mvtec(folder / "nut"), folder / "lora", "--learning_rate", "0.01", "--text_encoder_lr", "0.01"
-    )
+    rates = ("--learning_rate", "0.01", "--text_encoder_lr", "0.01")
+    argv = options(base, make_mvtec(folder / "nut"), folder / "lora", *rates, *flags)
     train_defectfill.main(train_defectfill.parse_args(argv))
     reset_accelerate()
     return folder / "lora"
+
+
+@pytest.fixture(scope="session")
+def trained(base, tmp_path_factory) -> Path:
+    """A trained toy LoRA with alpha different from rank, shared by the tests that only read it."""
+    return train_toy_lora(base, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def trained_all(base, tmp_path_factory) -> Path:
+    """The same of all layers, with another rank for convolutions."""
+    return train_toy_lora(base, tmp_path_factory.mktemp("all"), "--lora_targets", "all", "--conv_rank", "2")
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,9 @@ def model_card(folder, text: str, defect: str = "hole") -> str:
         "steps": 1, "resolution": 512, "zoom": None, "rank": 4, "conv_rank": 0, "alpha": 4.0, "lora_targets": text,
         "seed": 0,
     }  # fmt: skip
-    cards.write_model_card(folder, record, 2, 1, text)
+    errors = {"defect": {"999": 0.5, "400": 0.0625}, "object": {"999": 9.0, "400": 9.0}, "variance": 0.25}
+    measures = {when: {"x0_error": errors} for when in ("before", "after")} | {"held_out": {}}
+    cards.write_model_card(folder, record, measures, 2, 1, text)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -71,6 +73,19 @@ def test_a_model_card_shows_foreign_text_as_text(tmp_path, text, monkeypatch):
     assert head.keys() == yaml.safe_load(plain.split("---\n")[1]).keys() and head["base_model"] == text
     assert ast.dump(ast.parse(ast.unparse(snippet(plain)).replace("'words'", repr(text)))) == ast.dump(snippet(card))
     assert literals(card).count(text) == 4  # base, revision, repository and prompt
+
+
+def test_a_model_card_shows_how_well_noise_was_removed(tmp_path):
+    rows = [
+        line
+        for line in model_card(tmp_path, "words").splitlines()
+        if line.startswith(("| images", "| training", "| held"))
+    ]
+    assert rows == [
+        "| images | t = 999 | t = 400 | variance |",
+        "| training, before | 0.500 | 0.062 | 0.250 |",
+        "| training, after | 0.500 | 0.062 | 0.250 |",
+    ]
 
 
 @pytest.mark.parametrize("text", PAYLOADS)

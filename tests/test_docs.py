@@ -18,7 +18,7 @@ import generate_defectfill
 import train_defectfill
 from defectfill_dataset import InputError
 from defectfill_dataset.codes import CODES
-from defectfill_scripts import write_docs
+from defectfill_scripts import ablate, write_docs
 
 
 PAGES = [
@@ -26,15 +26,17 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 PAGES += [ROOT / "scripts/tiny_base/README.md"]
+DEMO = ROOT / "scripts/demo.sh"
 SCRIPT = re.compile(r"(?:scripts/)?(\w+)\.py$")
 ELIDED = ["--image", "i", "--mask", "m", "--output_dir", "o"]  # stands for "..." in a command
 
 
 def commands() -> list:
-    """(page, module, words) of every command of ours in a bash block."""
+    """(page, module, words) of every command of ours in a bash block, and in the demo."""
     found = []
-    for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
+    for page in [*PAGES, DEMO]:
+        text = page.read_text()
+        for block in [text] if page == DEMO else re.findall(r"```bash\n(.*?)```", text, re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line.replace("'", " "), comments=True)
                 for place, word in enumerate(words):
@@ -64,6 +66,9 @@ def test_every_command_is_taken(module, words):
 
 def test_there_are_commands_to_check():
     assert len(commands()) >= 15
+    demo = {command.values[0]: command.values[1] for command in commands() if DEMO.name in command.id}
+    assert demo.keys() == {"make_demo_data", "train_defectfill", "generate_defectfill"}
+    assert {*ablate.RECIPE} <= {*demo["train_defectfill"]}  # what is measured is what is shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

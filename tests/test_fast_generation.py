@@ -61,7 +61,9 @@ def equal(some: dict[tuple, np.ndarray], others: dict[tuple, np.ndarray]) -> boo
 
 
 @pytest.mark.slow
-def test_a_fused_lora_leaves_the_weights_as_they_were_for_the_next(trained, other_lora, inputs, tmp_path, monkeypatch):
+def test_a_fused_lora_leaves_the_weights_as_they_were_for_the_next(
+    trained_all, other_lora, inputs, tmp_path, monkeypatch
+):
     paint, layers = g.inpaint, []
 
     def record(pipe, *args, **kwargs):
@@ -72,9 +74,9 @@ def test_a_fused_lora_leaves_the_weights_as_they_were_for_the_next(trained, othe
 
     monkeypatch.setattr(g, "inpaint", record)
     runs = {
-        "both": [trained, other_lora, "--fuse_lora"],
+        "both": [trained_all, other_lora, "--fuse_lora"],
         "one": [other_lora, "--fuse_lora"],
-        "plain": [trained, other_lora],
+        "plain": [trained_all, other_lora],
     }
     for name, argv in runs.items():
         layers.clear()
@@ -88,7 +90,7 @@ def test_a_fused_lora_leaves_the_weights_as_they_were_for_the_next(trained, othe
     first, second = (np.stack([p.sum() for (sha, _), p in both.items() if sha == s]) for s in {s for s, _ in both})
     assert (first != second).all()
     with pytest.raises(InputError, match="DF320 fuse_lora: the run was started with False, now it is True"):
-        generate("--lora", trained, other_lora, *inputs, "--output_dir", tmp_path / "plain", *FAST, "--fuse_lora")
+        generate("--lora", trained_all, other_lora, *inputs, "--output_dir", tmp_path / "plain", *FAST, "--fuse_lora")
 
 
 @pytest.mark.slow

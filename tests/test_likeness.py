@@ -152,11 +152,14 @@ def test_a_run_with_given_masks_keeps_the_nearest_and_tells_all_distances(traine
 
 
 @pytest.mark.slow
-def test_references_serve_masks_and_selection_and_the_better_half_is_by_the_score(trained, inputs, tmp_path):
+@pytest.mark.parametrize("score", ["rmse", "ssim", "lpips"])
+def test_references_serve_masks_and_selection_and_the_better_half_is_by_the_score(
+    trained, inputs, tmp_path, alex, score
+):
     data = make_mvtec(tmp_path / "nut")
     argv = ["--lora", trained, "--image", tmp_path / "good", "--reference_data", data, *FAST, "--zoom", "on"]
     generate(*argv, "--selection", "likeness", "--output_dir", tmp_path / "out")
-    generate(*argv, "--selection", "rmse+likeness", "--output_dir", tmp_path / "both")
+    generate(*argv, "--selection", f"{score}+likeness", "--output_dir", tmp_path / "both")
     for line in read_lines(tmp_path / "both/manifest.jsonl"):
         assert line["mask_source"] == "references"
         for crop in line["windows"]:

@@ -8,6 +8,7 @@ from toy_model import Prediction, make_batch, make_models
 
 import train_defectfill as t
 from defectfill.noise_levels import NoiseOptions, error_weights, predicted_x_0, timestep_weights
+from defectfill.runs import logs
 
 
 EVERY = torch.arange(1000)
@@ -139,3 +140,12 @@ def test_the_error_of_x_0_is_that_inside_the_mask_for_each_prompt():
         assert error == pytest.approx(0.01 * (1 - alpha_bar) / alpha_bar, rel=0.02, abs=1e-4)
     whole, _ = latents.sample(sample.posterior, models.vae.config.scaling_factor)
     assert torch.equal(x_0, whole[0][:, mask[0, 0] > 0.5])
+
+
+def test_the_log_tells_the_errors_by_timestep(caplog):
+    errors = {"defect": {"999": 0.5, "400": 0.0625}, "object": {"999": 9.0, "400": 8.0}, "variance": 0.25}
+    measures = {when: {"loss": 1, "attention_iou": 0, "x0_error": errors} for when in ("before", "after")}
+    with caplog.at_level("INFO"):
+        logs.log_measures(measures | {"held_out": {}, "validation": {}})
+    told = "Error of x_0 inside the mask, training images, t = 999 400: defect 0.50 0.06, object 9.00 8.00 prompt"
+    assert told in caplog.text and "held-out" not in caplog.text

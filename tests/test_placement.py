@@ -737,9 +737,10 @@ def preview(*argv) -> None:
     preview_masks.main(preview_masks.parse_args([str(a) for a in argv]))
 
 
-def test_the_preview_shows_the_masks_of_the_command(trained, folder, capsys, monkeypatch):
+@pytest.mark.parametrize("placement", ["anywhere", "like_references"])
+def test_the_preview_shows_the_masks_of_the_command(trained, folder, capsys, monkeypatch, placement):
     common = ["--image", folder / "good", "--mask_source", "references", "--reference_data", folder / "data/nut"]
-    common += ["--max_rotation", 20]
+    common += ["--max_rotation", 20, "--placement", placement]
     generate("--lora", trained, *common, "--num_images", 6, "--output_dir", folder / "out", *FAST)
     shown, outlined = [], preview_masks.outlined
     monkeypatch.setattr(preview_masks, "outlined", lambda i, areas: (shown.append(areas[-1]), outlined(i, areas))[1])

@@ -69,9 +69,10 @@ def strengths(program: str, file) -> dict[str, float]:
     return result
 
 
+@pytest.mark.parametrize("layers", ["trained", "trained_all"])
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_program_reads_the_file_of_a_training_at_full_strength(trained, program):
-    assert set(strengths(program, trained / LORA_FILE).values()) == {1.0}
+def test_every_program_reads_the_file_of_a_training_at_full_strength(request, layers, program):
+    assert set(strengths(program, request.getfixturevalue(layers) / LORA_FILE).values()) == {1.0}
 
 
 OLD_STRENGTHS = {  # of UNet and text encoder, measured with the programs themselves
@@ -195,8 +196,9 @@ def merge(*argv) -> None:
     merge_lora.main(merge_lora.parse_args([str(a) for a in argv]))
 
 
-@pytest.mark.parametrize("open_clip", [False, True])
-def test_a_merged_lora_needs_no_lora(trained, base, tmp_path, monkeypatch, open_clip):
+@pytest.mark.parametrize("layers, open_clip", [("trained", False), ("trained", True), ("trained_all", False)])
+def test_a_merged_lora_needs_no_lora(request, base, tmp_path, monkeypatch, layers, open_clip):
+    trained = request.getfixturevalue(layers)
     saved, files = merge_lora.save_single_file, []
     monkeypatch.setattr(merge_lora, "save_single_file", lambda pipe, path, **_: (
         saved(pipe, path, open_clip), files.append(set(load_file(path)))))  # fmt: skip

@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline
 from drawn import write_image
+from networks import make_squeezenet
 from PIL import Image
 from runs import fork, in_clean_process, launch, read_lines, reset_accelerate, wait_for
 from safetensors.torch import load_file, save_file
@@ -408,13 +409,17 @@ def test_selections_are_compared_by_labels(base, segmenter, tmp_path, capsys):
     ablate.main(ablate.parse_args([*words, "--variants", "whole images"]))
     lora = tmp_path / "a/runs/whole-images-nut-hole-0"
     command = f"""--base {base} --segmenter {segmenter} --lora {lora} --resolution 32
+        --likeness_net {make_squeezenet(tmp_path / "net.safetensors")}
         --output_dir {tmp_path}/s --images 2 --num_inference_steps 2""".split()
     compare_selection.main(compare_selection.parse_args(command))
     record = json.loads((tmp_path / "s/candidates.json").read_text())
     assert sorted(record["order"]) == list(range(8)) and "Label the sheets" in capsys.readouterr().out
     assert Image.open(tmp_path / "s/sheet-0.png").width == 8 * compare_selection.CELL
     kept = record["images"][0]["kept"]
-    assert list(kept) == ["ssim+likeness, VAE encoder", "ssim", "likeness, VAE encoder"]
+    assert list(kept) == [
+        "ssim+likeness, VAE encoder", "ssim", "likeness, VAE encoder",
+        "ssim+likeness, SqueezeNet", "likeness, SqueezeNet",
+    ]  # fmt: skip
 
     labels = ["0"] * 8
     labels[record["order"].index(kept["ssim"])] = "2"  # of the first image
@@ -424,8 +429,8 @@ def test_selections_are_compared_by_labels(base, segmenter, tmp_path, capsys):
     (tmp_path / "s/labels.txt").write_text("\n".join(labels))
     compare_selection.main(compare_selection.parse_args(command))
     rows = [line.split(" | ") for line in (tmp_path / "s/table.md").read_text().splitlines()]
-    found = {row[0].strip("| "): row[1] for row in rows if len(row) == 6}
-    assert found["ssim"] == "1 (0.50)" == found["the best label"]
+    found = {row[0].strip("| "): row[1] for row in rows if len(row) == 7}
+    assert found["ssim"] == "1" == found["the best label"]
 
 
 @pytest.mark.slow

@@ -70,6 +70,7 @@ def test_a_run_leaves_lora_card_record_split_and_checkpoint(trained):
         errors = record[moment]["x0_error"]
         assert list(errors["defect"]) == list(errors["object"]) == ["999", "900", "800", "600", "400"]
         assert errors["variance"] > 0
+        assert f"{errors['defect']['999']:.3f} |" in (trained / "README.md").read_text()
     assert record["speed"]["seconds_per_step"] is None  # two steps: all of them are warm-up
     lines = read_lines(trained / "losses.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
@@ -381,6 +382,17 @@ def trained_tensors(plain_run):
         ("--noise_offset", "0.1"),
         ("--prompt_noise", "0.1"),
         ("--timestep_bias_strategy", "later", "--timestep_bias_multiplier", "9"),
+        ("--timestep_bias_strategy", "earlier", "--timestep_bias_portion", "0.9", "--timestep_bias_multiplier", "9"),
+        (
+            "--timestep_bias_strategy",
+            "range",
+            "--timestep_bias_begin",
+            "100",
+            "--timestep_bias_end",
+            "900",
+            "--timestep_bias_multiplier",
+            "9",
+        ),
         ("--lora_targets", "attention+ff"),
         ("--lora_targets", "all"),
         ("--lora_targets", "all", "--conv_rank", "2"),

@@ -86,8 +86,8 @@ def test_a_run_with_noisy_prompts(trained, inputs, tmp_path):
 # Strength of the LoRA
 
 
-def test_each_image_has_its_own_strength_whatever_the_batch(trained, inputs, tmp_path):
-    argv = ["--lora", trained, *inputs, *FAST]
+def test_each_image_has_its_own_strength_whatever_the_batch(trained_all, inputs, tmp_path):
+    argv = ["--lora", trained_all, *inputs, *FAST]
     generate(*argv, "--output_dir", tmp_path / "plain")
     generate(*argv, "--lora_scale", 1, "--output_dir", tmp_path / "one")
     assert images(tmp_path / "plain") == images(tmp_path / "one")
@@ -100,7 +100,7 @@ def test_each_image_has_its_own_strength_whatever_the_batch(trained, inputs, tmp
     for name, scale in scales.items():
         single = ["--image", tmp_path / f"good/{name}.png", "--mask", tmp_path / f"masks/{name}_mask.png"]
         out = tmp_path / f"alone-{name}"
-        generate("--lora", trained, *single, *FAST, "--lora_scale", scale, "--output_dir", out)
+        generate("--lora", trained_all, *single, *FAST, "--lora_scale", scale, "--output_dir", out)
         file = f"{name}.png"
         assert images(out)[file] == images(tmp_path / "range")[file] != images(tmp_path / "plain")[file]
     with pytest.raises(InputError, match="DF320 lora_scale"):

@@ -11,6 +11,7 @@ from defectfill_dataset import InputError, Problem, file_digest
 from defectfill_dataset.errors import one_line
 from defectfill_dataset.text import MOST_YAML_BYTES, read_text
 
+from ..markdown import markdown_table
 from .files import atomic_write, visible_files
 
 
@@ -68,6 +69,11 @@ strength 1 for UNet and text encoder, on an inpainting checkpoint of the base.
 {{ steps }} steps of batch {{ batch_size }} at {{ resolution }} px; rank {{ rank }}
 {%- if conv_rank %} ({{ conv_rank }} for convolutions){% endif %}, alpha {{ alpha }}, layers: {{ text(lora_targets) }}.
 Seed {{ seed }}.
+
+Squared error of the predicted x_0 inside the masks, by timestep (999 is noise), with the prompts above.
+A guess of the mean would have an error as large as the variance.
+
+{{ x0_errors }}
 The training images' licence applies to what is derived from them (MVTec AD is CC BY-NC-SA 4.0: no commercial use).
 """
 
@@ -133,8 +139,21 @@ def python_string(text: str) -> str:
 IN_CARDS = {"text": markdown_text, "code": markdown_code, "python": python_string}
 
 
-def write_model_card(folder: Path, record: dict, images: int, batch_size: int, repo_id: str | None) -> None:
-    """Writes README.md: what the LoRA is, its prompts, how to use it without this project."""
+def x0_errors(measures: dict) -> str:
+    """A table of Markdown from the measures `before`, `after` and `held_out` of a run's record."""
+    rows = []
+    for name, when in (("training, before", "before"), ("training, after", "after"), ("held out", "held_out")):
+        if found := measures[when]:
+            errors = found["x0_error"]
+            head = ["images", *(f"t = {t}" for t in errors["defect"]), "variance"]
+            rows.append([name, *(f"{error:.3f}" for error in (*errors["defect"].values(), errors["variance"]))])
+    return markdown_table([head, *rows])
+
+
+def write_model_card(
+    folder: Path, record: dict, measures: dict, images: int, batch_size: int, repo_id: str | None
+) -> None:
+    """Writes README.md: what the LoRA is, its prompts, how to use it without this project, how well it learnt."""
     local = record["revision"] is None  # the Hub refuses a card whose base is a path
     data = ModelCardData(
         library_name="diffusers",
@@ -153,6 +172,7 @@ def write_model_card(folder: Path, record: dict, images: int, batch_size: int, r
         images=images,
         batch_size=batch_size,
         prompts=record["defect_prompts"],
+        x0_errors=x0_errors(measures),
         **{key: record[key] for key in of_record},
     )
     with atomic_write(folder / "README.md") as temporary:

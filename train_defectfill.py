@@ -736,7 +736,7 @@ def finish(
 
     def write(folder: Path) -> None:
         write_lora(folder / LORA_FILE, models, record)
-        write_model_card(folder, record, results, len(prepared.data["train"]), batch_size, args.hub_model_id)
+        write_model_card(folder, record, measures, len(prepared.data["train"]), batch_size, args.hub_model_id)
         write_json(folder / "run_record.json", results)
 
     folder, failure = disks.write_or_fall_back(write, args.output_dir, args.fallback_dir)

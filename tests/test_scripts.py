@@ -429,8 +429,8 @@ def test_selections_are_compared_by_labels(base, segmenter, tmp_path, capsys):
     (tmp_path / "s/labels.txt").write_text("\n".join(labels))
     compare_selection.main(compare_selection.parse_args(command))
     rows = [line.split(" | ") for line in (tmp_path / "s/table.md").read_text().splitlines()]
-    found = {row[0].strip("| "): row[1] for row in rows if len(row) == 7}
-    assert found["ssim"] == "1" == found["the best label"]
+    found = {row[0].strip("| "): row[1:6] for row in rows if len(row) == 7}
+    assert found["ssim"] == ["1", "0", "1", "0.50", "1.00"] == found["the best label"]
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ strength 1 for UNet and text encoder, on an inpainting checkpoint of the base.
 {%- if conv_rank %} ({{ conv_rank }} for convolutions){% endif %}, alpha {{ alpha }}, layers: {{ text(lora_targets) }}.
 Seed {{ seed }}.
 
-Squared error of the predicted x_0 inside the masks, by timestep (999 is noise), with the prompts above.
+Mean squared error of the predicted x_0 inside the masks, by timestep (999 is noise alone), with the prompts above.
 A guess of the mean would have an error as large as the variance.
 
 {{ x0_errors }}
@@ -141,13 +141,12 @@ IN_CARDS = {"text": markdown_text, "code": markdown_code, "python": python_strin
 
 def x0_errors(measures: dict) -> str:
     """A table of Markdown from the measures `before`, `after` and `held_out` of a run's record."""
-    rows = []
+    rows = [["images", *(f"t = {t}" for t in measures["before"]["x0_error"]["defect"]), "variance"]]
     for name, when in (("training, before", "before"), ("training, after", "after"), ("held out", "held_out")):
         if found := measures[when]:
             errors = found["x0_error"]
-            head = ["images", *(f"t = {t}" for t in errors["defect"]), "variance"]
             rows.append([name, *(f"{error:.3f}" for error in (*errors["defect"].values(), errors["variance"]))])
-    return markdown_table([head, *rows])
+    return markdown_table(rows)
 
 
 def write_model_card(

@@ -719,6 +719,7 @@ def main(command: GenerationCommand) -> None:
     with exit_on_signal(lambda: f"Stopped: {progress(command.output_dir)}"), locked as done:
         end_with_launcher()
         shares = gather_object([generate_share(run, done, state)])
+        state.destroy_process_group()  # by all together: one that leaves while another still works may abort
         if state.is_main_process:
             left = f"make room on the disk: {progress(command.output_dir)}"
             with told_if_unwritable(command.output_dir, left):

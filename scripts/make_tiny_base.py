@@ -611,6 +611,7 @@ def main(args: argparse.Namespace) -> None:
         if args.decoder_steps:
             batches = crops(args.decoder_batch_size)
             fit("decoder", Decoding(pipe.vae), batches, args.decoder_steps, 1e-3, work_dir, args.seed)
+        accelerator.end_training()  # of all processes together, before the first goes on alone
         if not first:
             return
         pipe.to(device, dtype=torch.float32)

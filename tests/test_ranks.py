@@ -10,7 +10,7 @@ from offline import ROOT
 import pytest
 import torch
 from folders import make_mvtec
-from runs import generate, launch, options, read_lines, reset_accelerate
+from runs import FAST, generate, launch, options, read_lines, reset_accelerate
 from safetensors.torch import load_file
 
 import train_defectfill
@@ -266,6 +266,42 @@ def test_no_process_leaves_before_the_first_has_saved_and_pushed(driver, base, d
     done = launch(driver, *options(base, data, tmp_path / "out", "--train_batch_size", "1"), SLOW_PUSH="yes")
     lines = [line for line in done.stdout.splitlines() if line.endswith(("finished", "leaves"))]
     assert lines[0] == "0 finished" and sorted(lines[1:]) == ["0 leaves", "1 leaves"]
+
+
+LEAVES = """
+import runpy
+import sys
+
+import torch.distributed as group
+from accelerate import PartialState
+
+leave = PartialState.destroy_process_group
+PartialState.destroy_process_group = lambda *given: (print("leaves", flush=True), leave(*given))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("is out" if not group.is_initialized() else "is in", flush=True)
+"""
+
+
+@pytest.fixture
+def small_runs(trained, data) -> dict[str, list]:
+    """Arguments of a short run of each script, all but the output folder."""
+    sizes = "--resolution 32 --pictures 20 --workers 1 --crop_batch_size 4 --whole_batch_size 4 --decoder_steps 0"
+    steps, random_masks = "--vae_steps 1 --crop_steps 1 --whole_steps 1", ["--mask_source", "random", *FAST]
+    return {
+        "generate_defectfill.py": ["--lora", trained, "--image", data / "train/good", *random_masks],
+        "scripts/make_tiny_base.py": ["--base", ROOT / "scripts/tiny_base", *f"{sizes} {steps}".split()],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["generate_defectfill.py", "scripts/make_tiny_base.py"])
+def test_every_process_leaves_the_group(small_runs, tmp_path, script):
+    """One that ended inside it, while the other still worked, has aborted: the launcher then ends with status 1."""
+    (tmp_path / "driver.py").write_text(LEAVES)
+    done = launch(tmp_path / "driver.py", ROOT / script, *small_runs[script], "--output_dir", tmp_path / "out")
+    lines = done.stdout.splitlines()
+    assert lines.count("leaves") == lines.count("is out") == 2
 
 
 def test_the_wait_is_longer_than_a_push(train, monkeypatch):

@@ -96,9 +96,9 @@ def train(args: argparse.Namespace, part: str, defect: str, options: list[str], 
     if not record.exists() or "after" not in read_json(record):
         words = f"""--defect {defect} --resolution {args.resolution} --max_train_steps {args.steps}
             --validation_steps 0 --train_batch_size {args.train_batch_size} --learning_rate {args.learning_rate}
-            --text_encoder_lr {args.learning_rate} --lr_warmup_steps {args.steps // 10} --seed {seed}
-            --checkpointing_steps 1000000 --checkpoints_total_limit 1 --resume_from_checkpoint latest
-            --report_to none""".split()
+            --text_encoder_lr {args.learning_rate} --lr_scheduler cosine --lr_warmup_steps {args.steps // 10}
+            --seed {seed} --checkpointing_steps 1000000 --checkpoints_total_limit 1
+            --resume_from_checkpoint latest --report_to none""".split()
         words += ["--pretrained_model_name_or_path", args.base, "--output_dir", str(folder)]
         words += ["--train_data_dir", str(args.output_dir / "data" / part)]
         with handlers_restored():
@@ -243,9 +243,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add(
         "--learning_rate",
         type=float,
-        default=1e-3,
+        default=2e-3,
         metavar="X",
-        help="Learning rate of UNet and text encoder. Default: %(default)s.",
+        help="Highest learning rate of UNet and text encoder. Default: %(default)s.",
     )
     add("--num_inference_steps", type=int, default=20, metavar="N", help="DDIM steps. Default: %(default)s.")
     add("--guidance_scale", type=float, default=4.0, metavar="X", help="Default: %(default)s.")

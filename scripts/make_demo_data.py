@@ -20,6 +20,9 @@ from pathlib import Path
 from defectfill.drawn.parts import PARTS, write_parts
 
 
+DEFECTS = sorted({defect for _, defects in PARTS.values() for defect in defects})
+
+
 def main(input_args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -32,11 +35,16 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument(
         "--good", type=int, default=24, metavar="N", help="Good images of each part. Default: %(default)s."
     )
+    types_help = "Types of defect to draw. Default: all of each part."
+    parser.add_argument("--types", nargs="+", choices=DEFECTS, default=[], metavar="TYPE", help=types_help)
+    masks_help = "Types for which each good image gets a mask, where such a defect could be: good_masks/TYPE."
+    parser.add_argument("--good_masks", nargs="+", choices=DEFECTS, default=[], metavar="TYPE", help=masks_help)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="Default: all.")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")
     args = parser.parse_args(input_args)
     processes = os.cpu_count() or 1
-    write_parts(args.output_dir, args.parts, args.size, args.defects, args.good, args.seed, processes)
+    given = (args.size, args.defects, args.good, args.seed, processes, args.types, args.good_masks)
+    write_parts(args.output_dir, args.parts, *given)
 
 
 if __name__ == "__main__":

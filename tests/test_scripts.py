@@ -57,6 +57,20 @@ def test_demo_data_is_a_dataset_with_exact_masks(tmp_path):
     assert len(alone) == 14 and all((tmp_path / name).read_bytes() == drawn for name, drawn in alone.items())
 
 
+def test_masks_for_good_boards_lie_on_copper(tmp_path):
+    sizes = "--size 64 --defects 1 --good 4 --parts board cloth --types open --good_masks open".split()
+    make_demo_data.main(["--output_dir", str(tmp_path), *sizes])
+    board = tmp_path / "board"
+    folders = {str(file.parent.relative_to(tmp_path)) for file in tmp_path.rglob("*.png")}
+    drawn = {f"board/{kind}" for kind in ("train/good", "test/open", "ground_truth/open", "good_masks/open")}
+    assert folders == {*drawn, "cloth/train/good"}
+    for file in (board / "train/good").iterdir():
+        green = np.asarray(Image.open(file))[..., 1]
+        inside = np.asarray(Image.open(board / "good_masks/open" / f"{file.stem}_mask.png")) > 0
+        assert inside.any() and np.quantile(green[inside], 0.7) > 1.5 * np.quantile(green, 0.1)
+    assert load_defect_pairs(tmp_path, "board")["good"].num_rows == 4
+
+
 @pytest.mark.parametrize("part, defect", [(p, d) for p, (_, ds) in PARTS.items() for d in ds])
 def test_a_defect_changes_the_picture_inside_its_mask_alone(part, defect):
     make, defects = PARTS[part]

@@ -8,7 +8,7 @@ Shapes: H x W pixels at twice the size asked for, halved at the end. Heights are
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -440,21 +440,47 @@ def render(part: str, defect: str | None, size: int, seed: tuple[int, ...]) -> t
     picture = light(rng, surface, rng.uniform(0.9, 1.15))
     half = picture.reshape(size, 2, size, 2, 3).mean(axis=(1, 3))
     image = Image.fromarray((half * 255).round().astype(np.uint8))
-    if mask is None:
-        return image, None
-    covered = mask.reshape(size, 2, size, 2).mean(axis=(1, 3)) >= 0.5
-    return image, Image.fromarray(covered).convert("L")
+    return image, None if mask is None else mask_image(mask)
+
+
+def good_mask(part: str, defect: str, size: int, seed: tuple[int, ...]) -> Image.Image:
+    """A mask (255 inside) where such a defect could be on the good part that `render` draws from this seed."""
+    rng = np.random.default_rng([*seed, *part.encode(), *b"good"])
+    make, defects = PARTS[part]
+    return mask_image(defects[defect](rng, make(rng, 2 * size)))
+
+
+def mask_image(mask: np.ndarray) -> Image.Image:
+    """A (2 S, 2 S) bool mask as an image of S pixels a side, 255 where half of a pixel is inside."""
+    size = len(mask) // 2
+    return Image.fromarray(mask.reshape(size, 2, size, 2).mean(axis=(1, 3)) >= 0.5).convert("L")
 
 
 def write_parts(
-    folder: Path, parts: Iterable[str], size: int, defects: int, good: int, seed: int, processes: int = 1
+    folder: Path,
+    parts: Iterable[str],
+    size: int,
+    defects: int,
+    good: int,
+    seed: int,
+    processes: int = 1,
+    types: Collection[str] = (),
+    good_masks: Collection[str] = (),
 ) -> None:
-    """Writes parts in MVTec AD's layout: `defects` pairs of each type and `good` images, `size` pixels a side."""
+    """Writes parts in MVTec AD's layout: `defects` pairs of each type and `good` images, `size` pixels a side.
+
+    Args:
+        types: of defect; all if empty.
+        good_masks: types of defect for which each good image gets a mask, in `good_masks/<type>/`.
+    """
     jobs = []
     for part in parts:
         of_part = folder / part
         jobs += [(part, None, i, of_part / "train/good" / f"{i:03d}.png", None) for i in range(good)]
-        for defect in PARTS[part][1]:
+        wanted = [defect for defect in good_masks if defect in PARTS[part][1]]
+        masks_of = {defect: of_part / "good_masks" / defect for defect in wanted}
+        jobs += [(part, d, i, None, to / f"{i:03d}_mask.png") for d, to in masks_of.items() for i in range(good)]
+        for defect in (d for d in PARTS[part][1] if not types or d in types):
             masks = of_part / "ground_truth" / defect
             jobs += [
                 (part, defect, i, of_part / "test" / defect / f"{i:03d}.png", masks / f"{i:03d}_mask.png")
@@ -466,11 +492,13 @@ def write_parts(
             pass
 
 
-def write_part(size: int, seed: int, job: tuple[str, str | None, int, Path, Path | None]) -> None:
-    """One image of `write_parts`, with its mask."""
+def write_part(size: int, seed: int, job: tuple[str, str | None, int, Path | None, Path | None]) -> None:
+    """One image of `write_parts`, its mask, or both."""
     part, defect, index, *paths = job
-    for picture, path in zip(render(part, defect, size, (seed, index)), paths):
-        if picture is not None:
+    seeds = (seed, index)
+    pictures = render(part, defect, size, seeds) if paths[0] else (None, good_mask(part, defect, size, seeds))
+    for picture, path in zip(pictures, paths):
+        if path and picture:
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
 

@@ -363,13 +363,16 @@ def on_track(rng: np.random.Generator, surface: Surface, edge: bool) -> np.ndarr
 def etch(rng: np.random.Generator, surface: Surface, field: np.ndarray, copper: bool) -> np.ndarray:
     """Lays copper where `field` is below 0, or takes it away; returns the mask of what changed."""
     size = len(surface.tracks)
-    ink = smoothstep(0.008, -0.008, field)
-    ink *= (1 - surface.tracks) if copper else surface.tracks
-    bare = surface.tracks < 0.1
-    tone = np.median(surface.colour[(surface.tracks > 0.9) if copper else bare], axis=0)
-    paint(surface, ink, tone * (1 + 0.05 * fractal(rng, size, 0.03, 2))[..., None])
+    where = smoothstep(0.008, -0.008, field)
+    ink = where * ((1 - surface.tracks) if copper else surface.tracks)
+    like = surface.tracks > 0.9 if copper else surface.tracks < 0.1
+    tone = np.median(surface.colour[like], axis=0)
+    mask = ndimage.binary_dilation(ink > 0.3, iterations=max(1, size // 100))
+    paint(
+        surface, where * mask, tone * (1 + 0.05 * fractal(rng, size, 0.03, 2))[..., None]
+    )  # the track's old edge too
     surface.height += (2.2 if copper else -2.2) * ink
-    return ndimage.binary_dilation(ink > 0.3, iterations=max(1, size // 100))
+    return mask
 
 
 def open_track(rng: np.random.Generator, surface: Surface) -> np.ndarray:

@@ -71,6 +71,14 @@ def test_masks_for_good_boards_lie_on_copper(tmp_path):
     assert load_defect_pairs(tmp_path, "board")["good"].num_rows == 4
 
 
+@pytest.mark.parametrize("flag", ["--types", "--good_masks"])
+def test_a_type_that_no_chosen_part_has_is_refused(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        make_demo_data.main(["--output_dir", str(tmp_path), "--parts", "nut", "board", flag, "open", "stain"])
+    assert f"{flag} stain: no type of nut, board; add plate or cloth to --parts" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("part, defect", [(p, d) for p, (_, ds) in PARTS.items() for d in ds])
 def test_a_defect_changes_the_picture_inside_its_mask_alone(part, defect):
     make, defects = PARTS[part]

@@ -368,9 +368,8 @@ def etch(rng: np.random.Generator, surface: Surface, field: np.ndarray, copper: 
     like = surface.tracks > 0.9 if copper else surface.tracks < 0.1
     tone = np.median(surface.colour[like], axis=0)
     mask = ndimage.binary_dilation(ink > 0.3, iterations=max(1, size // 100))
-    paint(
-        surface, where * mask, tone * (1 + 0.05 * fractal(rng, size, 0.03, 2))[..., None]
-    )  # the track's old edge too
+    grain = 1 + 0.05 * fractal(rng, size, 0.03, 2)
+    paint(surface, where * mask, tone * grain[..., None])  # over the track's old edge, too
     surface.height += (2.2 if copper else -2.2) * ink
     return mask
 

@@ -300,8 +300,7 @@ def test_every_process_leaves_the_group(small_runs, tmp_path, script):
     """One that ended inside it, while the other still worked, has aborted: the launcher then ends with status 1."""
     (tmp_path / "driver.py").write_text(LEAVES)
     done = launch(tmp_path / "driver.py", ROOT / script, *small_runs[script], "--output_dir", tmp_path / "out")
-    lines = done.stdout.splitlines()
-    assert lines.count("leaves") == lines.count("is out") == 2
+    assert done.stdout.count("leaves") == done.stdout.count("is out") == 2  # lines of two processes may run together
 
 
 def test_the_wait_is_longer_than_a_push(train, monkeypatch):

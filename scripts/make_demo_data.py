@@ -42,14 +42,14 @@ def main(input_args: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="Default: all.")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="Default: %(default)s.")
     args = parser.parse_args(input_args)
+    offered = {defect for part in args.parts for defect in PARTS[part][1]}
     for flag, types in (("--types", args.types), ("--good_masks", args.good_masks)):
-        for defect in types:
-            if not any(defect in PARTS[part][1] for part in args.parts):
-                having = " or ".join(part for part, (_, defects) in PARTS.items() if defect in defects)
-                parser.error(f"{flag} {defect}: no type of {', '.join(args.parts)}; add {having} to --parts")
-    processes = os.cpu_count() or 1
-    given = (args.size, args.defects, args.good, args.seed, processes, args.types, args.good_masks)
-    write_parts(args.output_dir, args.parts, *given)
+        for defect in sorted({*types} - offered):
+            having = " or ".join(part for part, (_, defects) in PARTS.items() if defect in defects)
+            parser.error(f"{flag} {defect}: no type of {', '.join(args.parts)}; add {having} to --parts")
+    sizes = {"size": args.size, "defects": args.defects, "good": args.good, "seed": args.seed}
+    kinds = {"types": args.types, "good_masks": args.good_masks}
+    write_parts(args.output_dir, args.parts, **sizes, processes=os.cpu_count() or 1, **kinds)
 
 
 if __name__ == "__main__":

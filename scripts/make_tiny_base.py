@@ -594,7 +594,7 @@ def main(args: argparse.Namespace) -> None:
                 lambda: make_scenes(pictures, args.resolution, cells, args.marks, args.seed, args.workers),
             )
         if args.scenes_only:
-            return
+            return accelerator.end_training()
         pipe.to(device)
 
         def crops(batch_size: int) -> Callable[[], tuple]:

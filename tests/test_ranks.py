@@ -288,18 +288,24 @@ def small_runs(trained, data) -> dict[str, list]:
     """Arguments of a short run of each script, all but the output folder."""
     sizes = "--resolution 32 --pictures 20 --workers 1 --crop_batch_size 4 --whole_batch_size 4 --decoder_steps 0"
     steps, random_masks = "--vae_steps 1 --crop_steps 1 --whole_steps 1", ["--mask_source", "random", *FAST]
+    small_base = ["--base", ROOT / "scripts/tiny_base", *f"{sizes} {steps}".split()]
     return {
         "generate_defectfill.py": ["--lora", trained, "--image", data / "train/good", *random_masks],
-        "scripts/make_tiny_base.py": ["--base", ROOT / "scripts/tiny_base", *f"{sizes} {steps}".split()],
+        "scripts/make_tiny_base.py": small_base,
+        "scripts/make_tiny_base.py --scenes_only": small_base,
     }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["generate_defectfill.py", "scripts/make_tiny_base.py"])
-def test_every_process_leaves_the_group(small_runs, tmp_path, script):
+@pytest.mark.parametrize(
+    "command", ["generate_defectfill.py", "scripts/make_tiny_base.py", "scripts/make_tiny_base.py --scenes_only"]
+)
+def test_every_process_leaves_the_group(small_runs, tmp_path, command):
     """One that ended inside it, while the other still worked, has aborted: the launcher then ends with status 1."""
     (tmp_path / "driver.py").write_text(LEAVES)
-    done = launch(tmp_path / "driver.py", ROOT / script, *small_runs[script], "--output_dir", tmp_path / "out")
+    script, *flags = command.split()
+    argv = [ROOT / script, *flags, *small_runs[command], "--output_dir", tmp_path / "out"]
+    done = launch(tmp_path / "driver.py", *argv)
     assert done.stdout.count("goes") == done.stdout.count("is out") == 2  # lines of two processes may run together
 
 

@@ -433,12 +433,16 @@ PARTS: dict[str, tuple[Part, dict[str, Defect]]] = {
 # Pictures and files
 
 
+def unlit(part: str, kind: str, size: int, seed: tuple[int, ...]) -> tuple[np.random.Generator, Surface]:
+    """A part without a defect and light yet, and the generator that draws the rest; `kind` is a defect or "good"."""
+    rng = np.random.default_rng([*seed, *part.encode(), *kind.encode()])
+    return rng, PARTS[part][0](rng, 2 * size)
+
+
 def render(part: str, defect: str | None, size: int, seed: tuple[int, ...]) -> tuple[Image.Image, Image.Image | None]:
     """An image of a part, `size` pixels a side, and its mask (255 inside the defect), None for a good one."""
-    rng = np.random.default_rng([*seed, *part.encode(), *(defect or "good").encode()])
-    make, defects = PARTS[part]
-    surface = make(rng, 2 * size)
-    mask = defects[defect](rng, surface) if defect else None
+    rng, surface = unlit(part, defect or "good", size, seed)
+    mask = PARTS[part][1][defect](rng, surface) if defect else None
     picture = light(rng, surface, rng.uniform(0.9, 1.15))
     half = picture.reshape(size, 2, size, 2, 3).mean(axis=(1, 3))
     image = Image.fromarray((half * 255).round().astype(np.uint8))
@@ -447,9 +451,7 @@ def render(part: str, defect: str | None, size: int, seed: tuple[int, ...]) -> t
 
 def good_mask(part: str, defect: str, size: int, seed: tuple[int, ...]) -> Image.Image:
     """A mask (255 inside) where such a defect could be on the good part that `render` draws from this seed."""
-    rng = np.random.default_rng([*seed, *part.encode(), *b"good"])
-    make, defects = PARTS[part]
-    return mask_image(defects[defect](rng, make(rng, 2 * size)))
+    return mask_image(PARTS[part][1][defect](*unlit(part, "good", size, seed)))
 
 
 def mask_image(mask: np.ndarray) -> Image.Image:
@@ -479,9 +481,9 @@ def write_parts(
     for part in parts:
         of_part = folder / part
         jobs += [(part, None, i, of_part / "train/good" / f"{i:03d}.png", None) for i in range(good)]
-        wanted = [defect for defect in good_masks if defect in PARTS[part][1]]
-        masks_of = {defect: of_part / "good_masks" / defect for defect in wanted}
-        jobs += [(part, d, i, None, to / f"{i:03d}_mask.png") for d, to in masks_of.items() for i in range(good)]
+        for defect in (d for d in PARTS[part][1] if d in good_masks):
+            masks = of_part / "good_masks" / defect
+            jobs += [(part, defect, i, None, masks / f"{i:03d}_mask.png") for i in range(good)]
         for defect in (d for d in PARTS[part][1] if not types or d in types):
             masks = of_part / "ground_truth" / defect
             jobs += [
@@ -500,7 +502,7 @@ def write_part(size: int, seed: int, job: tuple[str, str | None, int, Path | Non
     seeds = (seed, index)
     pictures = render(part, defect, size, seeds) if paths[0] else (None, good_mask(part, defect, size, seeds))
     for picture, path in zip(pictures, paths):
-        if path and picture:
+        if picture is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
 

@@ -55,6 +55,8 @@ VARIANTS = {
     "whole images": [*RECIPE, "--zoom", "off"],
     "the paper's LoRA": RANK[:4],  # rank 8 on attention
     "rank 32 on attention": RANK,
+    "rank 32, feed-forward too": [*RANK, "--lora_targets", "attention+ff"],
+    "rank 32, on convolutions 8": [*RECIPE, "--conv_rank", "8"],
     "no L_def": [*RECIPE, "--lambda_def", "0"],
     "no L_obj": [*RECIPE, "--lambda_obj", "0"],
     "no L_attn": [*RECIPE, "--lambda_attn", "0"],
@@ -64,6 +66,7 @@ VARIANTS = {
     "alpha 0": [*RECIPE, "--background_alpha", "0"],
     "alpha 1": [*RECIPE, "--background_alpha", "1"],
     "high-noise power 0.5": [*RECIPE, "--high_noise_power", "0.5"],
+    "high timesteps 3 times as often": RECIPE + "--timestep_bias_strategy later --timestep_bias_multiplier 3".split(),
     "min-SNR 5": [*RECIPE, "--snr_gamma", "5"],
     "offset noise 0.1": [*RECIPE, "--noise_offset", "0.1"],
 }

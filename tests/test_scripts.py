@@ -20,6 +20,7 @@ from networks import make_squeezenet
 from PIL import Image
 from runs import fork, in_clean_process, launch, read_lines, reset_accelerate, wait_for
 from safetensors.torch import load_file, save_file
+from scipy import ndimage
 
 from defectfill.drawn.comparison import read_whole_image_lora
 from defectfill.drawn.pairs import drawn_pairs
@@ -28,6 +29,7 @@ from defectfill.drawn.scores import defect_features, iou
 from defectfill.drawn.small_base import SHAPES, WORDS
 from defectfill.random_base import random_sd2_pipeline
 from defectfill.sampling import ddim, inpaint
+from defectfill.seam import RAMP_PIXELS
 from defectfill_dataset import InputError, binarise, check_pairs, image_tensor, load_defect_pairs, upsample_mask
 from defectfill_scripts import (
     ablate,
@@ -88,6 +90,26 @@ def test_a_defect_changes_the_picture_inside_its_mask_alone(part, defect):
         assert mask.any() and mask.mean() < 0.2 and (mask & bad.part).sum() > 0.9 * mask.sum()
         change = np.abs(bad.colour - good.colour).sum(axis=-1) + np.abs(bad.height - good.height)
         assert change[mask].mean() > 20 * change[~mask].mean() + 1e-6
+
+
+@pytest.mark.parametrize("defect", PARTS["board"][1])
+def test_a_boards_defect_leaves_pads_alone_and_lies_deeper_in_its_mask_than_the_blending_reaches(defect):
+    make, defects = PARTS["board"]
+    for seed in range(6):
+        good, bad = (make(np.random.default_rng(seed), 512) for _ in range(2))  # halved, 256 px
+        mask = defects[defect](np.random.default_rng(seed), bad)
+        copper = np.abs(bad.height - good.height) > 1
+        assert ndimage.distance_transform_edt(mask)[copper].min() > 2 * RAMP_PIXELS
+        assert np.array_equal(bad.colour[good.shine > 0.3], good.colour[good.shine > 0.3])
+
+
+def test_a_short_joins_two_tracks():
+    make, defects = PARTS["board"]
+    for seed in range(6):
+        board = make(np.random.default_rng(seed), 256)
+        tracks, _ = ndimage.label(board.tracks > 0.5)
+        mask = defects["short"](np.random.default_rng(seed), board)
+        assert len(np.unique(tracks[mask & (tracks > 0)])) > 1
 
 
 def test_pictures_are_a_function_of_their_seed():

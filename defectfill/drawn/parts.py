@@ -356,22 +356,26 @@ def on_track(rng: np.random.Generator, surface: Surface, edge: bool) -> np.ndarr
     wanted = inside & ((depth < 1.5) if edge else (depth > 0.8 * widest))
     y, x = grid(size)
     plain = ndimage.gaussian_filter(inside * 1.0, size / 25) > 0.15  # not at a track's end
-    places = np.argwhere(wanted & plain & (np.maximum(abs(y), abs(x)) < 0.7))
+    far = ndimage.distance_transform_edt(surface.shine < 0.2) > 0.25 * surface.pitch * size  # from pads, which shine
+    places = np.argwhere(wanted & plain & far & (np.maximum(abs(y), abs(x)) < 0.7))
     return places[rng.integers(len(places))] / (size - 1) * 2 - 1
 
 
 def etch(rng: np.random.Generator, surface: Surface, field: np.ndarray, copper: bool) -> np.ndarray:
-    """Lays copper where `field` is below 0, or takes it away; returns the mask of what changed."""
+    """Lays copper where `field` is below 0, or takes it away; returns the mask of what changed, with a margin.
+
+    Candidates are blended in over the margin. Without it, the track's old edge would show through.
+    """
     size = len(surface.tracks)
     where = smoothstep(0.008, -0.008, field)
     ink = where * ((1 - surface.tracks) if copper else surface.tracks)
     like = surface.tracks > 0.9 if copper else surface.tracks < 0.1
     tone = np.median(surface.colour[like], axis=0)
-    mask = ndimage.binary_dilation(ink > 0.3, iterations=max(1, size // 100))
+    distance, margin = ndimage.distance_transform_edt(ink < 0.3), size / 100
     grain = 1 + 0.05 * fractal(rng, size, 0.03, 2)
-    paint(surface, where * mask, tone * grain[..., None])  # over the track's old edge, too
+    paint(surface, where * (distance <= margin), tone * grain[..., None])  # over the track's old edge, too
     surface.height += (2.2 if copper else -2.2) * ink
-    return mask
+    return distance <= 1.5 * margin
 
 
 def open_track(rng: np.random.Generator, surface: Surface) -> np.ndarray:
@@ -384,13 +388,17 @@ def open_track(rng: np.random.Generator, surface: Surface) -> np.ndarray:
 def short(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     """Copper between a track and the next."""
     size = len(surface.tracks)
-    start = on_track(rng, surface, edge=False)
     dy, dx = np.gradient(ndimage.gaussian_filter(surface.tracks, size / 60))
-    row, column = np.clip(((start + 1) / 2 * (size - 1)).round().astype(int) + [3, 3], 0, size - 1)
-    across = np.arctan2(dy[row, column], dx[row, column]) + rng.choice([0, np.pi])
-    line = wandering_line(rng, start, across, surface.pitch, 0.4)
+    for _ in range(50):
+        start = on_track(rng, surface, edge=False)
+        row, column = np.clip(((start + 1) / 2 * (size - 1)).round().astype(int) + [3, 3], 0, size - 1)
+        across = np.arctan2(dy[row, column], dx[row, column]) + rng.choice([0, np.pi])
+        line = wandering_line(rng, start, across, surface.pitch, 0.4)
+        place = np.clip(((line + 1) / 2 * (size - 1)).round().astype(int), 0, size - 1)
+        if surface.tracks[*place[-1]] > 0.5 and surface.shine[*place.T].max() < 0.2:
+            break  # there is a next track, and no pad between
     distance, along = distance_to(line, size)
-    width = surface.pitch * rng.uniform(0.12, 0.2) * (1 + 0.8 * np.abs(2 * along - 1) ** 2)
+    width = surface.pitch * rng.uniform(0.1, 0.16) * (1 + 0.3 * np.abs(2 * along - 1) ** 2)
     return etch(rng, surface, distance - width, copper=True)
 
 

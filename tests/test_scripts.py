@@ -408,6 +408,12 @@ def test_an_ablation_inpaints_in_crops_as_a_lora_was_trained_and_nothing_else_ch
     assert images.shape == (1, 3, 32, 32) and masks.sum() == 4 and masks[0, 0, 12:14, 10:12].all()
 
 
+@pytest.mark.parametrize("variant", ablate.VARIANTS)
+def test_training_takes_the_options_of_each_variant(variant, base, tmp_path):
+    words = f"--pretrained_model_name_or_path {base} --train_data_dir {tmp_path} --output_dir {tmp_path}/out".split()
+    ablate.train_defectfill.parse_args([*words, *ablate.VARIANTS[variant]])
+
+
 def test_an_ablation_killed_while_it_draws_parts_draws_them_again(tmp_path, monkeypatch):
     draw = ablate.write_parts
 

@@ -71,9 +71,14 @@ def jagged_line(rng: np.random.Generator, start: np.ndarray, angle: float, lengt
     return start + np.stack([np.interp(t, np.arange(bends + 1), corners[:, i]) for i in range(2)], axis=1)
 
 
+def pixels(points: np.ndarray, size: int) -> np.ndarray:
+    """(..., 2) rows and columns of points (y, x) in [-1, 1]; those of points beyond the image lie outside it."""
+    return np.rint((points + 1) / 2 * (size - 1)).astype(int)
+
+
 def distance_to(points: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Distance of every pixel to a line of points, in half sides, and how far along the line (0 to 1) that is."""
-    place = np.rint((points + 1) / 2 * (size - 1)).astype(int)
+    place = pixels(points, size)
     inside = ((place >= 0) & (place < size)).all(axis=1)
     along = np.zeros((size, size))
     empty = np.ones((size, size), dtype=bool)
@@ -101,6 +106,7 @@ class Surface:
         shine: strength of the highlight, a number or (H, W).
         part: (H, W) bool, where the part is (a defect lies inside).
         tracks: (H, W) in [0, 1], the copper of a board; None for other parts.
+        pads: (H, W) in [0, 1], its gold.
         pitch: from one track to the next, in half sides.
     """
 
@@ -109,6 +115,7 @@ class Surface:
     shine: np.ndarray | float
     part: np.ndarray
     tracks: np.ndarray | None = None
+    pads: np.ndarray | None = None
     pitch: float = 0.0
 
 
@@ -229,7 +236,7 @@ def board(rng: np.random.Generator, size: int) -> Surface:
     colour += bores[..., None] * (0.04 - colour)
     height = 2.2 * np.maximum(tracks, pads) - 5 * bores + 0.12 * fractal(rng, size, 0.02, 2)
     tracks = tracks * (1 - pads)
-    return Surface(height, colour, 0.10 + 0.25 * pads, np.ones((size, size), dtype=bool), tracks, pitch)
+    return Surface(height, colour, 0.10 + 0.25 * pads, np.ones((size, size), dtype=bool), tracks, pads, pitch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,8 +354,8 @@ def tear(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     return mask
 
 
-def on_track(rng: np.random.Generator, surface: Surface, edge: bool) -> np.ndarray:
-    """(y, x) in [-1, 1], in the middle of a track or at its edge, away from the picture's border and from pads."""
+def track_places(surface: Surface, edge: bool) -> np.ndarray:
+    """(n, 2) places (y, x) in [-1, 1] in the middle of a track or at its edge, away from the border and from pads."""
     size = len(surface.tracks)
     inside = surface.tracks > 0.5
     depth = ndimage.distance_transform_edt(inside)
@@ -356,9 +363,13 @@ def on_track(rng: np.random.Generator, surface: Surface, edge: bool) -> np.ndarr
     wanted = inside & ((depth < 1.5) if edge else (depth > 0.8 * widest))
     y, x = grid(size)
     plain = ndimage.gaussian_filter(inside * 1.0, size / 25) > 0.15  # not at a track's end
-    far = ndimage.distance_transform_edt(surface.shine < 0.2) > 0.25 * surface.pitch * size  # from pads, which shine
-    places = np.argwhere(wanted & plain & far & (np.maximum(abs(y), abs(x)) < 0.7))
-    return places[rng.integers(len(places))] / (size - 1) * 2 - 1
+    far = ndimage.distance_transform_edt(surface.pads < 0.4) > 0.25 * surface.pitch * size
+    return np.argwhere(wanted & plain & far & (np.maximum(abs(y), abs(x)) < 0.7)) / (size - 1) * 2 - 1
+
+
+def on_track(rng: np.random.Generator, surface: Surface, edge: bool) -> np.ndarray:
+    """One of `track_places`."""
+    return rng.choice(track_places(surface, edge))
 
 
 def etch(rng: np.random.Generator, surface: Surface, field: np.ndarray, copper: bool) -> np.ndarray:
@@ -388,14 +399,15 @@ def open_track(rng: np.random.Generator, surface: Surface) -> np.ndarray:
 def short(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     """Copper between a track and the next."""
     size = len(surface.tracks)
+    places = track_places(surface, edge=False)
     dy, dx = np.gradient(ndimage.gaussian_filter(surface.tracks, size / 60))
     for _ in range(50):
-        start = on_track(rng, surface, edge=False)
-        row, column = np.clip(((start + 1) / 2 * (size - 1)).round().astype(int) + [3, 3], 0, size - 1)
-        across = np.arctan2(dy[row, column], dx[row, column]) + rng.choice([0, np.pi])
+        start = rng.choice(places)
+        beside = tuple(np.clip(pixels(start, size) + 3, 0, size - 1))  # in the very middle there is no slope
+        across = np.arctan2(dy[beside], dx[beside]) + rng.choice([0, np.pi])
         line = wandering_line(rng, start, across, surface.pitch, 0.4)
-        place = np.clip(((line + 1) / 2 * (size - 1)).round().astype(int), 0, size - 1)
-        if surface.tracks[*place[-1]] > 0.5 and surface.shine[*place.T].max() < 0.2:
+        rows, columns = np.clip(pixels(line, size), 0, size - 1).T
+        if surface.tracks[rows[-1], columns[-1]] > 0.5 and surface.pads[rows, columns].max() < 0.4:
             break  # there is a next track, and no pad between
     distance, along = distance_to(line, size)
     width = surface.pitch * rng.uniform(0.1, 0.16) * (1 + 0.3 * np.abs(2 * along - 1) ** 2)

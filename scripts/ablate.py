@@ -47,7 +47,7 @@ from defectfill_dataset.text import Schema, read_json
 
 
 MAY_CHANGE = ("output_dir", "variants", "seeds", "cases")  # when an ablation goes on
-# Of scripts/demo.sh.
+# Of scripts/demo.sh, which also draws high timesteps more often.
 RANK = "--zoom on --cache_latents 8 --rank 32 --lora_alpha 32 --lora_dropout 0".split()
 RECIPE = [*RANK, "--lora_targets", "all"]
 VARIANTS = {

@@ -88,12 +88,19 @@ def distance_to(points: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     return distance * 2 / size, along[ny, nx]
 
 
-def blob(rng: np.random.Generator, size: int, centre: np.ndarray, radius: float, rough: float) -> np.ndarray:
-    """Signed distance-like field: below 0 inside an irregular blob of about `radius`, in half sides."""
+def blob(
+    rng: np.random.Generator, size: int, centre: np.ndarray, radius: float, rough: float, bumps: float = 0.8
+) -> np.ndarray:
+    """Signed distance-like field: below 0 inside an irregular blob of about `radius`, in half sides.
+
+    Args:
+        rough: height of the outline's bumps, in radii.
+        bumps: width of the largest of them, in radii.
+    """
     y, x = grid(size)
     stretch = rng.uniform(0.75, 1.3)
     v, u = rotate(y - centre[0], x - centre[1], rng.uniform(0, np.pi))
-    return np.hypot(v * stretch, u / stretch) - radius * (1 + rough * fractal(rng, size, 0.8 * radius, 3))
+    return np.hypot(v * stretch, u / stretch) - radius * (1 + rough * fractal(rng, size, bumps * radius, 3))
 
 
 @dataclasses.dataclass
@@ -354,6 +361,9 @@ def tear(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     return mask
 
 
+BUMPS = 0.5  # on the outlines of open circuits, mouse bites and spurs; docs/ablation.md compares them with real ones
+
+
 def track_places(surface: Surface, edge: bool) -> np.ndarray:
     """(n, 2) places (y, x) in [-1, 1] in the middle of a track or at its edge, away from the border and from pads."""
     size = len(surface.tracks)
@@ -392,7 +402,7 @@ def etch(rng: np.random.Generator, surface: Surface, field: np.ndarray, copper: 
 def open_track(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     """A gap in a track, with ragged ends."""
     radius = surface.pitch * rng.uniform(0.28, 0.42)
-    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=False), radius, 0.12)
+    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=False), radius, 0.2, BUMPS)
     return etch(rng, surface, field, copper=False)
 
 
@@ -415,16 +425,16 @@ def short(rng: np.random.Generator, surface: Surface) -> np.ndarray:
 
 
 def mouse_bite(rng: np.random.Generator, surface: Surface) -> np.ndarray:
-    """A round notch in a track's edge."""
+    """A nibbled notch in a track's edge."""
     radius = surface.pitch * rng.uniform(0.17, 0.24)
-    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=True), radius, 0.12)
+    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=True), radius, 0.2, BUMPS)
     return etch(rng, surface, field, copper=False)
 
 
 def spur(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     """A bump of copper on a track's edge."""
     radius = surface.pitch * rng.uniform(0.17, 0.26)
-    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=True), radius, 0.15)
+    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=True), radius, 0.15, BUMPS)
     return etch(rng, surface, field, copper=True)
 
 

@@ -21,10 +21,11 @@ from PIL import Image
 from runs import fork, in_clean_process, launch, read_lines, reset_accelerate, wait_for
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
+from scipy.spatial import ConvexHull
 
 from defectfill.drawn.comparison import read_whole_image_lora
 from defectfill.drawn.pairs import drawn_pairs
-from defectfill.drawn.parts import PARTS, render, write_parts
+from defectfill.drawn.parts import BUMPS, PARTS, blob, render, write_parts
 from defectfill.drawn.scores import defect_features, iou
 from defectfill.drawn.small_base import SHAPES, WORDS
 from defectfill.random_base import random_sd2_pipeline
@@ -79,6 +80,15 @@ def test_a_type_that_no_chosen_part_has_is_refused(tmp_path, capsys, flag):
         make_demo_data.main(["--output_dir", str(tmp_path), "--parts", "nut", "board", flag, "open", "stain"])
     assert f"{flag} stain: no type of nut, board; add plate or cloth to --parts" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_bumps_make_an_outline_ragged():
+    def solidity(*roughness: float) -> float:
+        shapes = [blob(np.random.default_rng(seed), 128, np.zeros(2), 0.4, *roughness) < 0 for seed in range(12)]
+        return np.mean([shape.sum() / ConvexHull(np.argwhere(shape)).volume for shape in shapes])
+
+    assert solidity(0.2, BUMPS) < solidity(0.2) < solidity(0.1)
+    assert solidity(0.2, BUMPS) < solidity(0.1) - 0.05
 
 
 @pytest.mark.parametrize("part, defect", [(p, d) for p, (_, ds) in PARTS.items() for d in ds])

@@ -361,9 +361,6 @@ def tear(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     return mask
 
 
-BUMPS = 0.5  # on the outlines of open circuits, mouse bites and spurs; docs/ablation.md compares them with real ones
-
-
 def track_places(surface: Surface, edge: bool) -> np.ndarray:
     """(n, 2) places (y, x) in [-1, 1] in the middle of a track or at its edge, away from the border and from pads."""
     size = len(surface.tracks)
@@ -375,11 +372,6 @@ def track_places(surface: Surface, edge: bool) -> np.ndarray:
     plain = ndimage.gaussian_filter(inside * 1.0, size / 25) > 0.15  # not at a track's end
     far = ndimage.distance_transform_edt(surface.pads < 0.4) > 0.25 * surface.pitch * size
     return np.argwhere(wanted & plain & far & (np.maximum(abs(y), abs(x)) < 0.7)) / (size - 1) * 2 - 1
-
-
-def on_track(rng: np.random.Generator, surface: Surface, edge: bool) -> np.ndarray:
-    """One of `track_places`."""
-    return rng.choice(track_places(surface, edge))
 
 
 def etch(rng: np.random.Generator, surface: Surface, field: np.ndarray, copper: bool) -> np.ndarray:
@@ -399,11 +391,26 @@ def etch(rng: np.random.Generator, surface: Surface, field: np.ndarray, copper: 
     return distance <= 1.5 * margin
 
 
+BUMPS = 0.5  # on the outlines of open circuits, mouse bites and spurs; docs/ablation.md compares them with real ones
+
+
+def etch_blob(
+    rng: np.random.Generator, surface: Surface, radii: tuple[float, float], *outline: float, edge: bool, copper: bool
+) -> np.ndarray:
+    """Etches a blob at one of `track_places`.
+
+    Args:
+        radii: least and greatest radius, in pitches.
+        outline: `rough` and `bumps` of the blob.
+    """
+    radius = surface.pitch * rng.uniform(*radii)
+    field = blob(rng, len(surface.tracks), rng.choice(track_places(surface, edge)), radius, *outline)
+    return etch(rng, surface, field, copper)
+
+
 def open_track(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     """A gap in a track, with ragged ends."""
-    radius = surface.pitch * rng.uniform(0.28, 0.42)
-    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=False), radius, 0.2, BUMPS)
-    return etch(rng, surface, field, copper=False)
+    return etch_blob(rng, surface, (0.28, 0.42), 0.2, BUMPS, edge=False, copper=False)
 
 
 def short(rng: np.random.Generator, surface: Surface) -> np.ndarray:
@@ -426,23 +433,17 @@ def short(rng: np.random.Generator, surface: Surface) -> np.ndarray:
 
 def mouse_bite(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     """A nibbled notch in a track's edge."""
-    radius = surface.pitch * rng.uniform(0.17, 0.24)
-    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=True), radius, 0.2, BUMPS)
-    return etch(rng, surface, field, copper=False)
+    return etch_blob(rng, surface, (0.17, 0.24), 0.2, BUMPS, edge=True, copper=False)
 
 
 def spur(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     """A bump of copper on a track's edge."""
-    radius = surface.pitch * rng.uniform(0.17, 0.26)
-    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=True), radius, 0.15, BUMPS)
-    return etch(rng, surface, field, copper=True)
+    return etch_blob(rng, surface, (0.17, 0.26), 0.15, BUMPS, edge=True, copper=True)
 
 
 def pin_hole(rng: np.random.Generator, surface: Surface) -> np.ndarray:
     """A small round hole in a track."""
-    radius = surface.pitch * rng.uniform(0.1, 0.14)
-    field = blob(rng, len(surface.tracks), on_track(rng, surface, edge=False), radius, 0.08)
-    return etch(rng, surface, field, copper=False)
+    return etch_blob(rng, surface, (0.1, 0.14), 0.08, edge=False, copper=False)
 
 
 Part = Callable[[np.random.Generator, int], Surface]

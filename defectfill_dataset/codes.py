@@ -109,6 +109,7 @@ CODES: dict[str, dict[str, str]] = {
         "DF353": "What is tested on was learnt from.",
         "DF354": "`--like`, or a line of it, cannot be used.",
         "DF355": "A detector's network is not known to its library.",
+        "DF356": "The answers to a blind sorting are incomplete, or a line of them cannot be read.",
         "DF385": "The model card of `--lora` cannot be read.",
         "DF386": "A training or generation that an evaluation started has failed.",
         "DF400": "The LoRA does not exist.",

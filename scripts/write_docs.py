@@ -22,7 +22,7 @@ COMMANDS = ("train_defectfill", "generate_defectfill", *(
     f"defectfill_scripts.{name}"
     for name in (
         "check_data", "prepare_data", "preview_masks", "run_objects", "export_generated", "merge_lora", "gpu_check",
-        "evaluate_defectfill",
+        "evaluate_defectfill", "sort_blind",
     )
 ))  # fmt: skip
 SUBCOMMANDS = {"defectfill_scripts.evaluate_defectfill": ("detect", "quality", "run")}

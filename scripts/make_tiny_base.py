@@ -109,7 +109,8 @@ def mark_field(rng: np.random.Generator, size: int, shape: str) -> tuple[np.ndar
         places = centre + rng.normal(0, 0.12, (rng.integers(3, 9), 2))
         radii = rng.uniform(0.015, 0.05, len(places))
         return np.min([np.hypot(y - p[0], x - p[1]) - r for p, r in zip(places, radii)], axis=0), 0.03
-    field = blob(rng, size, centre, radius, rng.uniform(0.02, 0.2) if shape != "patch" else rng.uniform(0.2, 0.45))
+    rough = rng.uniform(0.2, 0.45) if shape == "patch" else rng.uniform(0.02, 0.2)
+    field = blob(rng, size, centre, radius, rough, bumps=rng.uniform(0.4, 0.9))
     if shape == "ring":
         return np.abs(field) - width, width
     return field, radius
@@ -118,8 +119,9 @@ def mark_field(rng: np.random.Generator, size: int, shape: str) -> tuple[np.ndar
 def draw_mark(rng: np.random.Generator, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
     """Draws a mark on (R, R, 3) pixels; returns the picture, the mark's (R, R) mask, and the words for it.
 
-    A mark has a shape and a colour ("same": one of the picture's own; "plain": none, only its shading shows); it may
-    be faint, lie deep or raised, and have a rim of another colour. All of these are drawn independently.
+    A mark has a shape and a colour ("same": the picture's own, flat as close by or with all that is elsewhere in it;
+    "plain": none, only its shading shows); it may be faint, lie deep or raised, and have a rim of another colour. All
+    of these are drawn independently, but that marks of the picture's own colours are seldom rimmed.
     A grey picture gets grey marks.
     """
     size = len(pixels)
@@ -130,23 +132,30 @@ def draw_mark(rng: np.random.Generator, pixels: np.ndarray) -> tuple[np.ndarray,
     relief = rng.choice(["", "deep", "raised"], p=[0.4, 0.35, 0.25])
     grey = np.ptp(pixels.astype(float), axis=-1).mean() < 3
     colours = [*COLOURS][:GREYS] if grey else [*COLOURS]
-    kind = rng.choice(["plain", "same", "own"], p=[0.08, 0.12, 0.8] if relief else [0, 0.2, 0.8])
+    kind = rng.choice(["plain", "same", "own"], p=[0.05, 0.4, 0.55] if relief else [0, 0.5, 0.5])
     colour = rng.choice(colours) if kind == "own" else kind
-    faint = colour != "plain" and rng.random() < 0.3
-    rim = rng.choice(colours) if rng.random() < 0.4 else None
+    faint = kind == "own" and rng.random() < 0.3
+    rim = rng.choice(colours) if rng.random() < (0.1 if kind == "same" else 0.4) else None
 
     def tone(name: str) -> np.ndarray:
+        if name == "same" and rng.random() < 0.5:  # the picture, moved
+            half = size // 2
+            top, left = rng.integers(2 * half + 1, size=2)
+            around = np.pad(pixels, ((half, half), (half, half), (0, 0)), mode="reflect")
+            return around[top : top + size, left : left + size].astype(float)
         if name == "same":
-            y, x = rng.integers(size, size=2)
-            flat = pixels[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3].mean(axis=(0, 1))
+            near = np.argwhere(field < 0.3)
+            y, x = near[rng.integers(len(near))]
+            flat = pixels[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].mean(axis=(0, 1))
         else:
             flat = np.array(COLOURS[name]) * rng.uniform(0.8, 1.2) + rng.normal(0, 6, 3)
-        mottled = 1 + rng.uniform(0, 0.15) * fractal(rng, size, rng.uniform(0.04, 0.2), 2)
+        strength = rng.uniform(0, 0.06 if name == "same" else 0.15)
+        mottled = 1 + strength * fractal(rng, size, rng.uniform(0.04, 0.2), 2)
         return flat * mottled[..., None] + rng.normal(0, 3, (size, size, 1))
 
     marked, mask = pixels.astype(float), field < soft
     if colour != "plain":
-        ink = inside * (rng.uniform(0.35, 0.65) if faint else rng.uniform(0.85, 1.0))
+        ink = inside * (rng.uniform(0.35, 0.65) if faint else rng.uniform(0.95 if kind == "same" else 0.85, 1.0))
         marked += ink[..., None] * (tone(colour) - marked)
     if rim:
         width = rng.uniform(0.012, 0.035)

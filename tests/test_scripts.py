@@ -273,6 +273,19 @@ def test_marks_are_named_and_inside_their_masks():
     assert {*SHAPES, "faint", "deep", "raised", "plain", "same", "rim", "red"} <= words
 
 
+def test_marks_of_the_same_colour_are_of_the_pictures_own():
+    rng, picture = np.random.default_rng(0), np.full((64, 64, 3), (30, 90, 60), dtype=np.uint8)
+    picture[:, 32:] = 90, 200, 110
+    marks = [make_tiny_base.draw_mark(rng, picture) for _ in range(120)]
+    same = [(marked, mask) for marked, mask, words in marks if words.startswith("same") and "rim" not in words]
+    assert len(same) > 15
+    for marked, mask in same:
+        off = np.abs(marked[mask].astype(float)[:, None] - picture[0, [0, -1]]).max(axis=-1)
+        assert np.median(off.min(axis=1)) < 25  # one of the two, but for its soft edge
+    changed = [np.abs(marked.astype(float) - picture).max() > 80 for marked, _ in same]
+    assert any(changed) and not all(changed)
+
+
 def test_a_grey_picture_gets_grey_marks():
     rng, grey = np.random.default_rng(0), np.full((64, 64, 3), 128, dtype=np.uint8)
     names = " ".join(make_tiny_base.draw_mark(rng, grey)[2] for _ in range(40)).split()

@@ -138,17 +138,17 @@ def draw_mark(rng: np.random.Generator, pixels: np.ndarray) -> tuple[np.ndarray,
     rim = rng.choice(colours) if rng.random() < (0.1 if kind == "same" else 0.4) else None
 
     def tone(name: str) -> np.ndarray:
-        if name == "same" and rng.random() < 0.5:  # the picture, moved
+        if name != "same":
+            flat = np.array(COLOURS[name]) * rng.uniform(0.8, 1.2) + rng.normal(0, 6, 3)
+        elif rng.random() < 0.5:  # the picture, moved
             half = size // 2
             top, left = rng.integers(2 * half + 1, size=2)
             around = np.pad(pixels, ((half, half), (half, half), (0, 0)), mode="reflect")
             return around[top : top + size, left : left + size].astype(float)
-        if name == "same":
+        else:
             near = np.argwhere(field < 0.3)
             y, x = near[rng.integers(len(near))]
             flat = pixels[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].mean(axis=(0, 1))
-        else:
-            flat = np.array(COLOURS[name]) * rng.uniform(0.8, 1.2) + rng.normal(0, 6, 3)
         strength = rng.uniform(0, 0.06 if name == "same" else 0.15)
         mottled = 1 + strength * fractal(rng, size, rng.uniform(0.04, 0.2), 2)
         return flat * mottled[..., None] + rng.normal(0, 3, (size, size, 1))

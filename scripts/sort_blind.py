@@ -31,6 +31,7 @@ from defectfill.runs.files import (
 )
 from defectfill_dataset import InputError, Problem, load_image, open_image
 from defectfill_dataset.commands import Parser, exit_on_input_error, say
+from defectfill_dataset.images import UNREADABLE
 from defectfill_dataset.readers import image_files
 from defectfill_dataset.text import read_json, read_text
 
@@ -59,7 +60,7 @@ def draw(args: argparse.Namespace) -> tuple[list[dict[str, str]], list[Image.Ima
         file = Path(source["folder"], source["image"])
         try:
             pictures.append(load_image(open_image(file)))
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise InputError(Problem("DF103", file, f"the image cannot be read: {error}")) from error
     return sources, pictures
 
@@ -68,10 +69,11 @@ def write(sources: list[dict[str, str]], pictures: list[Image.Image], options: d
     """Writes the numbered pictures, without metadata, and the key, whole or not at all."""
     clear_leftovers(output_dir)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=output_dir) as temporary:
-        (Path(temporary) / ANSWERS).parent.mkdir()
+        answers = Path(temporary) / ANSWERS
+        answers.parent.mkdir()
         for place, picture in enumerate(pictures):
-            save_image(picture, (Path(temporary) / ANSWERS).with_name(f"{place:03d}.png"))
-        (Path(temporary) / ANSWERS).write_text("".join(f"{place:03d} \n" for place in range(len(pictures))))
+            save_image(picture, answers.with_name(f"{place:03d}.png"))
+        answers.write_text("".join(f"{place:03d} \n" for place in range(len(pictures))))
         write_json(Path(temporary) / KEY, {"options": options, "pictures": sources})
         publish_dir(Path(temporary), output_dir, KEY)
 
@@ -79,11 +81,11 @@ def write(sources: list[dict[str, str]], pictures: list[Image.Image], options: d
 def read_answers(file: Path, number: int) -> list[str]:
     """The answer to each picture, in the order of their numbers."""
     answers: dict[int, str] = {}
-    for line in filter(str.strip, read_text(file).splitlines()):
-        place, word = line.split() if len(line.split()) == 2 else ("", "")
+    for line in filter(None, map(str.strip, read_text(file).splitlines())):
+        place, word = [*line.split(maxsplit=1), ""][:2]
         if not place.isdecimal() or int(place) >= number or int(place) in answers or word not in WORDS:
             fix = f"write each number up to {number - 1:03d} once, followed by {' or '.join(WORDS)}"
-            raise InputError(Problem("DF356", file, f"line '{line.strip()}'", fix))
+            raise InputError(Problem("DF356", file, f"line '{line}'", fix))
         answers[int(place)] = word
     if missing := [f"{place:03d}" for place in range(number) if place not in answers]:
         raise InputError(Problem("DF356", file, f"no answer to {', '.join(missing[:5])}", "write those lines too"))
